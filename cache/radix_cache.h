@@ -1,0 +1,164 @@
+// RadixCache: which KV blocks hold which tokens. A tree per namespace whose edges are runs of whole blocks; children are
+// keyed by their first block of tokens; splits happen at block boundaries only. Host-only bookkeeping: it hands out block
+// ids and never touches their bytes.
+//
+// Owner and thread: the engine thread, alone. No locks, no clock: order is by logical ticks; expiry compares with the
+// `now` that the caller passes.
+//
+// Life of a block:  free -> (Allocate) owned by a BlockSet -> (Publish) in the tree under a Lease -> (lease gone) cached
+// only -> matched again, or evicted -> free.  Conservation law, checked by CheckInvariants():
+//     free + leased + cached_only == total,   where owned blocks count as leased.
+//
+// Publish on schedule: a producer publishes the blocks of its prompt when they are allocated, before their KV exists, with
+// committed_tokens <= published tokens. Whoever matches them joins the producer's prefill (single flight): it waits until
+// CommittedTokens(lease) covers what it needs. If the producer gives up (its Lease dies first), HasProducer() turns false and a
+// waiter takes over with TakeOver(). Uncommitted blocks without lease are dropped, never cached.
+//
+// Cost: Match and Publish are O(tokens) comparisons plus O(depth) hash look-ups; Allocate is O(blocks evicted * log leaves).
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "cache/block_pool.h"
+#include "cache/namespace.h"
+#include "kernels/base/ids.h"
+
+namespace coppice {
+
+class RadixCache;
+struct RadixNode;
+
+// Why the first uncached token was not cached. Values follow coppice.v1.MissReason.
+enum class MissReason {
+  kNone = 0,        // everything that could be cached was
+  kNoneStored,      // never seen in this namespace
+  kEvicted,         // was stored, had to make room
+  kPolicyVersion,   // stored under an older policy version
+  kNamespace,       // stored, but for another tenant, model or adapter
+  kBelowBlock,      // the differing or remaining part is shorter than one block
+  kNoStateCheckpoint,
+  kOptedOut,        // skip_read
+  kRoutedElsewhere,
+};
+
+// Keeps the blocks of one path alive, from position 0 to num_tokens(). Move-only; releasing never fails.
+// Must not outlive its cache.
+class Lease {
+ public:
+  Lease() = default;
+  Lease(Lease&& other) noexcept;
+  Lease& operator=(Lease&& other) noexcept;
+  ~Lease();
+
+  const std::vector<BlockId>& blocks() const { return blocks_; }  // in path order
+  int64_t num_tokens() const { return num_tokens_; }              // blocks * block_tokens
+  bool empty() const { return num_tokens_ == 0; }
+  void Release();
+
+ private:
+  friend class RadixCache;
+  RadixCache* cache_ = nullptr;
+  RadixNode* node_ = nullptr;  // deepest node; the lease ends exactly at its end
+  std::vector<BlockId> blocks_;
+  int64_t num_tokens_ = 0;
+  RequestId owner_{0};
+};
+
+struct MatchOptions {
+  RequestId owner{0};             // for producer bookkeeping
+  bool skip_read = false;         // opt out: matches nothing
+  int64_t max_tokens = -1;        // match at most this many tokens; -1 = all
+  absl::Duration now = absl::ZeroDuration();  // for expiry
+  // For miss reasons: the same namespace fields under the previous policy version, if any.
+  std::optional<Namespace> previous_version;
+};
+
+struct MatchResult {
+  Lease lease;                    // whole published blocks that match, committed or in flight
+  int64_t committed_tokens = 0;   // leading tokens of the lease whose KV exists now
+  BlockId partial_block{-1};      // a committed block that continues the match for partial_tokens < block_tokens tokens:
+  int32_t partial_tokens = 0;     //   copy it to reuse them. The partial block is kept alive by `partial_lease`.
+  Lease partial_lease;
+  MissReason miss_reason = MissReason::kNone;
+};
+
+struct PublishOptions {
+  int64_t committed_tokens = 0;   // of the whole path; the rest is in flight and the lease's owner is its producer
+  int32_t priority = 35;          // 0-100; lower goes first
+  std::optional<absl::Duration> expires_at;  // on the clock of MatchOptions::now
+  int64_t next_use_tick = 0;      // 0 = unknown; larger = later = evicted earlier within a priority
+};
+
+struct CacheStats {
+  int64_t total_blocks = 0, free_blocks = 0, leased_blocks = 0, cached_only_blocks = 0;
+  int64_t num_nodes = 0, num_namespaces = 0;
+  int64_t evicted_blocks = 0, published_blocks = 0;   // since start
+  int64_t queried_tokens = 0, hit_tokens = 0;         // since start
+};
+
+class RadixCache {
+ public:
+  struct Options {
+    int64_t num_blocks = 0;
+    int64_t block_tokens = 16;
+  };
+  explicit RadixCache(const Options& options);
+  ~RadixCache();
+  RadixCache(const RadixCache&) = delete;
+  RadixCache& operator=(const RadixCache&) = delete;
+
+  // The longest published prefix of `tokens` in whole blocks. Never fails; a miss is an empty lease and a reason.
+  MatchResult Match(const Namespace& ns, absl::Span<const int32_t> tokens, const MatchOptions& options);
+
+  // Takes n blocks, evicting cached-only leaves as needed. RESOURCE_EXHAUSTED with want, free and evictable blocks.
+  absl::StatusOr<BlockSet> Allocate(int64_t n);
+  // Blocks that Allocate could deliver now.
+  int64_t AvailableBlocks() const;
+
+  // Enters `blocks` as the continuation of `lease` and extends the lease over them. `tokens` is the whole path:
+  // lease.num_tokens() + blocks.size() * block_tokens tokens. Where the tree already holds a continuation with equal tokens,
+  // the tree's block wins if it is committed (the duplicate becomes free) and the lease switches to it.
+  // Returns the number of blocks entered (duplicates excluded).
+  int64_t Publish(const Namespace& ns, absl::Span<const int32_t> tokens, Lease& lease, BlockSet blocks,
+                  const PublishOptions& options);
+
+  // The KV of the path's first num_tokens tokens now exists. REQUIRES: whole blocks or less than the lease.
+  void Commit(Lease& lease, int64_t num_tokens);
+  // Leading tokens of the lease's path whose KV exists now.
+  int64_t CommittedTokens(const Lease& lease) const;
+  // Whether someone alive is computing the first uncommitted block of the path.
+  bool HasProducer(const Lease& lease) const;
+  // Makes the lease's owner the producer of every uncommitted, producerless block of its path. False if there is none.
+  bool TakeOver(Lease& lease);
+
+  // Drops every cached-only block of one namespace or of all. Returns the blocks freed.
+  int64_t Flush(const Namespace* ns = nullptr);
+  // Drops cached-only runs that have expired. Returns the blocks freed.
+  int64_t Expire(absl::Duration now);
+  // Entries of `ns` are unreachable from now on (an old policy version): they are evicted before anything else.
+  void Retire(const Namespace& ns);
+
+  CacheStats Stats() const;
+  int64_t block_tokens() const { return options_.block_tokens; }
+
+  // INTERNAL naming the broken invariant. O(tree).
+  absl::Status CheckInvariants() const;
+  // The tree, one node a line, for tests and Admin.
+  std::string ToString() const;
+
+ private:
+  friend class Lease;
+  struct Impl;
+  Options options_;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace coppice

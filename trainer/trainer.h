@@ -1,0 +1,51 @@
+// Trainer: forward, loss, backward through one shared token tree, and the update of the policy.
+//
+// Owner and thread: the engine thread, alone; the weights it updates are the very tensors that generation reads (P1).
+// Gradient contract: ForwardBackward adds to the gradient arena until OptimStep consumes it. Version contract: OptimStep
+// (and LoadCheckpoint) are the only places that change policy_version().
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "kernels/base/clock.h"
+#include "kernels/model/decoder.h"
+#include "kernels/model/model_loader.h"
+#include "trainer/train_types.h"
+
+namespace coppice {
+
+class Trainer {
+ public:
+  struct Options {
+    int64_t max_rows = 16384;          // unique tokens in one pass; more is split into micro-batches of whole groups
+    std::string step_log_dir;          // durable steps are checkpointed here; empty = durable is refused
+  };
+  // Borrows model, decoder and clock. Optimizer state is allocated at the first OptimStep or ForwardBackward.
+  static absl::StatusOr<std::unique_ptr<Trainer>> Create(const Options& options, Model& model, const Decoder& decoder,
+                                                         const Clock& clock);
+  virtual ~Trainer() = default;
+
+  // INVALID_ARGUMENT with group, sample and field for bad input; then nothing has changed.
+  virtual absl::StatusOr<ForwardBackwardResult> ForwardBackward(const ForwardBackwardRequest& request) = 0;
+  // Clips, updates, zeroes gradients, increments the version. A non-finite norm skips the update (gradients are dropped).
+  // FAILED_PRECONDITION without pending gradients.
+  virtual absl::StatusOr<OptimStepResult> OptimStep(const AdamConfig& config) = 0;
+  // Log-probs of every response token, same code path as ForwardBackward's forward.
+  virtual absl::StatusOr<std::vector<SampleResult>> Score(const std::vector<TrainGroup>& groups, float temperature) = 0;
+
+  virtual PolicyVersion policy_version() const = 0;
+  virtual bool has_pending_gradients() const = 0;
+  // The gradient arena, mapped like the weights; for tests and parity.
+  virtual const Parameters& gradients() const = 0;
+
+  // Weights, optimizer, version; temp directory, fsync, rename. `directory` must not exist or be a former checkpoint.
+  virtual absl::Status SaveCheckpoint(absl::string_view directory) = 0;
+  // Bit-equal resume. NOT_FOUND, DATA_LOSS, INVALID_ARGUMENT (another model's shape); on error nothing changed.
+  virtual absl::Status LoadCheckpoint(absl::string_view directory) = 0;
+};
+
+}  // namespace coppice
