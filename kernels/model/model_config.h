@@ -1,4 +1,5 @@
-// Shape of a decoder: Llama, Qwen2 or Qwen3 (dense). Read from config.json or GGUF metadata, or named for benchmarks.
+// Shape of a decoder: Llama, Qwen2 or Qwen3 (dense). Read from config.json or GGUF metadata, or
+// named for benchmarks.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,8 @@ namespace coppice {
 
 enum class Architecture { kLlama, kQwen2, kQwen3 };
 
-// Frequencies of rotary positions. kLlama3: Meta's wavelength-dependent scaling, as in transformers modeling_rope_utils.
+// Frequencies of rotary positions. kLlama3: Meta's wavelength-dependent scaling, as in transformers
+// modeling_rope_utils.
 struct RopeConfig {
   enum class Scaling { kNone, kLinear, kLlama3 };
   double theta = 10000.0;
@@ -36,10 +38,10 @@ struct ModelConfig {
   int64_t max_positions = 0;
   float rms_eps = 1e-5f;
   RopeConfig rope;
-  bool tied_head = false;   // the head is the embedding
-  bool qkv_bias = false;    // Qwen2
-  bool qk_norm = false;     // Qwen3
-  int32_t bos_token = -1;   // -1 = none
+  bool tied_head = false;  // the head is the embedding
+  bool qkv_bias = false;   // Qwen2
+  bool qk_norm = false;    // Qwen3
+  int32_t bos_token = -1;  // -1 = none
   std::vector<int32_t> eos_tokens;
 
   int64_t q_dim() const { return q_heads * head_dim; }
@@ -47,17 +49,19 @@ struct ModelConfig {
   int64_t qkv_dim() const { return q_dim() + 2 * kv_dim(); }
   float attention_scale() const;  // 1 / sqrt(head_dim)
 
-  // INVALID_ARGUMENT naming the field that makes no sense (zero sizes, q_heads not a multiple of kv_heads, odd head_dim...).
+  // INVALID_ARGUMENT naming the field that makes no sense (zero sizes, q_heads not a multiple of
+  // kv_heads, odd head_dim...).
   absl::Status Validate() const;
   // One line: "llama layers=30 hidden=576 heads=9/3x64 ffn=1536 vocab=49152 params=134.5M".
   std::string ToString() const;
 };
 
-// Parses the text of a Hugging Face config.json. INVALID_ARGUMENT with the field; UNIMPLEMENTED for an unknown
-// architecture or rope scaling, listing what exists.
+// Parses the text of a Hugging Face config.json. INVALID_ARGUMENT with the field; UNIMPLEMENTED for
+// an unknown architecture or rope scaling, listing what exists.
 absl::StatusOr<ModelConfig> ParseHfConfig(absl::string_view json);
 
-// Benchmarks' geometries: "smollm2-135m", "qwen3-4b", "tiny-llama", "tiny-qwen2", "tiny-qwen3". NOT_FOUND lists them.
+// Benchmarks' geometries: "smollm2-135m", "qwen3-4b", "tiny-llama", "tiny-qwen2", "tiny-qwen3".
+// NOT_FOUND lists them.
 absl::StatusOr<ModelConfig> NamedGeometry(absl::string_view name);
 
 }  // namespace coppice

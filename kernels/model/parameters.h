@@ -1,7 +1,7 @@
-// Parameters: all trainable tensors of a model as views into one flat arena, in a fixed order. The same mapping serves
-// weights, gradients and optimizer moments, so an update or a norm is one pass over a flat array.
-// q, k, v are merged into one matrix [qkv_dim, hidden] and gate, up into [2 * ffn, hidden]; every tensor starts at a multiple
-// of 64 elements.
+// Parameters: all trainable tensors of a model as views into one flat arena, in a fixed order. The
+// same mapping serves weights, gradients and optimizer moments, so an update or a norm is one pass
+// over a flat array. q, k, v are merged into one matrix [qkv_dim, hidden] and gate, up into [2 *
+// ffn, hidden]; every tensor starts at a multiple of 64 elements.
 #pragma once
 
 #include <string>
@@ -29,7 +29,7 @@ struct Parameters {
   std::vector<LayerParameters> layers;  // [layers]
   TensorView final_norm;                // [hidden]
   TensorView head;                      // [vocab, hidden]; the embedding itself when tied
-  TensorView flat;                      // [params] everything, padding included (padding stays zero)
+  TensorView flat;  // [params] everything, padding included (padding stays zero)
 };
 
 // One Hugging Face tensor name and the slice of the arena that holds it, e.g.

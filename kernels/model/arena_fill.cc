@@ -1,0 +1,115 @@
+#include "kernels/model/arena_fill.h"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "kernels/base/status_macros.h"
+
+namespace coppice {
+namespace {
+
+constexpr int64_t kChunkElements = int64_t{1} << 20;
+
+struct Chunk {
+  size_t tensor;
+  int64_t row_begin, row_end;
+};
+
+std::vector<Chunk> SplitIntoChunks(const std::vector<NamedTensor>& tensors) {
+  std::vector<Chunk> chunks;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const TensorView& view = tensors[i].view;
+    const int64_t rows = view.dim(0);
+    const int64_t step =
+        std::max<int64_t>(1, kChunkElements / std::max<int64_t>(1, view.stride[0]));
+    for (int64_t r = 0; r < rows; r += step) chunks.push_back({i, r, std::min(rows, r + step)});
+  }
+  return chunks;
+}
+
+// Round to nearest even; NaN stays NaN.
+uint16_t ToBf16(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+class Filler {
+ public:
+  Filler(const std::vector<NamedTensor>& tensors, const RowSource& source, ops::Ops& ops)
+      : tensors_(tensors), source_(source), ops_(ops), chunks_(SplitIntoChunks(tensors)) {
+    const ops::DeviceInfo info = ops.Info();
+    in_place_ = info.kind == DeviceKind::kCpu && info.compute_dtype == DType::kF32;
+  }
+
+  absl::Status Run() {
+    const size_t num_threads = std::clamp<size_t>(std::thread::hardware_concurrency(), 1,
+                                                  std::max<size_t>(1, chunks_.size()));
+    std::vector<std::thread> threads;
+    for (size_t i = 1; i < num_threads; ++i) threads.emplace_back([this] { Work(); });
+    Work();
+    for (std::thread& t : threads) t.join();
+    absl::MutexLock lock(&mutex_);
+    return status_;
+  }
+
+ private:
+  void Work() {
+    std::vector<float> staging;
+    std::vector<uint16_t> narrow;
+    while (!failed_.load(std::memory_order_relaxed)) {
+      const size_t i = next_.fetch_add(1, std::memory_order_relaxed);
+      if (i >= chunks_.size()) return;
+      const absl::Status status = FillChunk(chunks_[i], staging, narrow);
+      if (status.ok()) continue;
+      absl::MutexLock lock(&mutex_);
+      if (status_.ok()) status_ = status;
+      failed_.store(true, std::memory_order_relaxed);
+    }
+  }
+
+  absl::Status FillChunk(const Chunk& chunk, std::vector<float>& staging,
+                         std::vector<uint16_t>& narrow) {
+    const TensorView dst = tensors_[chunk.tensor].view.Rows(chunk.row_begin, chunk.row_end);
+    if (in_place_) return source_(chunk.tensor, chunk.row_begin, chunk.row_end, dst.f32());
+    staging.resize(dst.num_elements());
+    RETURN_IF_ERROR(source_(chunk.tensor, chunk.row_begin, chunk.row_end, staging.data()));
+    const void* host = staging.data();
+    if (dst.dtype == DType::kBF16) {
+      narrow.resize(staging.size());
+      std::transform(staging.begin(), staging.end(), narrow.begin(), ToBf16);
+      host = narrow.data();
+    }
+    absl::MutexLock lock(&mutex_);  // an Ops takes one caller at a time
+    RETURN_IF_ERROR(ops_.Upload(host, dst));
+    return ops_.Synchronize();
+  }
+
+  const std::vector<NamedTensor>& tensors_;
+  const RowSource& source_;
+  ops::Ops& ops_;
+  const std::vector<Chunk> chunks_;
+  bool in_place_ = false;
+  std::atomic<size_t> next_{0};
+  std::atomic<bool> failed_{false};
+  absl::Mutex mutex_;
+  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace
+
+absl::Status FillTensors(const std::vector<NamedTensor>& tensors, const RowSource& source,
+                         ops::Ops& ops) {
+  const DType dtype = ops.Info().compute_dtype;
+  if (dtype != DType::kF32 && dtype != DType::kBF16) {
+    return absl::UnimplementedError(
+        absl::StrCat("weights in ", Name(dtype), ": want one of f32, bf16"));
+  }
+  return Filler(tensors, source, ops).Run();
+}
+
+}  // namespace coppice
