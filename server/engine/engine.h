@@ -109,6 +109,9 @@ class Engine {
   // One iteration of Run for tests: false if there was nothing to do.
   virtual bool StepForTest() = 0;
 
+  // The version of the weights as of the last committed update. Any thread.
+  virtual PolicyVersion policy_version() const = 0;
+
   // ---- Any thread, never block. A refused call's sink or reply is not called; the Status says why.
   // INVALID_ARGUMENT (bad request), RESOURCE_EXHAUSTED (queue full), UNAVAILABLE (draining).
   virtual absl::Status Submit(GenerateRequest request, std::shared_ptr<GenerateSink> sink) = 0;
