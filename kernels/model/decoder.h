@@ -1,6 +1,14 @@
-// Decoder: the forward pass of a transformer as a list of op calls, the same for prefill, decode, scoring and training.
-// Inference reuses one layer's activations for all layers; training keeps them (trainer/activations.h) and calls LayerForward
-// layer by layer. Backward is in trainer/backward.h.
+// Decoder: the forward pass of a transformer as a list of op calls, the same for prefill, decode,
+// scoring and training. Inference reuses one layer's activations for all layers; training keeps
+// them (trainer/activations.h) and calls the layer halves itself. Backward is in
+// trainer/backward.h.
+//
+// A layer has two halves. Only the first mixes rows, so the last layer runs the second half on the
+// rows with logits alone.
+//   attention: input -> norm -> q, k, v -> attn_out        (all rows)
+//   mlp:       input + attn_out Wo -> mid -> output        (rows that anybody reads)
+//
+// Thread: the engine thread. Errors: those of Ops.
 #pragma once
 
 #include <cstdint>
@@ -16,24 +24,37 @@
 
 namespace coppice {
 
-// Everything one layer computes. Views over memory of the caller; f = compute dtype.
+// Everything one layer computes. Views over memory of the caller; f = compute dtype. In inference
+// input, mid and output may be one buffer, attn_in and mlp_in another, and the rstd and lse views
+// absent.
 struct LayerActivations {
   TensorView input;      // [rows, hidden] f: residual stream entering the layer
   TensorView attn_in;    // [rows, hidden] f: normed
   TensorView attn_rstd;  // [rows] f32
   TensorView qkv;        // [rows, qkv_dim] f: projections before qk-norm and RoPE
-  TensorView q;          // [rows, q_heads, head_dim] f: after (may alias qkv's columns in inference)
-  TensorView k;          // [rows, kv_heads, head_dim] f
-  TensorView v;          // [rows, kv_heads, head_dim] f: the v columns of qkv
-  TensorView attn_out;   // [rows, q_dim] f
-  TensorView lse;        // [rows, q_heads] f32
-  TensorView mid;        // [rows, hidden] f: residual stream after attention
-  TensorView mlp_in;     // [rows, hidden] f: normed
-  TensorView mlp_rstd;   // [rows] f32
-  TensorView gate_up;    // [rows, 2 * ffn] f
-  TensorView mlp_act;    // [rows, ffn] f
-  TensorView output;     // [rows, hidden] f: residual stream leaving the layer (the next layer's input)
+  TensorView q;  // [rows, q_heads, head_dim] f: after (may alias qkv's columns where no qk-norm
+                 // needs them)
+  TensorView k;  // [rows, kv_heads, head_dim] f
+  TensorView v;  // [rows, kv_heads, head_dim] f: the v columns of qkv
+  TensorView attn_out;  // [rows, q_dim] f
+  TensorView lse;       // [rows, q_heads] f32
+  TensorView mid;       // [rows, hidden] f: residual stream after attention
+  TensorView mlp_in;    // [rows, hidden] f: normed
+  TensorView mlp_rstd;  // [rows] f32
+  TensorView gate_up;   // [rows, 2 * ffn] f
+  TensorView mlp_act;   // [rows, ffn] f
+  TensorView
+      output;  // [rows, hidden] f: residual stream leaving the layer (the next layer's input)
 };
+
+// Query, key and value columns of a merged projection, split into heads: views for LayerActivations
+// and gradients.
+struct QkvHeads {
+  TensorView q;  // [rows, q_heads, head_dim] f
+  TensorView k;  // [rows, kv_heads, head_dim] f
+  TensorView v;  // [rows, kv_heads, head_dim] f
+};
+QkvHeads SplitQkv(const ModelConfig& config, TensorView qkv);  // qkv [rows, qkv_dim]
 
 class Decoder {
  public:
@@ -47,13 +68,21 @@ class Decoder {
   // Bytes of workspace for Forward over at most `max_rows` rows and `max_head_rows` head rows.
   int64_t WorkspaceBytes(int64_t max_rows, int64_t max_head_rows) const;
 
-  // One layer. `kv` pages are written where the plan has slots and read as context; absent in training without context.
-  absl::Status LayerForward(const LayerParameters& params, const ops::BatchPlan& plan, const ops::PagedKv& kv,
-                            const LayerActivations& acts) const;
+  // First half, up to attn_out. `kv` pages are written where the plan has slots and read as
+  // context; absent in training without context.
+  absl::Status AttentionForward(const LayerParameters& params, const ops::BatchPlan& plan,
+                                const ops::PagedKv& kv, const LayerActivations& acts) const;
+  // Norm, projection, qk-norm and RoPE only: q, k and v, and the pages. The part that every row of
+  // every layer needs.
+  absl::Status QkvForward(const LayerParameters& params, const ops::BatchPlan& plan,
+                          const ops::PagedKv& kv, const LayerActivations& acts) const;
+  // Second half, from input and attn_out on; any subset of the rows.
+  absl::Status MlpForward(const LayerParameters& params, const LayerActivations& acts) const;
 
-  // Embedding, all layers, final norm of the plan's logit_rows -> hidden [head_rows, hidden] f, inside `workspace`.
-  absl::StatusOr<TensorView> Forward(const Parameters& params, const ops::BatchPlan& plan, const KvPool* kv,
-                                     DeviceBuffer& workspace) const;
+  // Embedding, all layers, final norm of the plan's logit_rows -> hidden [head_rows, hidden] f,
+  // inside `workspace`. REQUIRES: workspace.size_bytes() >= WorkspaceBytes(rows, head_rows).
+  absl::StatusOr<TensorView> Forward(const Parameters& params, const ops::BatchPlan& plan,
+                                     const KvPool* kv, DeviceBuffer& workspace) const;
   // logits [head_rows, vocab] f32 = hidden head^T
   absl::Status Logits(const Parameters& params, TensorView hidden, TensorView logits) const;
 

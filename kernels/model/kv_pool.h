@@ -12,8 +12,8 @@ namespace coppice {
 
 class KvPool {
  public:
-  static absl::StatusOr<KvPool> Create(const ModelConfig& config, int64_t num_blocks, int64_t block_tokens,
-                                       ops::Ops& ops);
+  static absl::StatusOr<KvPool> Create(const ModelConfig& config, int64_t num_blocks,
+                                       int64_t block_tokens, ops::Ops& ops);
   static int64_t BytesPerBlock(const ModelConfig& config, int64_t block_tokens, DType dtype);
 
   int64_t num_blocks() const { return num_blocks_; }

@@ -1,0 +1,167 @@
+#include "kernels/model/decoder.h"
+
+#include <vector>
+
+#include "kernels/base/check.h"
+#include "kernels/base/status_macros.h"
+#include "kernels/model/arena.h"
+#include "kernels/model/rope.h"
+
+namespace coppice {
+namespace {
+
+// Inference activations: `body` serves every layer in turn, `tail` the second half of the last
+// layer on the head rows.
+struct Workspace {
+  LayerActivations body;
+  LayerActivations tail;
+  TensorView hidden;  // [head_rows, hidden] f
+  int64_t size_bytes = 0;
+};
+
+void LayOutMlpHalf(const ModelConfig& config, DType dtype, int64_t rows, Arena& arena,
+                   LayerActivations& acts) {
+  acts.mid = acts.output = acts.input;
+  acts.gate_up = arena.Matrix(dtype, rows, 2 * config.ffn);
+  acts.mlp_act = arena.Matrix(dtype, rows, config.ffn);
+}
+
+Workspace LayOut(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
+                 void* base) {
+  Arena arena(base);
+  Workspace w;
+  LayerActivations& body = w.body;
+  body.input = arena.Matrix(dtype, rows, config.hidden);
+  body.attn_in = body.mlp_in = arena.Matrix(dtype, rows, config.hidden);
+  body.qkv = arena.Matrix(dtype, rows, config.qkv_dim());
+  const QkvHeads heads = SplitQkv(config, body.qkv);
+  body.q = heads.q;
+  body.k = heads.k;
+  body.v = heads.v;
+  body.attn_out = arena.Matrix(dtype, rows, config.q_dim());
+  LayOutMlpHalf(config, dtype, rows, arena, body);
+
+  LayerActivations& tail = w.tail;
+  tail.input = arena.Matrix(dtype, head_rows, config.hidden);
+  tail.mlp_in = w.hidden = arena.Matrix(dtype, head_rows, config.hidden);
+  tail.attn_out = arena.Matrix(dtype, head_rows, config.q_dim());
+  LayOutMlpHalf(config, dtype, head_rows, arena, tail);
+  w.size_bytes = arena.size_bytes();
+  return w;
+}
+
+}  // namespace
+
+QkvHeads SplitQkv(const ModelConfig& config, TensorView qkv) {
+  const int64_t q_end = config.q_dim(), k_end = q_end + config.kv_dim();
+  return {.q = qkv.Cols(0, q_end).SplitHeads(config.q_heads, config.head_dim),
+          .k = qkv.Cols(q_end, k_end).SplitHeads(config.kv_heads, config.head_dim),
+          .v = qkv.Cols(k_end, config.qkv_dim()).SplitHeads(config.kv_heads, config.head_dim)};
+}
+
+absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const ModelConfig& config, ops::Ops& ops) {
+  RETURN_IF_ERROR(config.Validate());
+  std::unique_ptr<Decoder> decoder(new Decoder(config, ops));
+  const std::vector<float> table = RopeTable(config.rope, config.head_dim, config.max_positions);
+  ASSIGN_OR_RETURN(decoder->rope_buffer_, ops.Allocate(table.size() * sizeof(float), "rope table"));
+  decoder->rope_ =
+      View2D(decoder->rope_buffer_.data(), DType::kF32, config.max_positions, config.head_dim);
+  RETURN_IF_ERROR(ops.Upload(table.data(), decoder->rope_));
+  return decoder;
+}
+
+int64_t Decoder::WorkspaceBytes(int64_t max_rows, int64_t max_head_rows) const {
+  return LayOut(config_, ops_->Info().compute_dtype, max_rows, max_head_rows, nullptr).size_bytes;
+}
+
+absl::Status Decoder::QkvForward(const LayerParameters& params, const ops::BatchPlan& plan,
+                                 const ops::PagedKv& kv, const LayerActivations& acts) const {
+  RETURN_IF_ERROR(ops_->RmsNorm({.x = acts.input,
+                                 .weight = params.attn_norm,
+                                 .eps = config_.rms_eps,
+                                 .out = acts.attn_in,
+                                 .rstd = acts.attn_rstd}));
+  RETURN_IF_ERROR(ops_->MatMul({.a = acts.attn_in,
+                                .b = params.qkv,
+                                .trans_b = true,
+                                .bias = params.qkv_bias,
+                                .c = acts.qkv}));
+  const QkvHeads heads = SplitQkv(config_, acts.qkv);
+  return ops_->QkNormRope({.plan = &plan,
+                           .q_in = heads.q,
+                           .k_in = heads.k,
+                           .v = heads.v,
+                           .q_norm = params.q_norm,
+                           .k_norm = params.k_norm,
+                           .eps = config_.rms_eps,
+                           .rope = rope_,
+                           .q_out = acts.q,
+                           .k_out = acts.k,
+                           .pages = kv});
+}
+
+absl::Status Decoder::AttentionForward(const LayerParameters& params, const ops::BatchPlan& plan,
+                                       const ops::PagedKv& kv, const LayerActivations& acts) const {
+  RETURN_IF_ERROR(QkvForward(params, plan, kv, acts));
+  return ops_->TreeAttention({.plan = &plan,
+                              .q = acts.q,
+                              .k = acts.k,
+                              .v = acts.v,
+                              .context = kv,
+                              .scale = config_.attention_scale(),
+                              .out = acts.attn_out.SplitHeads(config_.q_heads, config_.head_dim),
+                              .lse = acts.lse});
+}
+
+absl::Status Decoder::MlpForward(const LayerParameters& params,
+                                 const LayerActivations& acts) const {
+  RETURN_IF_ERROR(ops_->MatMul(
+      {.a = acts.attn_out, .b = params.o, .trans_b = true, .addend = acts.input, .c = acts.mid}));
+  RETURN_IF_ERROR(ops_->RmsNorm({.x = acts.mid,
+                                 .weight = params.mlp_norm,
+                                 .eps = config_.rms_eps,
+                                 .out = acts.mlp_in,
+                                 .rstd = acts.mlp_rstd}));
+  RETURN_IF_ERROR(
+      ops_->MatMul({.a = acts.mlp_in, .b = params.gate_up, .trans_b = true, .c = acts.gate_up}));
+  RETURN_IF_ERROR(ops_->SwiGlu({.gate_up = acts.gate_up, .out = acts.mlp_act}));
+  return ops_->MatMul(
+      {.a = acts.mlp_act, .b = params.down, .trans_b = true, .addend = acts.mid, .c = acts.output});
+}
+
+absl::StatusOr<TensorView> Decoder::Forward(const Parameters& params, const ops::BatchPlan& plan,
+                                            const KvPool* kv, DeviceBuffer& workspace) const {
+  const int64_t rows = plan.batch().num_rows();
+  const int64_t head_rows = static_cast<int64_t>(plan.batch().logit_rows.size());
+  const Workspace w =
+      LayOut(config_, ops_->Info().compute_dtype, rows, head_rows, workspace.data());
+  CHECK_LE(w.size_bytes, workspace.size_bytes()) << "decoder workspace";
+
+  RETURN_IF_ERROR(
+      ops_->Embedding({.ids = plan.tokens(), .table = params.embedding, .out = w.body.input}));
+  const int64_t last = config_.num_layers - 1;
+  for (int64_t l = 0; l <= last; ++l) {
+    const ops::PagedKv pages = kv == nullptr ? ops::PagedKv{} : kv->layer(l);
+    if (l == last &&
+        head_rows == 0) {  // a prefill chunk without logits leaves only keys and values
+      RETURN_IF_ERROR(QkvForward(params.layers[l], plan, pages, w.body));
+      return w.hidden;
+    }
+    RETURN_IF_ERROR(AttentionForward(params.layers[l], plan, pages, w.body));
+    if (l < last) RETURN_IF_ERROR(MlpForward(params.layers[l], w.body));
+  }
+  RETURN_IF_ERROR(
+      ops_->GatherRows({.src = w.body.input, .indices = plan.logit_rows(), .out = w.tail.input}));
+  RETURN_IF_ERROR(ops_->GatherRows(
+      {.src = w.body.attn_out, .indices = plan.logit_rows(), .out = w.tail.attn_out}));
+  RETURN_IF_ERROR(MlpForward(params.layers[last], w.tail));
+  RETURN_IF_ERROR(ops_->RmsNorm(
+      {.x = w.tail.output, .weight = params.final_norm, .eps = config_.rms_eps, .out = w.hidden}));
+  return w.hidden;
+}
+
+absl::Status Decoder::Logits(const Parameters& params, TensorView hidden, TensorView logits) const {
+  return ops_->MatMul({.a = hidden, .b = params.head, .trans_b = true, .c = logits});
+}
+
+}  // namespace coppice
