@@ -1,4 +1,5 @@
-// BlockPool: ids of KV blocks and who holds them; knows no bytes and no tokens. Owned by RadixCache.
+// BlockPool: ids of KV blocks and who holds them; knows no bytes and no tokens. Owned by
+// RadixCache.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +11,8 @@ namespace coppice {
 
 class BlockPool;
 
-// Owns blocks that are in no tree yet (a sample's own blocks). Move-only; what it still holds becomes free in the destructor.
+// Owns blocks that are in no tree yet (a sample's own blocks). Move-only; what it still holds
+// becomes free in the destructor.
 class BlockSet {
  public:
   BlockSet() = default;
