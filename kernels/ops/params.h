@@ -193,6 +193,8 @@ struct SampleParams {
   int32_t* tokens = nullptr;          // [n] host out
   float* raw_logprobs = nullptr;      // [n] host out: log-softmax of the raw logits at the token
   float* sampled_logprobs = nullptr;  // [n] host out: of the distribution drawn from (0 when greedy)
+  float* tempered_logprobs = nullptr; // optional [n] host out: log-softmax of raw logits / temperature (1 when greedy), before
+                                      // bias and filters: what LogProbHead gives at that temperature
   int32_t* top_ids = nullptr;         // [n, top_logprobs] host out, by raw log-prob, descending
   float* top_values = nullptr;        // [n, top_logprobs] host out
 };
