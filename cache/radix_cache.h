@@ -104,6 +104,12 @@ struct MatchResult {
   MissReason miss_reason = MissReason::kNone;
 };
 
+struct PeekResult {
+  int64_t matched_tokens = 0;  // whole blocks, committed or in flight
+  int64_t leased_tokens = 0;   // leading part of them that is leased now: sharing it takes nothing
+                               // from AvailableBlocks()
+};
+
 // Priority, expiry and next use hold for the new run and, at least, for its whole prefix: a run
 // never outlives its prefix.
 struct PublishOptions {
@@ -140,6 +146,9 @@ class RadixCache {
   // (prefix_history.h): what it forgot is kNoneStored.
   MatchResult Match(const Namespace& ns, absl::Span<const int32_t> tokens,
                     const MatchOptions& options);
+  // What Match would find now, without a lease, a touch of use order or a count in Stats(): for the
+  // scheduler's estimates.
+  PeekResult Peek(const Namespace& ns, absl::Span<const int32_t> tokens, absl::Duration now) const;
   // Another lease on the same path, e.g. one for each sample of a group. It produces nothing.
   Lease Share(const Lease& lease);
 
@@ -170,6 +179,8 @@ class RadixCache {
   // Whether a lease alive (perhaps this one) is computing the first uncommitted block of the path;
   // false if all is committed.
   bool HasProducer(const Lease& lease) const;
+  // Whether this lease is the one computing the first uncommitted block of the path.
+  bool Produces(const Lease& lease) const;
   // Makes the lease the producer of every uncommitted, producerless block of its path. False if
   // there is none.
   bool TakeOver(Lease& lease);
