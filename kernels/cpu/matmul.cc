@@ -1,0 +1,103 @@
+// Matrix products by oneDNN (dnnl_sgemm: row-major, any leading dimensions), with bias and addend
+// as its starting value. Also SumRows, the gradient of a bias.
+#include <dnnl.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status_macros.h"
+#include "kernels/cpu/column_sums.h"
+#include "kernels/cpu/families.h"
+#include "kernels/cpu/gemm.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/simd/kernels.h"
+#include "kernels/ops/shape_check.h"
+
+namespace coppice::cpu {
+namespace {
+
+absl::Status CheckMatMul(const ops::MatMulParams& p, int64_t m, int64_t n, int64_t k) {
+  ops::ShapeCheck check("matmul");
+  check.Rank("a", p.a, 2).Rank("b", p.b, 2);
+  p.trans_a ? check.Tensor("a", p.a, DType::kF32, {k, m})
+            : check.Tensor("a", p.a, DType::kF32, {m, k});
+  p.trans_b ? check.Tensor("b", p.b, DType::kF32, {n, k})
+            : check.Tensor("b", p.b, DType::kF32, {k, n});
+  return check.Optional("bias", p.bias, DType::kF32, {n})
+      .Optional("addend", p.addend, DType::kF32, {m, n})
+      .Tensor("c", p.c, DType::kF32, {m, n})
+      .status();
+}
+
+// c = bias + addend, whichever are present.
+void StartFrom(Context& context, const ops::MatMulParams& p) {
+  const int64_t n = p.c.dim(1);
+  ParallelRanges(context.num_threads(), p.c.dim(0), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      float* c = p.c.f32() + i * p.c.stride[0];
+      const float* first =
+          p.addend.present() ? p.addend.f32() + i * p.addend.stride[0] : p.bias.f32();
+      if (first != c) std::memcpy(c, first, n * sizeof(float));
+      if (p.addend.present() && p.bias.present()) SimdKernels().add(p.bias.f32(), c, n);
+    }
+  });
+}
+
+}  // namespace
+
+absl::Status Gemm(Context& context, const GemmArgs& g) {
+  if (g.m == 0 || g.n == 0) return absl::OkStatus();
+  if (g.k == 0) {
+    for (int64_t i = 0; !g.accumulate && i < g.m; ++i) {
+      std::memset(g.c + i * g.c_row, 0, g.n * sizeof(float));
+    }
+    return absl::OkStatus();
+  }
+  omp_set_num_threads(context.num_threads());  // of the calling thread; oneDNN asks OpenMP
+  const dnnl_status_t status =
+      dnnl_sgemm(g.trans_a ? 'T' : 'N', g.trans_b ? 'T' : 'N', g.m, g.n, g.k, 1.0f, g.a, g.a_row,
+                 g.b, g.b_row, g.accumulate ? 1.0f : 0.0f, g.c, g.c_row);
+  if (status == dnnl_success) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat("oneDNN sgemm failed: want status 0, got ", status,
+                                          " for m=", g.m, " n=", g.n, " k=", g.k,
+                                          "; report this shape"));
+}
+
+absl::Status MatMul(Context& context, const ops::MatMulParams& p) {
+  const int64_t m = p.trans_a ? p.a.dim(1) : p.a.dim(0);
+  const int64_t k = p.trans_a ? p.a.dim(0) : p.a.dim(1);
+  const int64_t n = p.trans_b ? p.b.dim(0) : p.b.dim(1);
+  RETURN_IF_ERROR(CheckMatMul(p, m, n, k));
+  const bool accumulate = p.bias.present() || p.addend.present();
+  const bool in_place = p.addend.data == p.c.data && p.addend.stride[0] == p.c.stride[0];
+  if (accumulate && !(in_place && !p.bias.present())) StartFrom(context, p);
+  return Gemm(context, {.trans_a = p.trans_a,
+                        .trans_b = p.trans_b,
+                        .m = m,
+                        .n = n,
+                        .k = k,
+                        .a = p.a.f32(),
+                        .a_row = LeadingDimension(p.a),
+                        .b = p.b.f32(),
+                        .b_row = LeadingDimension(p.b),
+                        .c = p.c.f32(),
+                        .c_row = LeadingDimension(p.c),
+                        .accumulate = accumulate});
+}
+
+absl::Status SumRows(Context& context, const ops::SumRowsParams& p) {
+  const int64_t rows = p.x.dim(0), n = p.out.dim(0);
+  RETURN_IF_ERROR(ops::ShapeCheck("sum_rows")
+                      .Tensor("out", p.out, DType::kF32, {n})
+                      .Tensor("x", p.x, DType::kF32, {rows, n})
+                      .status());
+  SumOverRows(context, rows, n, p.out.f32(), [&](int64_t begin, int64_t end, float* partial) {
+    for (int64_t i = begin; i < end; ++i)
+      SimdKernels().add(p.x.f32() + i * p.x.stride[0], partial, n);
+  });
+  return absl::OkStatus();
+}
+
+}  // namespace coppice::cpu

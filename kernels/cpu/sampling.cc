@@ -1,0 +1,189 @@
+// One token per row of logits. Filters apply in the order logit bias, temperature, top-k, top-p,
+// min-p; the token is the first (by id) whose cumulative probability exceeds a counter-based
+// uniform number (base/rng.h), so that it depends on its own row, seed, sample and position only.
+//   top-k: the k largest probabilities; ties at the edge go to lower ids.
+//   top-p: the shortest prefix, by descending probability, whose mass among the top-k reaches p
+//   (Holtzman et al. 2020). min-p: probabilities of at least min_p times the largest (Nguyen et al.
+//   2024).
+// Cost: three passes over the row without top-k and top-p; with them, a selection among its tokens
+// as well.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/rng.h"
+#include "kernels/base/status_macros.h"
+#include "kernels/cpu/families.h"
+#include "kernels/cpu/parallel.h"
+#include "kernels/cpu/simd/kernels.h"
+#include "kernels/ops/shape_check.h"
+
+namespace coppice::cpu {
+namespace {
+
+using ops::SampleParams;
+using ops::SamplingRow;
+
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+
+double SumInOrder(const float* x, int64_t n) {
+  double sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i];
+  return sum;
+}
+
+float LogSumExp(const float* logits, int64_t vocab) {
+  SoftmaxStats stats = {kMinusInf, 0, 0};
+  SimdKernels().softmax_stats(logits, 1.0f, &stats, vocab);
+  return stats.max + std::log(stats.sum);
+}
+
+// The largest raw log-probs, descending; ties by lower id.
+void WriteTopLogprobs(const float* logits, int64_t vocab, float lse, int32_t count, int32_t* ids,
+                      float* values) {
+  std::vector<int32_t> order(vocab);
+  for (int64_t i = 0; i < vocab; ++i) order[i] = static_cast<int32_t>(i);
+  const auto larger = [logits](int32_t a, int32_t b) {
+    return logits[a] != logits[b] ? logits[a] > logits[b] : a < b;
+  };
+  std::partial_sort(order.begin(), order.begin() + std::min<int64_t>(count, vocab), order.end(),
+                    larger);
+  for (int32_t i = 0; i < count; ++i) {
+    ids[i] = i < vocab ? order[i] : -1;
+    values[i] = i < vocab ? logits[order[i]] - lse : kMinusInf;
+  }
+}
+
+int32_t ArgMax(const float* x, int64_t n) {
+  return static_cast<int32_t>(std::max_element(x, x + n) - x);
+}
+
+// Zeroes the weights that the filters drop. `weights` are exp((logit - max) / temperature).
+void ApplyFilters(const SamplingRow& row, float* weights, int64_t vocab) {
+  const bool top_k = row.top_k > 0 && row.top_k < vocab;
+  const bool top_p = row.top_p < 1.0f;
+  if (top_k || top_p) {
+    std::vector<int32_t> order;
+    for (int64_t i = 0; i < vocab; ++i) {
+      if (weights[i] > 0) order.push_back(static_cast<int32_t>(i));
+    }
+    const auto larger = [weights](int32_t a, int32_t b) {
+      return weights[a] != weights[b] ? weights[a] > weights[b] : a < b;
+    };
+    size_t kept = order.size();
+    if (top_k && static_cast<size_t>(row.top_k) < kept) {
+      kept = row.top_k;
+      std::nth_element(order.begin(), order.begin() + kept, order.end(), larger);
+    }
+    if (top_p) {
+      std::sort(order.begin(), order.begin() + kept, larger);
+      double mass = 0;
+      for (size_t i = 0; i < kept; ++i) mass += weights[order[i]];
+      double reached = 0;
+      size_t end = 0;
+      while (end < kept && reached < row.top_p * mass) reached += weights[order[end++]];
+      kept = std::max<size_t>(end, 1);
+    }
+    for (size_t i = kept; i < order.size(); ++i) weights[order[i]] = 0;
+  }
+  if (row.min_p > 0) {  // the largest weight is 1
+    for (int64_t i = 0; i < vocab; ++i) weights[i] = weights[i] >= row.min_p ? weights[i] : 0.0f;
+  }
+}
+
+// First token whose cumulative weight exceeds u * total.
+int32_t Draw(const float* weights, int64_t vocab, double total, float u) {
+  const double threshold = u * total;
+  double cumulative = 0;
+  int32_t last = 0;  // rounding may leave the threshold above the last sum
+  for (int64_t i = 0; i < vocab; ++i) {
+    if (weights[i] == 0) continue;
+    cumulative += weights[i];
+    last = static_cast<int32_t>(i);
+    if (cumulative > threshold) break;
+  }
+  return last;
+}
+
+// Scores of one row: raw logits plus biases.
+void ApplyBias(const SampleParams& p, const SamplingRow& row, float* scores) {
+  for (int32_t b = row.bias_begin; b < row.bias_end; ++b) {
+    scores[p.bias_ids[b]] += p.bias_values[b];
+  }
+}
+
+// Draws the token of row i with `scores` [vocab] as scratch. False if there is nothing to draw
+// from: every score is -inf, or one is NaN or +inf.
+bool SampleRow(const SampleParams& p, int64_t i, float* scores) {
+  const SamplingRow& row = p.rows[i];
+  const int64_t vocab = p.logits.dim(1);
+  const float* logits = p.logits.f32() + i * p.logits.stride[0];
+  const float raw_lse = LogSumExp(logits, vocab);
+  if (!std::isfinite(raw_lse)) return false;
+  if (p.top_logprobs > 0) {
+    WriteTopLogprobs(logits, vocab, raw_lse, p.top_logprobs, p.top_ids + i * p.top_logprobs,
+                     p.top_values + i * p.top_logprobs);
+  }
+  std::copy(logits, logits + vocab, scores);
+  ApplyBias(p, row, scores);
+  const float max = SimdKernels().max(scores, vocab);
+  if (!std::isfinite(max)) return false;
+  if (row.temperature == 0) {
+    p.tokens[i] = ArgMax(scores, vocab);
+    p.sampled_logprobs[i] = 0;
+  } else {
+    SimdKernels().exp_shifted(scores, max, row.temperature, scores, vocab);
+    ApplyFilters(row, scores, vocab);
+    const double total = SumInOrder(scores, vocab);
+    if (!std::isfinite(total)) return false;
+    p.tokens[i] = Draw(scores, vocab, total, SamplingUniform(row.seed, row.sample, row.position));
+    p.sampled_logprobs[i] = static_cast<float>(std::log(scores[p.tokens[i]] / total));
+  }
+  p.raw_logprobs[i] = logits[p.tokens[i]] - raw_lse;
+  return true;
+}
+
+absl::Status CheckRow(const SampleParams& p, const SamplingRow& row) {
+  const int64_t vocab = p.logits.dim(1);
+  const auto bad = [](absl::string_view what, absl::string_view want, float got) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("sample: ", what, ": want ", want, ", got ", got, "; fix the request"));
+  };
+  if (!(row.temperature >= 0)) return bad("temperature", "at least 0", row.temperature);
+  if (!(row.top_p > 0 && row.top_p <= 1)) return bad("top_p", "(0, 1]", row.top_p);
+  if (!(row.min_p >= 0 && row.min_p < 1)) return bad("min_p", "[0, 1)", row.min_p);
+  for (int32_t b = row.bias_begin; b < row.bias_end; ++b) {
+    if (p.bias_ids[b] < 0 || p.bias_ids[b] >= vocab) {
+      return bad("logit bias token", "an id of the vocabulary", static_cast<float>(p.bias_ids[b]));
+    }
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status Sample(Context& context, const SampleParams& p) {
+  const int64_t n = p.logits.dim(0), vocab = p.logits.dim(1);
+  RETURN_IF_ERROR(ops::ShapeCheck("sample")
+                      .Tensor("logits", p.logits, DType::kF32, {n, vocab})
+                      .That(vocab > 0, "vocab", "at least 1", vocab)
+                      .That(p.top_logprobs >= 0 && p.top_logprobs <= 20, "top_logprobs", "[0, 20]",
+                            p.top_logprobs)
+                      .status());
+  for (int64_t i = 0; i < n; ++i) RETURN_IF_ERROR(CheckRow(p, p.rows[i]));
+  float* scores = context.Scratch(context.num_threads() * vocab);
+  std::vector<uint8_t> drawn(n);
+  ParallelFor(context.num_threads(), n,
+              [&](int64_t i, int thread) { drawn[i] = SampleRow(p, i, scores + thread * vocab); });
+  for (int64_t i = 0; i < n; ++i) {
+    if (drawn[i]) continue;
+    return absl::InvalidArgumentError(absl::StrCat(
+        "sample: logits of row ", i,
+        ": want finite values, got NaN, +inf or only -inf; check the weights and the logit bias"));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace coppice::cpu

@@ -1,0 +1,95 @@
+// Vec: COPPICE_LANES floats and the few functions on them that the kernels need, by GCC's vector
+// extension: the same source becomes SSE2, AVX2 or AVX-512 code. Include from simd/ only;
+// everything is local to the including file, because that file is compiled with instructions that
+// other files must not inherit.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace {
+
+constexpr int64_t kLanes = COPPICE_LANES;
+typedef float Vec __attribute__((vector_size(4 * COPPICE_LANES)));
+typedef int32_t IntVec __attribute__((vector_size(4 * COPPICE_LANES)));
+
+inline Vec Load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline void Store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+
+// The first `count` lanes; the others are zero and not touched.
+inline Vec Load(const float* p, int64_t count) {
+  if (count == kLanes) return Load(p);
+  Vec v = {};
+  std::memcpy(&v, p, count * sizeof(float));
+  return v;
+}
+inline void Store(float* p, Vec v, int64_t count) {
+  if (count == kLanes) return Store(p, v);
+  std::memcpy(p, &v, count * sizeof(float));
+}
+
+inline Vec Set(float x) { return x - Vec{}; }
+inline Vec Max(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec Min(Vec a, Vec b) { return a < b ? a : b; }
+
+// Lanes [0, count) of v, `other` elsewhere.
+inline Vec FirstLanes(Vec v, int64_t count, float other) {
+  for (int64_t i = count; i < kLanes; ++i) v[i] = other;
+  return v;
+}
+
+// Pairwise, so that the order of additions is the same for every caller.
+inline float Sum(Vec v) {
+  float lanes[kLanes];
+  Store(lanes, v);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+inline float MaxLane(Vec v) {
+  float lanes[kLanes];
+  Store(lanes, v);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) {
+      lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+    }
+  }
+  return lanes[0];
+}
+
+// exp(x) to about 1 ulp (relative 1.2e-7): x = n ln 2 + r, |r| <= ln 2 / 2, 2^n by the exponent
+// bits, e^r by a polynomial of degree 6 (coefficients of Cephes expf, Moshier). exp(0) == 1; below
+// -87.3 (denormal results) the answer is 0; above 88.4 it saturates near FLT_MAX; NaN stays NaN.
+inline Vec Exp(Vec x) {
+  const Vec clamped = Max(Min(x, Set(88.37f)), Set(-87.33f));
+  const Vec rounder = Set(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec n = (clamped * 1.44269504088896341f + rounder) - rounder;
+  const Vec r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
+  Vec scale;
+  std::memcpy(&scale, &exponent, sizeof(scale));
+  const Vec result = x < -87.33f ? Vec{} : p * scale;
+  return x == x ? result : x;
+}
+
+// Calls fn(i, count) for chunks of kLanes elements and once more for a shorter rest.
+template <typename Fn>
+inline __attribute__((always_inline)) void ForLanes(int64_t n, const Fn& fn) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) fn(i, kLanes);
+  if (i < n) fn(i, n - i);
+}
+
+}  // namespace

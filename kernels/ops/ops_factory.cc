@@ -1,0 +1,17 @@
+// CreateOps: the only place that knows which devices exist. Linked by binaries (target
+// ops_factory), never by libraries.
+#include "absl/strings/str_cat.h"
+#include "kernels/cpu/cpu_ops.h"
+#include "kernels/ops/ops.h"
+#include "kernels/ops/ops_factory_cuda.h"
+
+namespace coppice::ops {
+
+absl::StatusOr<std::unique_ptr<Ops>> CreateOps(absl::string_view device, int threads) {
+  if (device == "cpu") return cpu::CpuOps::Create(threads);
+  if (device == "cuda") return CreateCudaOps();
+  return absl::InvalidArgumentError(
+      absl::StrCat("unknown device: want cpu or cuda, got \"", device, "\"; fix --device"));
+}
+
+}  // namespace coppice::ops

@@ -1,0 +1,13 @@
+// CreateCudaOps: defined by kernels/cuda when it is built, else by ops_factory_nocuda.cc. Used by CreateOps only.
+#pragma once
+
+#include <memory>
+
+#include "absl/status/statusor.h"
+#include "kernels/ops/ops.h"
+
+namespace coppice::ops {
+
+absl::StatusOr<std::unique_ptr<Ops>> CreateCudaOps();
+
+}  // namespace coppice::ops
