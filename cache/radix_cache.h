@@ -40,6 +40,7 @@
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "cache/block_pool.h"
+#include "cache/miss_reason.h"
 #include "cache/namespace.h"
 #include "kernels/base/ids.h"
 
@@ -47,20 +48,6 @@ namespace coppice {
 
 class RadixCache;
 struct RadixNode;
-
-// Why the first uncached token was not cached. Values follow coppice.v1.MissReason.
-enum class MissReason {
-  kNone = 0,       // everything that could be cached was
-  kNoneStored,     // never seen in this namespace
-  kEvicted,        // was stored here, but is gone: made room, expired or flushed
-  kPolicyVersion,  // stored under another policy version
-  kNamespace,  // stored by the same tenant under another model, adapter or KV layout; other tenants
-               // look like kNoneStored: a reason must not tell one tenant what another has sent
-  kBelowBlock,  // what was left to match is shorter than one block
-  kNoStateCheckpoint,
-  kOptedOut,  // skip_read
-  kRoutedElsewhere,
-};
 
 // Keeps the blocks of one path alive, from position 0 to num_tokens(). Move-only; releasing never
 // fails. Must not outlive its cache.
