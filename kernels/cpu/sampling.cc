@@ -34,14 +34,16 @@ double SumInOrder(const float* x, int64_t n) {
   return sum;
 }
 
-float LogSumExp(const float* logits, int64_t vocab) {
-  SoftmaxStats stats = {kMinusInf, 0, 0};
-  SimdKernels().softmax_stats(logits, 1.0f, &stats, vocab);
-  return stats.max + std::log(stats.sum);
+// log sum exp(logits / temperature), exact for tiny temperatures; NaN or infinite if nothing can be
+// drawn. `scratch` [vocab] is overwritten.
+double LogSumExp(const float* logits, int64_t vocab, float temperature, float* scratch) {
+  const float max = SimdKernels().max(logits, vocab);
+  SimdKernels().exp_shifted(logits, max, temperature, scratch, vocab);
+  return double{max} / temperature + std::log(SumInOrder(scratch, vocab));
 }
 
 // The largest raw log-probs, descending; ties by lower id.
-void WriteTopLogprobs(const float* logits, int64_t vocab, float lse, int32_t count, int32_t* ids,
+void WriteTopLogprobs(const float* logits, int64_t vocab, double lse, int32_t count, int32_t* ids,
                       float* values) {
   std::vector<int32_t> order(vocab);
   for (int64_t i = 0; i < vocab; ++i) order[i] = static_cast<int32_t>(i);
@@ -52,7 +54,7 @@ void WriteTopLogprobs(const float* logits, int64_t vocab, float lse, int32_t cou
                     larger);
   for (int32_t i = 0; i < count; ++i) {
     ids[i] = i < vocab ? order[i] : -1;
-    values[i] = i < vocab ? logits[order[i]] - lse : kMinusInf;
+    values[i] = i < vocab ? static_cast<float>(logits[order[i]] - lse) : kMinusInf;
   }
 }
 
@@ -120,12 +122,15 @@ bool SampleRow(const SampleParams& p, int64_t i, float* scores) {
   const SamplingRow& row = p.rows[i];
   const int64_t vocab = p.logits.dim(1);
   const float* logits = p.logits.f32() + i * p.logits.stride[0];
-  const float raw_lse = LogSumExp(logits, vocab);
+  const double raw_lse = LogSumExp(logits, vocab, 1.0f, scores);
   if (!std::isfinite(raw_lse)) return false;
   if (p.top_logprobs > 0) {
     WriteTopLogprobs(logits, vocab, raw_lse, p.top_logprobs, p.top_ids + i * p.top_logprobs,
                      p.top_values + i * p.top_logprobs);
   }
+  const float temperature = row.temperature > 0 ? row.temperature : 1.0f;
+  const double tempered_lse =
+      temperature == 1.0f ? raw_lse : LogSumExp(logits, vocab, temperature, scores);
   std::copy(logits, logits + vocab, scores);
   ApplyBias(p, row, scores);
   const float max = SimdKernels().max(scores, vocab);
@@ -141,7 +146,11 @@ bool SampleRow(const SampleParams& p, int64_t i, float* scores) {
     p.tokens[i] = Draw(scores, vocab, total, SamplingUniform(row.seed, row.sample, row.position));
     p.sampled_logprobs[i] = static_cast<float>(std::log(scores[p.tokens[i]] / total));
   }
-  p.raw_logprobs[i] = logits[p.tokens[i]] - raw_lse;
+  const double logit = logits[p.tokens[i]];
+  p.raw_logprobs[i] = static_cast<float>(logit - raw_lse);
+  if (p.tempered_logprobs != nullptr) {
+    p.tempered_logprobs[i] = static_cast<float>(logit / temperature - tempered_lse);
+  }
   return true;
 }
 
@@ -151,7 +160,9 @@ absl::Status CheckRow(const SampleParams& p, const SamplingRow& row) {
     return absl::InvalidArgumentError(
         absl::StrCat("sample: ", what, ": want ", want, ", got ", got, "; fix the request"));
   };
-  if (!(row.temperature >= 0)) return bad("temperature", "at least 0", row.temperature);
+  if (!(row.temperature >= 0 && std::isfinite(row.temperature))) {
+    return bad("temperature", "a finite number of at least 0", row.temperature);
+  }
   if (!(row.top_p > 0 && row.top_p <= 1)) return bad("top_p", "(0, 1]", row.top_p);
   if (!(row.min_p >= 0 && row.min_p < 1)) return bad("min_p", "[0, 1)", row.min_p);
   for (int32_t b = row.bias_begin; b < row.bias_end; ++b) {

@@ -1,0 +1,28 @@
+// The one table of tolerances. A test names the reason it deviates from equality; no test has a
+// number of its own.
+#pragma once
+
+namespace coppice::tolerance {
+
+// One fp32 op against the double reference: sums of at most a few thousand terms of size 1, with
+// the error growing like sqrt(terms) * 6e-8; relative to the largest value of the tensor.
+inline constexpr double kOpForward = 4e-6;
+// The same for gradients, which chain two or three such sums and an exp.
+inline constexpr double kOpBackward = 1e-5;
+// Central differences in double precision with step 1e-5: truncation about step^2 = 1e-10, rounding
+// about 1e-16 / step = 1e-11.
+inline constexpr double kFiniteDifferenceStep = 1e-5;
+// Elementary functions of simd/vec.h: about two units in the last place.
+inline constexpr double kElementary = 2.5e-7;
+
+// Gradients of a shared tree against the sum over its sequences, run one by one, fp32 (promise P3).
+inline constexpr double kTreeVersusFlat = 1e-5;
+// Logits and gradients against Hugging Face transformers in fp32: two implementations with
+// different orders of summation over the depth of a model.
+inline constexpr double kParity = 1e-4;
+
+// Chi-square tests: the probability that a correct sampler fails. Seeds are fixed, so a pass stays
+// a pass.
+inline constexpr double kChiSquareSignificance = 1e-4;
+
+}  // namespace coppice::tolerance
