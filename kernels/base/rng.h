@@ -35,9 +35,9 @@ COPPICE_HOST_DEVICE inline Philox4 Philox(uint64_t key, uint32_t c0, uint32_t c1
   return {{c0, c1, c2, c3}};
 }
 
-// Uniform in (0, 1): 24 bits, never 0 or 1.
+// Uniform in (0, 1): 23 bits and a half, which a float holds exactly, so never 0 or 1.
 COPPICE_HOST_DEVICE inline float UniformFloat(uint32_t bits) {
-  return (static_cast<float>(bits >> 8) + 0.5f) * (1.0f / 16777216.0f);
+  return (static_cast<float>(bits >> 9) + 0.5f) * (1.0f / 8388608.0f);
 }
 
 // The uniform number that decides the token at `position` of sample `sample` under `seed`.
