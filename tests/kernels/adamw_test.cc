@@ -1,0 +1,99 @@
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+#include "kernels/ops/ops.h"
+#include "tests/support/guarded_tensor.h"
+#include "tests/support/reference.h"
+#include "tests/support/tolerances.h"
+
+namespace coppice {
+namespace {
+
+using reference::Vector;
+
+TEST(AdamWTest, MatchesTheFormulaOverSeveralSteps) {
+  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+  std::mt19937_64 random(1);
+  const float lr = 0.01f, b1 = 0.9f, b2 = 0.95f, eps = 1e-8f, decay = 0.1f, clip = 0.5f;
+  for (const int64_t n : {0, 64, 128, 40000 / 64 * 64}) {
+    GuardedTensor param({n}), grad({n}), m({n}), v({n});
+    param.FillNormal(random);
+    std::vector<uint8_t> mask(n / 64);
+    for (size_t i = 0; i < mask.size(); ++i) mask[i] = i % 2;
+    Vector want = param.ToDouble(), want_m(n), want_v(n);
+    for (int64_t t = 1; t <= 4; ++t) {
+      grad.FillNormal(random);
+      ASSERT_TRUE(ops->AdamW({.param = param.view(),
+                              .grad = grad.view(),
+                              .m = m.view(),
+                              .v = v.view(),
+                              .decay_mask = View1D(mask.data(), DType::kU8, n / 64),
+                              .step = t,
+                              .learning_rate = lr,
+                              .beta1 = b1,
+                              .beta2 = b2,
+                              .eps = eps,
+                              .weight_decay = decay,
+                              .grad_scale = clip})
+                      .ok());
+      for (int64_t i = 0; i < n; ++i) {
+        const double g = double{grad[i]} * clip;
+        want_m[i] = b1 * want_m[i] + (1 - double{b1}) * g;
+        want_v[i] = b2 * want_v[i] + (1 - double{b2}) * g * g;
+        const double step = want_m[i] / (1 - std::pow(double{b1}, t)) /
+                            (std::sqrt(want_v[i] / (1 - std::pow(double{b2}, t))) + eps);
+        want[i] -= lr * (step + (mask[i / 64] ? decay * want[i] : 0.0));
+      }
+    }
+    EXPECT_LT(RelativeError(param, want), tolerance::kOpForward);
+    EXPECT_LT(RelativeError(m, want_m), tolerance::kOpForward);
+    EXPECT_LT(RelativeError(v, want_v), tolerance::kOpForward);
+    for (const GuardedTensor* t : {&param, &m, &v}) t->ExpectGuardsIntact("arena");
+  }
+}
+
+TEST(AdamWTest, ZeroGradientAndNoDecayChangeNothing) {
+  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+  GuardedTensor param({64}), grad({64}), m({64}), v({64});
+  param.Fill(3);
+  ASSERT_TRUE(ops->AdamW({.param = param.view(),
+                          .grad = grad.view(),
+                          .m = m.view(),
+                          .v = v.view(),
+                          .learning_rate = 1})
+                  .ok());
+  EXPECT_EQ(param.ToFloat(), std::vector<float>(64, 3));
+}
+
+TEST(SumSquaresTest, IsTheSameForEveryNumberOfThreads) {
+  std::mt19937_64 random(2);
+  for (const int64_t n : {0, 1, 15, 32767, 32768, 32769, 200001}) {
+    GuardedTensor x({n});
+    x.FillNormal(random);
+    double want = 0;
+    for (int64_t i = 0; i < n; ++i) want += double{x[i]} * x[i];
+    double first = 0;
+    for (const int threads : {1, 2, 4}) {
+      const auto ops = std::move(ops::CreateOps("cpu", threads)).value();
+      const auto got = ops->SumSquares(x.view());
+      ASSERT_TRUE(got.ok());
+      EXPECT_NEAR(*got, want, tolerance::kOpForward * want);
+      if (threads == 1) first = *got;
+      EXPECT_EQ(*got, first);
+    }
+  }
+}
+
+TEST(SumSquaresTest, ReportsNonFiniteValues) {
+  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+  GuardedTensor x({100});
+  x[50] = NAN;
+  EXPECT_TRUE(std::isnan(*ops->SumSquares(x.view())));
+  x[50] = INFINITY;
+  EXPECT_TRUE(std::isinf(*ops->SumSquares(x.view())));
+}
+
+}  // namespace
+}  // namespace coppice

@@ -1,0 +1,204 @@
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "kernels/ops/ops.h"
+#include "tests/support/guarded_tensor.h"
+#include "tests/support/reference.h"
+#include "tests/support/tolerances.h"
+
+namespace coppice {
+namespace {
+
+using reference::Vector;
+
+TensorView Ints(std::vector<int32_t>& v) {
+  return View1D(v.data(), DType::kI32, static_cast<int64_t>(v.size()));
+}
+
+// Rows with no, one and several targets.
+struct HeadProblem {
+  HeadProblem(int64_t head_rows, int64_t width, int64_t vocab_size, std::mt19937_64& random)
+      : rows(head_rows),
+        n(width),
+        vocab(vocab_size),
+        hidden({rows, n}, 3),
+        weight({vocab, n}, 1),
+        indptr(Indptr(rows)),
+        targets(indptr.back()),
+        logprobs({static_cast<int64_t>(targets.size())}),
+        entropy({rows}),
+        lse({rows}) {
+    hidden.FillNormal(random);
+    weight.FillNormal(random);
+    for (int32_t& t : targets) {
+      t = std::uniform_int_distribution<int32_t>(0, static_cast<int32_t>(vocab) - 1)(random);
+    }
+    if (targets.size() > 2) targets[2] = targets[1];  // two children may start with one token
+  }
+  static std::vector<int32_t> Indptr(int64_t rows) {
+    std::vector<int32_t> v = {0};
+    const int32_t counts[] = {1, 3, 0, 1, 2};
+    for (int64_t r = 0; r < rows; ++r) v.push_back(v.back() + counts[r % 5]);
+    return v;
+  }
+  absl::Status Forward(ops::Ops& ops, float temperature) {
+    return ops.LogProbHead({.hidden = hidden.view(),
+                            .weight = weight.view(),
+                            .target_indptr = Ints(indptr),
+                            .targets = Ints(targets),
+                            .temperature = temperature,
+                            .logprobs = logprobs.view(),
+                            .entropy = entropy.view(),
+                            .lse = lse.view()});
+  }
+  reference::HeadResult Reference(const Vector& h, const Vector& w, double temperature) const {
+    return reference::LogProbHead(h, w, n, vocab, indptr, targets, temperature);
+  }
+
+  int64_t rows, n, vocab;
+  GuardedTensor hidden, weight;
+  std::vector<int32_t> indptr, targets;
+  GuardedTensor logprobs, entropy, lse;
+};
+
+TEST(LogProbHeadTest, ForwardMatchesReferenceAroundTileSizes) {
+  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+  std::mt19937_64 random(1);
+  for (const int64_t rows : {0, 1, 5, 255, 256, 257}) {
+    for (const int64_t vocab : {1, 50, 4095, 4096, 4097}) {
+      if (rows > 100 && vocab > 100 && vocab != 4097) continue;
+      SCOPED_TRACE(testing::Message() << rows << " rows, vocab " << vocab);
+      HeadProblem p(rows, 5, vocab, random);
+      const absl::Status status = p.Forward(*ops, 0.7f);
+      ASSERT_TRUE(status.ok()) << status;
+      const reference::HeadResult want =
+          p.Reference(p.hidden.ToDouble(), p.weight.ToDouble(), 0.7f);
+      EXPECT_LT(RelativeError(p.logprobs, want.logprobs, 1), tolerance::kOpForward);
+      EXPECT_LT(RelativeError(p.entropy, want.entropy, 1), tolerance::kOpForward);
+      EXPECT_LT(RelativeError(p.lse, want.lse, 1), tolerance::kOpForward);
+      p.logprobs.ExpectGuardsIntact("logprobs");
+    }
+  }
+}
+
+TEST(LogProbHeadTest, PeakedLogitsStayFinite) {
+  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+  std::mt19937_64 random(2);
+  HeadProblem p(3, 4, 100, random);
+  for (int64_t i = 0; i < 12; ++i) p.hidden[i] *= 1000;
+  ASSERT_TRUE(p.Forward(*ops, 1).ok());
+  const reference::HeadResult want = p.Reference(p.hidden.ToDouble(), p.weight.ToDouble(), 1);
+  EXPECT_LT(RelativeError(p.logprobs, want.logprobs, 1), tolerance::kOpForward);
+  EXPECT_LT(RelativeError(p.lse, want.lse, 1), tolerance::kOpForward);
+  EXPECT_LT(RelativeError(p.entropy, want.entropy, 1), tolerance::kOpBackward);
+}
+
+TEST(LogProbHeadTest, BackwardMatchesFiniteDifferences) {
+  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+  std::mt19937_64 random(3);
+  struct Size {
+    int64_t rows, n, vocab;
+  };
+  for (const Size& s : {Size{1, 3, 7}, Size{5, 4, 40}, Size{9, 2, 19}}) {
+    for (const bool with_entropy : {false, true}) {
+      for (const float temperature : {1.0f, 0.6f}) {
+        HeadProblem p(s.rows, s.n, s.vocab, random);
+        ASSERT_TRUE(p.Forward(*ops, temperature).ok());
+        GuardedTensor d_logprobs({p.logprobs.size()}), d_entropy({s.rows});
+        GuardedTensor d_hidden({s.rows, s.n}, 2), d_weight({s.vocab, s.n}, 3);
+        for (GuardedTensor* t : {&d_logprobs, &d_entropy, &d_weight}) t->FillNormal(random);
+        const Vector before = d_weight.ToDouble();
+        ASSERT_TRUE(
+            ops->LogProbHeadBackward({.hidden = p.hidden.view(),
+                                      .weight = p.weight.view(),
+                                      .target_indptr = Ints(p.indptr),
+                                      .targets = Ints(p.targets),
+                                      .temperature = temperature,
+                                      .lse = p.lse.view(),
+                                      .entropy = p.entropy.view(),
+                                      .d_logprobs = d_logprobs.view(),
+                                      .d_entropy = with_entropy ? d_entropy.view() : TensorView{},
+                                      .d_hidden = d_hidden.view(),
+                                      .d_weight = d_weight.view()})
+                .ok());
+        const auto loss = [&](const Vector& h, const Vector& w) {
+          const reference::HeadResult r = p.Reference(h, w, temperature);
+          return reference::Dot(r.logprobs, d_logprobs.ToDouble()) +
+                 (with_entropy ? reference::Dot(r.entropy, d_entropy.ToDouble()) : 0.0);
+        };
+        const Vector h = p.hidden.ToDouble(), w = p.weight.ToDouble();
+        const Vector want_hidden = reference::NumericGradient(
+            [&](const Vector& x) { return loss(x, w); }, h, tolerance::kFiniteDifferenceStep);
+        Vector want_weight = reference::NumericGradient([&](const Vector& x) { return loss(h, x); },
+                                                        w, tolerance::kFiniteDifferenceStep);
+        for (size_t i = 0; i < before.size(); ++i) want_weight[i] += before[i];
+        EXPECT_LT(RelativeError(d_hidden, want_hidden), tolerance::kOpBackward);
+        EXPECT_LT(RelativeError(d_weight, want_weight), tolerance::kOpBackward);
+        d_hidden.ExpectGuardsIntact("d_hidden");
+        d_weight.ExpectGuardsIntact("d_weight");
+      }
+    }
+  }
+}
+
+// Several tiles of rows and of tokens: against the formula in double precision.
+TEST(LogProbHeadTest, BackwardMatchesReferenceOverSeveralTiles) {
+  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+  std::mt19937_64 random(4);
+  HeadProblem p(300, 3, 4500, random);
+  ASSERT_TRUE(p.Forward(*ops, 1).ok());
+  GuardedTensor d_logprobs({p.logprobs.size()}), d_entropy({p.rows});
+  GuardedTensor d_hidden({p.rows, p.n}), d_weight({p.vocab, p.n});
+  d_logprobs.FillNormal(random);
+  d_entropy.FillNormal(random);
+  ASSERT_TRUE(ops->LogProbHeadBackward({.hidden = p.hidden.view(),
+                                        .weight = p.weight.view(),
+                                        .target_indptr = Ints(p.indptr),
+                                        .targets = Ints(p.targets),
+                                        .temperature = 1,
+                                        .lse = p.lse.view(),
+                                        .entropy = p.entropy.view(),
+                                        .d_logprobs = d_logprobs.view(),
+                                        .d_entropy = d_entropy.view(),
+                                        .d_hidden = d_hidden.view(),
+                                        .d_weight = d_weight.view()})
+                  .ok());
+  const reference::HeadResult r = p.Reference(p.hidden.ToDouble(), p.weight.ToDouble(), 1);
+  Vector want_hidden(p.rows * p.n), want_weight(p.vocab * p.n);
+  for (int64_t row = 0; row < p.rows; ++row) {
+    for (int64_t j = 0; j < p.vocab; ++j) {
+      double z = 0;
+      for (int64_t i = 0; i < p.n; ++i)
+        z += double{p.hidden[row * p.n + i]} * p.weight[j * p.n + i];
+      const double log_p = z - r.lse[row], prob = std::exp(log_p);
+      double d_z = -double{d_entropy[row]} * prob * (log_p + r.entropy[row]);
+      for (int32_t t = p.indptr[row]; t < p.indptr[row + 1]; ++t) {
+        d_z += d_logprobs[t] * ((p.targets[t] == j ? 1.0 : 0.0) - prob);
+      }
+      for (int64_t i = 0; i < p.n; ++i) {
+        want_hidden[row * p.n + i] += d_z * p.weight[j * p.n + i];
+        want_weight[j * p.n + i] += d_z * p.hidden[row * p.n + i];
+      }
+    }
+  }
+  EXPECT_LT(RelativeError(d_hidden, want_hidden), tolerance::kOpBackward);
+  EXPECT_LT(RelativeError(d_weight, want_weight), tolerance::kOpBackward);
+}
+
+TEST(LogProbHeadTest, BadTargetsAreRefused) {
+  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+  std::mt19937_64 random(5);
+  HeadProblem p(5, 3, 10, random);
+  p.targets[0] = 10;
+  EXPECT_EQ(p.Forward(*ops, 1).code(), absl::StatusCode::kInvalidArgument);
+  p.targets[0] = 0;
+  p.indptr[1] = -1;
+  EXPECT_EQ(p.Forward(*ops, 1).code(), absl::StatusCode::kInvalidArgument);
+  p.indptr[1] = 1;
+  EXPECT_EQ(p.Forward(*ops, 0).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(p.Forward(*ops, 1).ok());
+}
+
+}  // namespace
+}  // namespace coppice

@@ -1,0 +1,91 @@
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "kernels/ops/ops.h"
+#include "tests/support/guarded_tensor.h"
+#include "tests/support/reference.h"
+#include "tests/support/tolerances.h"
+
+namespace coppice {
+namespace {
+
+using reference::Vector;
+
+struct Extras {
+  bool bias, addend, in_place;
+};
+
+// One product with strided operands, against the reference.
+void ExpectMatMul(ops::Ops& ops, std::mt19937_64& random, int64_t m, int64_t n, int64_t k,
+                  bool trans_a, bool trans_b, Extras extras) {
+  SCOPED_TRACE(testing::Message() << m << " x " << n << " x " << k << " trans " << trans_a
+                                  << trans_b << " bias " << extras.bias << " addend "
+                                  << extras.addend << extras.in_place);
+  GuardedTensor a(trans_a ? std::vector{k, m} : std::vector{m, k}, 3);
+  GuardedTensor b(trans_b ? std::vector{n, k} : std::vector{k, n}, 1);
+  GuardedTensor c({m, n}, 5), bias({n}), addend({m, n}, 2);
+  for (GuardedTensor* t : {&a, &b, &c, &bias, &addend}) t->FillNormal(random);
+  Vector want = reference::MatMul(a.ToDouble(), b.ToDouble(), m, n, k, trans_a, trans_b);
+  for (int64_t i = 0; i < m * n; ++i) {
+    if (extras.bias) want[i] += bias[i % n];
+    if (extras.addend) want[i] += extras.in_place ? c[i] : addend[i];
+  }
+  ops::MatMulParams p = {.a = a.view(), .b = b.view(), .trans_a = trans_a, .trans_b = trans_b};
+  p.c = c.view();
+  if (extras.bias) p.bias = bias.view();
+  if (extras.addend) p.addend = extras.in_place ? c.view() : addend.view();
+  const absl::Status status = ops.MatMul(p);
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_LT(RelativeError(c, want), tolerance::kOpForward);
+  c.ExpectGuardsIntact("c");
+}
+
+constexpr Extras kAllExtras[] = {{false, false, false}, {true, false, false}, {false, true, false},
+                                 {false, true, true},   {true, true, false},  {true, true, true}};
+
+TEST(MatMulTest, MatchesReferenceForEveryTransposeAndExtra) {
+  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+  std::mt19937_64 random(1);
+  for (const int64_t m : {0, 1, 2, 7, 33}) {
+    for (const auto& [n, k] : {std::pair{1, 1}, {5, 0}, {0, 5}, {17, 31}, {64, 64}, {130, 65}}) {
+      for (const Extras& extras : kAllExtras) {
+        for (const bool trans_a : {false, true}) {
+          for (const bool trans_b : {false, true}) {
+            ExpectMatMul(*ops, random, m, n, k, trans_a, trans_b, extras);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Decode: few rows against weights [n, k], where another algorithm takes over.
+TEST(MatMulTest, MatchesReferenceForFewRows) {
+  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+  std::mt19937_64 random(2);
+  for (int64_t m = 1; m <= 40; ++m) {
+    for (const auto& [n, k] : {std::pair{192, 576}, {77, 129}, {3, 1000}}) {
+      ExpectMatMul(*ops, random, m, n, k, false, true, kAllExtras[m % 6]);
+    }
+  }
+}
+
+TEST(MatMulTest, EqualInputsGiveEqualBits) {
+  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+  std::mt19937_64 random(3);
+  for (const int64_t m : {1, 8, 200}) {
+    GuardedTensor a({m, 300}), b({500, 300}), c({m, 500});
+    a.FillNormal(random);
+    b.FillNormal(random);
+    std::vector<float> first;
+    for (int run = 0; run < 5; ++run) {
+      ASSERT_TRUE(ops->MatMul({.a = a.view(), .b = b.view(), .trans_b = true, .c = c.view()}).ok());
+      if (run == 0) first = c.ToFloat();
+      EXPECT_EQ(c.ToFloat(), first);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace coppice

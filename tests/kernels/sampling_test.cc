@@ -1,0 +1,282 @@
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <random>
+
+#include "kernels/ops/ops.h"
+#include "tests/support/guarded_tensor.h"
+#include "tests/support/reference.h"
+#include "tests/support/tolerances.h"
+
+namespace coppice {
+namespace {
+
+using ops::SamplingRow;
+using reference::Vector;
+
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+
+struct Result {
+  std::vector<int32_t> tokens, top_ids;
+  std::vector<float> raw, sampled, tempered, top_values;
+};
+
+class SamplingTest : public testing::Test {
+ protected:
+  SamplingTest() : ops_(std::move(ops::CreateOps("cpu", 2)).value()) {}
+
+  // Samples one token per row of `rows`, all from the same logits.
+  absl::StatusOr<Result> TrySample(const std::vector<float>& logits,
+                                   const std::vector<SamplingRow>& rows, int32_t top = 0,
+                                   std::vector<std::pair<int32_t, float>> biases = {}) {
+    const int64_t n = static_cast<int64_t>(rows.size()),
+                  vocab = static_cast<int64_t>(logits.size());
+    GuardedTensor tensor({n, vocab}, 3);
+    for (int64_t i = 0; i < n * vocab; ++i) tensor[i] = logits[i % vocab];
+    std::vector<int32_t> bias_ids;
+    std::vector<float> bias_values;
+    for (const auto& [id, value] : biases) {
+      bias_ids.push_back(id);
+      bias_values.push_back(value);
+    }
+    Result r;
+    r.tokens.resize(n);
+    for (auto* v : {&r.raw, &r.sampled, &r.tempered}) v->resize(n);
+    r.top_ids.resize(n * top);
+    r.top_values.resize(n * top);
+    const absl::Status status = ops_->Sample({.logits = tensor.view(),
+                                              .rows = rows.data(),
+                                              .bias_ids = bias_ids.data(),
+                                              .bias_values = bias_values.data(),
+                                              .top_logprobs = top,
+                                              .tokens = r.tokens.data(),
+                                              .raw_logprobs = r.raw.data(),
+                                              .sampled_logprobs = r.sampled.data(),
+                                              .tempered_logprobs = r.tempered.data(),
+                                              .top_ids = r.top_ids.data(),
+                                              .top_values = r.top_values.data()});
+    tensor.ExpectGuardsIntact("logits");
+    if (!status.ok()) return status;
+    return r;
+  }
+  Result Sample(const std::vector<float>& logits, const std::vector<SamplingRow>& rows,
+                int32_t top = 0, std::vector<std::pair<int32_t, float>> biases = {}) {
+    auto r = TrySample(logits, rows, top, std::move(biases));
+    EXPECT_TRUE(r.ok()) << r.status();
+    return r.ok() ? *r : Result{std::vector<int32_t>(rows.size())};
+  }
+  // n draws that differ in their position only.
+  std::vector<int32_t> Draws(const std::vector<float>& logits, SamplingRow row, int n) {
+    std::vector<SamplingRow> rows(n, row);
+    for (int i = 0; i < n; ++i) rows[i].position = i;
+    return Sample(logits, rows).tokens;
+  }
+
+  std::unique_ptr<ops::Ops> ops_;
+};
+
+std::vector<float> RandomLogits(uint64_t seed, int n, float spread) {
+  std::mt19937_64 random(seed);
+  std::normal_distribution<float> normal(0, spread);
+  std::vector<float> logits(n);
+  for (float& x : logits) x = normal(random);
+  return logits;
+}
+
+Vector Softmax(const std::vector<float>& logits, double temperature) {
+  const double max = *std::max_element(logits.begin(), logits.end());
+  Vector p;
+  for (const float x : logits) p.push_back(std::exp((x - max) / temperature));
+  const double sum = std::accumulate(p.begin(), p.end(), 0.0);
+  for (double& x : p) x /= sum;
+  return p;
+}
+
+// Probability that a chi-square variable with k degrees of freedom exceeds x (Wilson & Hilferty
+// 1931).
+double ChiSquareTail(double x, double k) {
+  const double z = (std::cbrt(x / k) - (1 - 2 / (9 * k))) / std::sqrt(2 / (9 * k));
+  return 0.5 * std::erfc(z / std::sqrt(2.0));
+}
+
+void ExpectDistribution(const std::vector<int32_t>& draws, const Vector& probability) {
+  Vector count(probability.size());
+  for (const int32_t t : draws) count[t] += 1;
+  double statistic = 0, cells = 0;
+  for (size_t i = 0; i < probability.size(); ++i) {
+    const double expected = probability[i] * static_cast<double>(draws.size());
+    if (expected == 0) {
+      EXPECT_EQ(count[i], 0) << "token " << i << " has probability 0";
+      continue;
+    }
+    ASSERT_GT(expected, 5) << "too few draws for token " << i;
+    statistic += (count[i] - expected) * (count[i] - expected) / expected;
+    cells += 1;
+  }
+  const double tail = cells > 1 ? ChiSquareTail(statistic, cells - 1) : 1.0;
+  EXPECT_GT(tail, tolerance::kChiSquareSignificance);
+}
+
+// The distribution after the filters, by the definitions.
+Vector Filtered(Vector p, const SamplingRow& row) {
+  std::vector<int> order(p.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return p[a] > p[b]; });
+  size_t kept = row.top_k > 0 ? std::min<size_t>(row.top_k, p.size()) : p.size();
+  double mass = 0, reached = 0;
+  for (size_t i = 0; i < kept; ++i) mass += p[order[i]];
+  size_t nucleus = 0;
+  while (nucleus < kept && reached < row.top_p * mass) reached += p[order[nucleus++]];
+  kept = row.top_p < 1 ? nucleus : kept;
+  Vector result(p.size());
+  for (size_t i = 0; i < kept; ++i) {
+    if (p[order[i]] >= row.min_p * p[order[0]]) result[order[i]] = p[order[i]];
+  }
+  const double sum = std::accumulate(result.begin(), result.end(), 0.0);
+  for (double& x : result) x /= sum;
+  return result;
+}
+
+TEST_F(SamplingTest, DrawsFollowTheDistribution) {
+  const std::vector<float> logits = RandomLogits(1, 20, 1);
+  const SamplingRow rows[] = {
+      {.temperature = 1},
+      {.temperature = 0.7f},
+      {.temperature = 1.5f},
+      {.temperature = 1, .top_k = 5},
+      {.temperature = 1, .top_p = 0.8f},
+      {.temperature = 1, .min_p = 0.3f},
+      {.temperature = 0.9f, .top_k = 10, .top_p = 0.9f, .min_p = 0.1f},
+      {.temperature = 1, .top_k = 1},
+      {.temperature = 1, .top_p = 1e-6f},
+  };
+  for (SamplingRow row : rows) {
+    row.seed = 77;
+    SCOPED_TRACE(testing::Message() << "temperature " << row.temperature << " top_k " << row.top_k
+                                    << " top_p " << row.top_p << " min_p " << row.min_p);
+    ExpectDistribution(Draws(logits, row, 20000), Filtered(Softmax(logits, row.temperature), row));
+  }
+}
+
+TEST_F(SamplingTest, LogProbsAreThoseOfRawTemperedAndFilteredDistributions) {
+  const std::vector<float> logits = RandomLogits(2, 300, 2);
+  std::vector<SamplingRow> rows;
+  for (uint32_t i = 0; i < 50; ++i) {
+    rows.push_back({.temperature = 0.8f, .top_k = 40, .top_p = 0.9f, .seed = 3, .position = i});
+  }
+  const Result r = Sample(logits, rows);
+  const Vector raw = Softmax(logits, 1), tempered = Softmax(logits, 0.8f);
+  const Vector filtered = Filtered(tempered, rows[0]);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    EXPECT_NEAR(r.raw[i], std::log(raw[r.tokens[i]]), 1e-5);
+    EXPECT_NEAR(r.tempered[i], std::log(tempered[r.tokens[i]]), 1e-5);
+    EXPECT_NEAR(r.sampled[i], std::log(filtered[r.tokens[i]]), 1e-5);
+  }
+}
+
+TEST_F(SamplingTest, TheSameCounterGivesTheSameTokenInAnyBatch) {
+  const std::vector<float> logits = RandomLogits(4, 1000, 1);
+  std::vector<SamplingRow> rows;
+  for (uint32_t i = 0; i < 40; ++i) {
+    rows.push_back({.temperature = 1,
+                    .top_p = i % 2 ? 0.9f : 1.0f,
+                    .seed = 9,
+                    .sample = i % 5,
+                    .position = i});
+  }
+  const Result batch = Sample(logits, rows);
+  for (size_t i = 0; i < rows.size(); ++i) {
+    const Result alone = Sample(logits, {rows[i]});
+    EXPECT_EQ(alone.tokens[0], batch.tokens[i]);
+    EXPECT_EQ(alone.sampled[0], batch.sampled[i]);
+  }
+  std::vector<SamplingRow> samples(20, rows[0]);
+  for (uint32_t i = 0; i < 20; ++i) samples[i].sample = i;
+  std::vector<int32_t> tokens = Sample(logits, samples).tokens;
+  std::sort(tokens.begin(), tokens.end());
+  EXPECT_GT(std::unique(tokens.begin(), tokens.end()) - tokens.begin(), 10);
+}
+
+TEST_F(SamplingTest, GreedyTakesTheLowestIdOfTheLargest) {
+  const std::vector<float> logits = {0, 3, 1, 3, kMinusInf};
+  const Result r = Sample(logits, {{.temperature = 0}}, 3);
+  EXPECT_EQ(r.tokens[0], 1);
+  EXPECT_EQ(r.sampled[0], 0);
+  EXPECT_NEAR(r.raw[0], std::log(Softmax(logits, 1)[1]), 1e-6);
+  EXPECT_EQ(r.tempered[0], r.raw[0]);
+  EXPECT_EQ(r.top_ids, (std::vector<int32_t>{1, 3, 2}));
+  EXPECT_NEAR(r.top_values[2], std::log(Softmax(logits, 1)[2]), 1e-6);
+}
+
+TEST_F(SamplingTest, TinyTemperatureIsGreedyAndSplitsTies) {
+  const std::vector<float> logits = {0, 3, 1, 3, 2.9f};
+  for (const float temperature : {1e-3f, 1e-10f, 1e-38f, 1e-42f}) {
+    ExpectDistribution(Draws(logits, {.temperature = temperature, .seed = 5}, 2000),
+                       {0, 0.5, 0, 0.5, 0});
+  }
+}
+
+TEST_F(SamplingTest, MinusInfinityIsNeverDrawn) {
+  const std::vector<float> logits = {kMinusInf, 1, kMinusInf, 1, kMinusInf};
+  for (const SamplingRow& row : {SamplingRow{.temperature = 1}, SamplingRow{.temperature = 100},
+                                 SamplingRow{.temperature = 1, .top_k = 4},
+                                 SamplingRow{.temperature = 1, .top_p = 0.999f}}) {
+    ExpectDistribution(Draws(logits, row, 1000), {0, 0.5, 0, 0.5, 0});
+  }
+}
+
+TEST_F(SamplingTest, BiasMovesTheDrawButNotTheRawLogProb) {
+  const std::vector<float> logits = RandomLogits(6, 50, 1);
+  const SamplingRow row = {.temperature = 0.5f, .bias_begin = 0, .bias_end = 2};
+  const Result forced = Sample(logits, {row}, 0, {{7, 100.0f}, {8, kMinusInf}});
+  EXPECT_EQ(forced.tokens[0], 7);
+  EXPECT_NEAR(forced.raw[0], std::log(Softmax(logits, 1)[7]), 1e-5);
+  EXPECT_NEAR(forced.tempered[0], std::log(Softmax(logits, 0.5)[7]), 1e-5);
+  EXPECT_NEAR(forced.sampled[0], 0, 1e-6);
+  SamplingRow greedy = row;
+  greedy.temperature = 0;
+  EXPECT_EQ(Sample(logits, {greedy}, 0, {{7, 50.0f}, {7, 50.0f}}).tokens[0], 7);
+  // The order is bias, then temperature: a bias of log 3 at temperature 1 triples the odds.
+  ExpectDistribution(
+      [&] {
+        std::vector<SamplingRow> rows(5000, {.temperature = 1, .seed = 1, .bias_end = 1});
+        for (uint32_t i = 0; i < rows.size(); ++i) rows[i].position = i;
+        return Sample({0, 0}, rows, 0, {{1, std::log(3.0f)}}).tokens;
+      }(),
+      {0.25, 0.75});
+}
+
+TEST_F(SamplingTest, TopLogprobsAreSortedAndComplete) {
+  const std::vector<float> logits = RandomLogits(8, 5, 1);
+  const Result r = Sample(logits, {{.temperature = 1}}, 20);
+  const Vector p = Softmax(logits, 1);
+  for (int i = 0; i < 5; ++i) EXPECT_NEAR(r.top_values[i], std::log(p[r.top_ids[i]]), 1e-6);
+  EXPECT_TRUE(std::is_sorted(r.top_values.rbegin() + 15, r.top_values.rend()));
+  EXPECT_EQ(r.top_ids[5], -1);
+}
+
+TEST_F(SamplingTest, BadRowsAreRefused) {
+  const std::vector<float> logits = {0, 1};
+  const SamplingRow bad[] = {{.temperature = -1},
+                             {.temperature = NAN},
+                             {.temperature = INFINITY},
+                             {.temperature = 1, .top_p = 0},
+                             {.temperature = 1, .top_p = 1.5f},
+                             {.temperature = 1, .top_p = NAN},
+                             {.temperature = 1, .min_p = 1},
+                             {.temperature = 1, .min_p = -0.1f}};
+  for (const SamplingRow& row : bad) {
+    EXPECT_EQ(TrySample(logits, {row}).status().code(), absl::StatusCode::kInvalidArgument);
+  }
+  EXPECT_FALSE(TrySample(logits, {{.bias_end = 1}}, 0, {{2, 1.0f}}).ok());
+  EXPECT_FALSE(TrySample({kMinusInf, kMinusInf}, {{}}).ok());
+  EXPECT_FALSE(TrySample({0, NAN}, {{}}).ok());
+  EXPECT_FALSE(TrySample({0, INFINITY}, {{}}).ok());
+  EXPECT_FALSE(TrySample({0, INFINITY}, {{.temperature = 0}}).ok());
+  EXPECT_FALSE(TrySample({0, kMinusInf}, {{.bias_end = 1}}, 0, {{0, kMinusInf}}).ok());
+}
+
+}  // namespace
+}  // namespace coppice
