@@ -1,8 +1,9 @@
 // Trainer: forward, loss, backward through one shared token tree, and the update of the policy.
 //
-// Owner and thread: the engine thread, alone; the weights it updates are the very tensors that generation reads (P1).
-// Gradient contract: ForwardBackward adds to the gradient arena until OptimStep consumes it. Version contract: OptimStep
-// (and LoadCheckpoint) are the only places that change policy_version().
+// Owner and thread: the engine thread, alone; the weights it updates are the very tensors that
+// generation reads (P1). Gradient contract: ForwardBackward adds to the gradient arena until
+// OptimStep consumes it. Version contract: OptimStep (and LoadCheckpoint) are the only places that
+// change policy_version().
 #pragma once
 
 #include <memory>
@@ -21,30 +22,47 @@ namespace coppice {
 class Trainer {
  public:
   struct Options {
-    int64_t max_rows = 16384;          // unique tokens in one pass; more is split into micro-batches of whole groups
-    std::string step_log_dir;          // durable steps are checkpointed here; empty = durable is refused
+    // Unique tokens in one pass; more is split into micro-batches of whole groups.
+    int64_t max_rows = 16384;
+    // Memory for activations; decides what is retained for backward. 0 = half of the device's free
+    // memory at Create.
+    int64_t activation_bytes = 0;
+    // false: every sequence runs on its own, the baseline of benchmarks.
+    bool share_prefixes = true;
+    // Where the engine checkpoints durable steps; empty = durable is refused.
+    std::string step_log_dir;
   };
-  // Borrows model, decoder and clock. Optimizer state is allocated at the first OptimStep or ForwardBackward.
-  static absl::StatusOr<std::unique_ptr<Trainer>> Create(const Options& options, Model& model, const Decoder& decoder,
+  // Borrows model, decoder and clock. Gradients are allocated at the first ForwardBackward,
+  // optimizer state at the first OptimStep.
+  static absl::StatusOr<std::unique_ptr<Trainer>> Create(const Options& options, Model& model,
+                                                         const Decoder& decoder,
                                                          const Clock& clock);
   virtual ~Trainer() = default;
 
-  // INVALID_ARGUMENT with group, sample and field for bad input; then nothing has changed.
-  virtual absl::StatusOr<ForwardBackwardResult> ForwardBackward(const ForwardBackwardRequest& request) = 0;
-  // Clips, updates, zeroes gradients, increments the version. A non-finite norm skips the update (gradients are dropped).
-  // FAILED_PRECONDITION without pending gradients.
+  // INVALID_ARGUMENT with group, sample and field for bad input; then nothing has changed. After a
+  // device error all pending gradients are dropped.
+  virtual absl::StatusOr<ForwardBackwardResult> ForwardBackward(
+      const ForwardBackwardRequest& request) = 0;
+  // Clips, updates, zeroes gradients, increments the version. A non-finite norm skips the update
+  // (gradients are dropped). FAILED_PRECONDITION without pending gradients.
   virtual absl::StatusOr<OptimStepResult> OptimStep(const AdamConfig& config) = 0;
   // Log-probs of every response token, same code path as ForwardBackward's forward.
-  virtual absl::StatusOr<std::vector<SampleResult>> Score(const std::vector<TrainGroup>& groups, float temperature) = 0;
+  virtual absl::StatusOr<std::vector<SampleResult>> Score(const std::vector<TrainGroup>& groups,
+                                                          float temperature) = 0;
 
   virtual PolicyVersion policy_version() const = 0;
   virtual bool has_pending_gradients() const = 0;
+  virtual bool has_optimizer_state() const = 0;
   // The gradient arena, mapped like the weights; for tests and parity.
   virtual const Parameters& gradients() const = 0;
 
-  // Weights, optimizer, version; temp directory, fsync, rename. `directory` must not exist or be a former checkpoint.
+  // Weights, optimizer, version; temp directory, fsync, rename. `directory` must not exist or be a
+  // former checkpoint. FAILED_PRECONDITION with pending gradients, which a checkpoint does not
+  // hold.
   virtual absl::Status SaveCheckpoint(absl::string_view directory) = 0;
-  // Bit-equal resume. NOT_FOUND, DATA_LOSS, INVALID_ARGUMENT (another model's shape); on error nothing changed.
+  // Bit-equal resume; drops pending gradients. The version becomes the checkpoint's: what was
+  // cached under other weights must be forgotten by the caller. NOT_FOUND, DATA_LOSS,
+  // INVALID_ARGUMENT (another model's shape); on error nothing changed.
   virtual absl::Status LoadCheckpoint(absl::string_view directory) = 0;
 };
 

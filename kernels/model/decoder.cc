@@ -113,8 +113,8 @@ absl::Status Decoder::AttentionForward(const LayerParameters& params, const ops:
                               .lse = acts.lse});
 }
 
-absl::Status Decoder::MlpForward(const LayerParameters& params,
-                                 const LayerActivations& acts) const {
+absl::Status Decoder::MlpHiddenForward(const LayerParameters& params,
+                                       const LayerActivations& acts) const {
   RETURN_IF_ERROR(ops_->MatMul(
       {.a = acts.attn_out, .b = params.o, .trans_b = true, .addend = acts.input, .c = acts.mid}));
   RETURN_IF_ERROR(ops_->RmsNorm({.x = acts.mid,
@@ -124,7 +124,12 @@ absl::Status Decoder::MlpForward(const LayerParameters& params,
                                  .rstd = acts.mlp_rstd}));
   RETURN_IF_ERROR(
       ops_->MatMul({.a = acts.mlp_in, .b = params.gate_up, .trans_b = true, .c = acts.gate_up}));
-  RETURN_IF_ERROR(ops_->SwiGlu({.gate_up = acts.gate_up, .out = acts.mlp_act}));
+  return ops_->SwiGlu({.gate_up = acts.gate_up, .out = acts.mlp_act});
+}
+
+absl::Status Decoder::MlpForward(const LayerParameters& params,
+                                 const LayerActivations& acts) const {
+  RETURN_IF_ERROR(MlpHiddenForward(params, acts));
   return ops_->MatMul(
       {.a = acts.mlp_act, .b = params.down, .trans_b = true, .addend = acts.mid, .c = acts.output});
 }

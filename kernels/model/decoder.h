@@ -78,6 +78,8 @@ class Decoder {
                           const ops::PagedKv& kv, const LayerActivations& acts) const;
   // Second half, from input and attn_out on; any subset of the rows.
   absl::Status MlpForward(const LayerParameters& params, const LayerActivations& acts) const;
+  // The second half up to mlp_act: all that backward needs of it.
+  absl::Status MlpHiddenForward(const LayerParameters& params, const LayerActivations& acts) const;
 
   // Embedding, all layers, final norm of the plan's logit_rows -> hidden [head_rows, hidden] f,
   // inside `workspace`. REQUIRES: workspace.size_bytes() >= WorkspaceBytes(rows, head_rows).

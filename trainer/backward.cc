@@ -1,0 +1,185 @@
+#include "trainer/backward.h"
+
+#include "kernels/base/status_macros.h"
+#include "trainer/host_view.h"
+
+namespace coppice {
+namespace {
+
+// y = x w^T:  d_w += d_y^T x,  d_x = d_y w.
+absl::Status LinearBackward(ops::Ops& ops, TensorView d_y, TensorView x, TensorView w,
+                            TensorView d_w, TensorView d_x) {
+  RETURN_IF_ERROR(ops.MatMul({.a = d_y, .b = x, .trans_a = true, .addend = d_w, .c = d_w}));
+  return ops.MatMul({.a = d_y, .b = w, .c = d_x});
+}
+
+// Buffers of one half's backward; `residual` holds the gradient leaving the half and, after, the
+// one entering it.
+struct HalfGradients {
+  TensorView residual;  // [rows, hidden] f
+  TensorView normed;    // [rows, hidden] f
+  TensorView attn_out;  // [rows, q_dim] f: between the halves
+  TensorView mlp_act;   // [rows, ffn] f, second half only
+};
+
+// Second half of a layer: d_output -> d_mid + d_attn_out. Consumes acts.gate_up.
+absl::Status MlpBackward(ops::Ops& ops, const LayerParameters& params, const LayerActivations& acts,
+                         const LayerParameters& grads, const HalfGradients& d) {
+  RETURN_IF_ERROR(
+      LinearBackward(ops, d.residual, acts.mlp_act, params.down, grads.down, d.mlp_act));
+  const TensorView d_gate_up = acts.gate_up;
+  RETURN_IF_ERROR(
+      ops.SwiGluBackward({.gate_up = acts.gate_up, .d_out = d.mlp_act, .d_gate_up = d_gate_up}));
+  RETURN_IF_ERROR(
+      LinearBackward(ops, d_gate_up, acts.mlp_in, params.gate_up, grads.gate_up, d.normed));
+  RETURN_IF_ERROR(ops.RmsNormBackward({.d_out = d.normed,
+                                       .x = acts.mid,
+                                       .weight = params.mlp_norm,
+                                       .rstd = acts.mlp_rstd,
+                                       .d_x = d.residual,
+                                       .accumulate_d_x = true,
+                                       .d_weight = grads.mlp_norm}));
+  return LinearBackward(ops, d.residual, acts.attn_out, params.o, grads.o, d.attn_out);
+}
+
+// d_attn_out -> d_qkv, through attention, RoPE and the per-head norms.
+absl::Status QkvBackward(const Decoder& decoder, const LayerParameters& params,
+                         const ops::BatchPlan& plan, const LayerActivations& acts,
+                         const LayerParameters& grads, TensorView d_attn_out, TensorView d_qkv) {
+  const ModelConfig& config = decoder.config();
+  const QkvHeads d = SplitQkv(config, d_qkv);
+  RETURN_IF_ERROR(decoder.ops().TreeAttentionBackward(
+      {.plan = &plan,
+       .q = acts.q,
+       .k = acts.k,
+       .v = acts.v,
+       .scale = config.attention_scale(),
+       .out = acts.attn_out.SplitHeads(config.q_heads, config.head_dim),
+       .lse = acts.lse,
+       .d_out = d_attn_out.SplitHeads(config.q_heads, config.head_dim),
+       .d_q = d.q,
+       .d_k = d.k,
+       .d_v = d.v}));
+  const QkvHeads in = SplitQkv(config, acts.qkv);
+  return decoder.ops().QkNormRopeBackward({.plan = &plan,
+                                           .d_q_out = d.q,
+                                           .d_k_out = d.k,
+                                           .q_in = in.q,
+                                           .k_in = in.k,
+                                           .q_norm = params.q_norm,
+                                           .k_norm = params.k_norm,
+                                           .eps = config.rms_eps,
+                                           .rope = decoder.rope(),
+                                           .d_q_in = d.q,
+                                           .d_k_in = d.k,
+                                           .d_q_norm = grads.q_norm,
+                                           .d_k_norm = grads.k_norm});
+}
+
+// First half of a layer: d_attn_out, d_mid -> d_input.
+absl::Status AttentionBackward(const Decoder& decoder, const LayerParameters& params,
+                               const ops::BatchPlan& plan, const LayerActivations& acts,
+                               const LayerParameters& grads, const ActivationGradients& d) {
+  ops::Ops& ops = decoder.ops();
+  RETURN_IF_ERROR(QkvBackward(decoder, params, plan, acts, grads, d.attn_out, d.qkv));
+  if (params.qkv_bias.present()) {
+    RETURN_IF_ERROR(ops.SumRows({.x = d.qkv, .out = grads.qkv_bias}));
+  }
+  RETURN_IF_ERROR(LinearBackward(ops, d.qkv, acts.attn_in, params.qkv, grads.qkv, d.normed));
+  return ops.RmsNormBackward({.d_out = d.normed,
+                              .x = acts.input,
+                              .weight = params.attn_norm,
+                              .rstd = acts.attn_rstd,
+                              .d_x = d.residual,
+                              .accumulate_d_x = true,
+                              .d_weight = grads.attn_norm});
+}
+
+// Restores what was not retained. The last layer needs nothing: nobody overwrote what its first
+// half left in the shared buffers, and its second half, the tail, has its own.
+absl::Status Rematerialize(const Decoder& decoder, const LayerParameters& params,
+                           const ops::BatchPlan& plan, Retain retain,
+                           const LayerActivations& acts) {
+  if (retain == Retain::kAll) return absl::OkStatus();
+  if (retain == Retain::kInputs) {
+    RETURN_IF_ERROR(decoder.AttentionForward(params, plan, {}, acts));
+    return decoder.MlpHiddenForward(params, acts);
+  }
+  const float eps = decoder.config().rms_eps;
+  ops::Ops& ops = decoder.ops();
+  RETURN_IF_ERROR(
+      ops.RmsNorm({.x = acts.input, .weight = params.attn_norm, .eps = eps, .out = acts.attn_in}));
+  RETURN_IF_ERROR(
+      ops.RmsNorm({.x = acts.mid, .weight = params.mlp_norm, .eps = eps, .out = acts.mlp_in}));
+  return ops.SwiGlu({.gate_up = acts.gate_up, .out = acts.mlp_act});
+}
+
+// The tail's gradients, spread from the head rows to all rows.
+absl::Status ScatterTail(ops::Ops& ops, const ops::BatchPlan& plan, const ActivationGradients& d) {
+  RETURN_IF_ERROR(ops.Zero(d.residual));
+  RETURN_IF_ERROR(ops.ScatterAddRows(
+      {.src = d.tail_residual, .indices = plan.logit_rows(), .dst = d.residual}));
+  RETURN_IF_ERROR(ops.Zero(d.attn_out));
+  return ops.ScatterAddRows(
+      {.src = d.tail_attn_out, .indices = plan.logit_rows(), .dst = d.attn_out});
+}
+
+}  // namespace
+
+absl::Status HeadBackward(ops::Ops& ops, const Parameters& params, const TokenTree& tree,
+                          float temperature, const HeadOutputs& head, const HeadGradients& d_head,
+                          const Activations& acts, const Parameters& grads) {
+  const ActivationGradients& d = acts.gradients();
+  const TensorView d_hidden = d.normed.Rows(0, tree.num_head_rows());
+  RETURN_IF_ERROR(ops.LogProbHeadBackward(
+      {.hidden = acts.hidden(),
+       .weight = params.head,
+       .target_indptr = HostView(tree.target_indptr),
+       .targets = HostView(tree.targets),
+       .temperature = temperature,
+       .lse = HostView(head.lse),
+       .entropy = HostView(head.entropy),
+       .d_logprobs = HostView(d_head.d_logprobs),
+       .d_entropy = d_head.d_entropy.empty() ? TensorView{} : HostView(d_head.d_entropy),
+       .d_hidden = d_hidden,
+       .d_weight = grads.head}));
+  return ops.RmsNormBackward({.d_out = d_hidden,
+                              .x = acts.tail().output,
+                              .weight = params.final_norm,
+                              .rstd = acts.hidden_rstd(),
+                              .d_x = d.tail_residual,
+                              .d_weight = grads.final_norm});
+}
+
+absl::Status BackwardTree(const Decoder& decoder, const Parameters& params,
+                          const ops::BatchPlan& plan, const Activations& acts,
+                          const Parameters& grads) {
+  ops::Ops& ops = decoder.ops();
+  const ActivationGradients& d = acts.gradients();
+  const int64_t head_rows = d.tail_residual.dim(0);
+  const int64_t last = decoder.config().num_layers - 1;
+
+  RETURN_IF_ERROR(MlpBackward(ops, params.layers[last], acts.tail(), grads.layers[last],
+                              {.residual = d.tail_residual,
+                               .normed = d.normed.Rows(0, head_rows),
+                               .attn_out = d.tail_attn_out,
+                               .mlp_act = d.mlp_act.Rows(0, head_rows)}));
+  RETURN_IF_ERROR(ScatterTail(ops, plan, d));
+  for (int64_t l = last; l >= 0; --l) {
+    const LayerParameters& weights = params.layers[l];
+    const LayerActivations& layer = acts.layer(l);
+    if (l < last) {
+      RETURN_IF_ERROR(Rematerialize(decoder, weights, plan, acts.retain(), layer));
+      RETURN_IF_ERROR(MlpBackward(ops, weights, layer, grads.layers[l],
+                                  {.residual = d.residual,
+                                   .normed = d.normed,
+                                   .attn_out = d.attn_out,
+                                   .mlp_act = d.mlp_act}));
+    }
+    RETURN_IF_ERROR(AttentionBackward(decoder, weights, plan, layer, grads.layers[l], d));
+  }
+  return ops.EmbeddingBackward(
+      {.ids = plan.tokens(), .d_out = d.residual, .d_table = grads.embedding});
+}
+
+}  // namespace coppice

@@ -1,0 +1,32 @@
+// The backward pass: every op call of the forward pass mirrored, in reverse. Weight gradients are
+// added to `grads`; what the forward pass did not retain is recomputed layer by layer.
+#pragma once
+
+#include <vector>
+
+#include "absl/status/status.h"
+#include "kernels/model/decoder.h"
+#include "trainer/activations.h"
+#include "trainer/forward.h"
+#include "trainer/token_tree.h"
+
+namespace coppice {
+
+// Derivatives of the loss by what the head returned, summed over samples. Host memory.
+struct HeadGradients {
+  std::vector<float> d_logprobs;  // [targets]
+  std::vector<float> d_entropy;   // [head_rows]; empty = none
+};
+
+// From the log-probs to the output of the last layer on the head rows.
+absl::Status HeadBackward(ops::Ops& ops, const Parameters& params, const TokenTree& tree,
+                          float temperature, const HeadOutputs& head, const HeadGradients& d_head,
+                          const Activations& acts, const Parameters& grads);
+
+// From there to the embedding. REQUIRES: HeadBackward of the same pass; the activations are
+// consumed.
+absl::Status BackwardTree(const Decoder& decoder, const Parameters& params,
+                          const ops::BatchPlan& plan, const Activations& acts,
+                          const Parameters& grads);
+
+}  // namespace coppice

@@ -1,0 +1,62 @@
+// Checkpoints: one directory that holds a policy, and from which training resumes bit for bit.
+//   config.json, model.safetensors   as Hugging Face transformers reads them
+//   optimizer.safetensors            moments by tensor name, "m." and "v."; absent before the first
+//   optimizer step checkpoint.json                  format, policy version, optimizer steps, size
+//   and SHA-256 of every other file
+// Sampling is counter-based, so there is no random state to keep.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "kernels/base/ids.h"
+#include "kernels/model/model_config.h"
+#include "kernels/model/parameters.h"
+#include "kernels/model/tensor_source.h"
+#include "trainer/atomic_directory.h"
+#include "trainer/optimizer.h"
+
+namespace coppice {
+
+// What a checkpoint holds. Borrowed.
+struct CheckpointView {
+  const ModelConfig& config;
+  const Parameters& params;
+  const Optimizer* optimizer;  // null before the first step
+  PolicyVersion version;
+};
+
+// Writes all files and puts the directory in place atomically. FAILED_PRECONDITION if `directory`
+// exists and is not a checkpoint; the file system's errors. `boundary`: see atomic_directory.h.
+absl::Status WriteCheckpoint(const CheckpointView& view, absl::string_view directory, ops::Ops& ops,
+                             WriteBoundary boundary = {});
+
+// A checkpoint that was opened and found whole: sizes, checksums, names and shapes are checked
+// before anything is read.
+class CheckpointReader {
+ public:
+  // NOT_FOUND (no checkpoint.json), DATA_LOSS (file, want, got), INVALID_ARGUMENT (another model:
+  // tensor, want, got).
+  static absl::StatusOr<std::unique_ptr<CheckpointReader>> Open(const ModelConfig& config,
+                                                                absl::string_view directory);
+
+  PolicyVersion version() const { return version_; }
+  bool has_optimizer() const { return optimizer_ != nullptr; }
+  absl::Status ReadWeights(const Parameters& params, ops::Ops& ops) const;
+  // REQUIRES: has_optimizer().
+  absl::Status ReadOptimizer(Optimizer& optimizer, ops::Ops& ops) const;
+
+ private:
+  explicit CheckpointReader(const ModelConfig& config) : config_(config) {}
+
+  ModelConfig config_;
+  PolicyVersion version_{0};
+  int64_t optimizer_steps_ = 0;
+  std::unique_ptr<TensorSource> weights_;
+  std::unique_ptr<TensorSource> optimizer_;
+};
+
+}  // namespace coppice

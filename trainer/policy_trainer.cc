@@ -1,0 +1,64 @@
+#include "trainer/policy_trainer.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status_macros.h"
+#include "trainer/checkpoint.h"
+
+namespace coppice {
+
+absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const Options& options, Model& model,
+                                                         const Decoder& decoder,
+                                                         const Clock& clock) {
+  if (options.max_rows <= 0 || options.activation_bytes < 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "trainer refused: max_rows wants to be positive and activation_bytes not negative, got ",
+        options.max_rows, " and ", options.activation_bytes));
+  }
+  const int64_t budget =
+      options.activation_bytes > 0 ? options.activation_bytes : decoder.ops().Info().free_bytes / 2;
+  return std::make_unique<PolicyTrainer>(options, budget, model, decoder, clock);
+}
+
+PolicyTrainer::PolicyTrainer(const Options& options, int64_t activation_bytes, Model& model,
+                             const Decoder& decoder, const Clock& clock)
+    : activation_bytes_(activation_bytes),
+      limits_{.max_rows = std::min(
+                  options.max_rows,
+                  Activations::MaxRows(decoder.config(), decoder.ops().Info().compute_dtype,
+                                       activation_bytes)),
+              .share_prefixes = options.share_prefixes},
+      model_(model),
+      decoder_(decoder),
+      ops_(decoder.ops()),
+      clock_(clock) {}
+
+absl::Status PolicyTrainer::SaveCheckpoint(absl::string_view directory) {
+  if (pending_gradients_) {
+    return absl::FailedPreconditionError(
+        "checkpoint refused: gradients are pending; call OptimStep first");
+  }
+  return WriteCheckpoint(
+      CheckpointView{.config = decoder_.config(),
+                     .params = model_.params,
+                     .optimizer = optimizer_.has_value() ? &*optimizer_ : nullptr,
+                     .version = version_},
+      directory, ops_);
+}
+
+absl::Status PolicyTrainer::LoadCheckpoint(absl::string_view directory) {
+  ASSIGN_OR_RETURN(const std::unique_ptr<CheckpointReader> reader,
+                   CheckpointReader::Open(decoder_.config(), directory));
+  std::optional<Optimizer> optimizer;
+  if (reader->has_optimizer()) {
+    ASSIGN_OR_RETURN(optimizer, Optimizer::Create(decoder_.config(), model_.params, ops_));
+    RETURN_IF_ERROR(reader->ReadOptimizer(*optimizer, ops_));
+  }
+  RETURN_IF_ERROR(reader->ReadWeights(model_.params, ops_));
+  optimizer_ = std::move(optimizer);
+  version_ = reader->version();
+  return DropGradients();
+}
+
+}  // namespace coppice

@@ -1,0 +1,148 @@
+#include "trainer/request_plan.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status_macros.h"
+#include "trainer/advantages.h"
+#include "trainer/validate.h"
+
+namespace coppice {
+namespace {
+
+int64_t NumRows(absl::Span<const TokenSequence> sequences, bool share) {
+  if (share) return CountTreeRows(sequences);
+  int64_t rows = 0;
+  for (const TokenSequence& s : sequences) rows += s.num_rows();
+  return rows;
+}
+
+// Samples [begin, end) of one group and the rows that it needs alone.
+struct GroupRange {
+  size_t begin = 0;
+  size_t end = 0;
+  int64_t rows = 0;
+  absl::Span<const int32_t> prompt;
+};
+
+int64_t CommonPrompt(const GroupRange& a, const GroupRange& b) {
+  const size_t limit = std::min(a.prompt.size(), b.prompt.size());
+  const auto end = a.prompt.begin() + limit;
+  return std::mismatch(a.prompt.begin(), end, b.prompt.begin()).first - a.prompt.begin();
+}
+
+absl::StatusOr<std::vector<GroupRange>> MeasureGroups(const RequestPlan& plan,
+                                                      const std::vector<TrainGroup>& groups,
+                                                      const PassLimits& limits) {
+  std::vector<GroupRange> ranges;
+  size_t begin = 0;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    const size_t count = groups[g].samples.size();
+    const auto sequences = absl::MakeSpan(plan.sequences).subspan(begin, count);
+    const int64_t rows = NumRows(sequences, limits.share_prefixes);
+    if (rows > limits.max_rows) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "train request refused: group ", g, " wants at most ", limits.max_rows,
+          " unique tokens, got ", rows, "; send fewer samples or raise the limit of rows"));
+    }
+    ranges.push_back({begin, begin + count, rows, groups[g].prompt});
+    begin += count;
+  }
+  return ranges;
+}
+
+// Fills passes greedily with groups in order of their prompts, so that groups with common prefixes
+// meet. What a group adds is bounded by its own rows less the prompt tokens that the group before
+// it has brought.
+std::vector<std::vector<int32_t>> FillPasses(std::vector<GroupRange> groups,
+                                             const PassLimits& limits) {
+  std::stable_sort(groups.begin(), groups.end(), [](const GroupRange& a, const GroupRange& b) {
+    return std::lexicographical_compare(a.prompt.begin(), a.prompt.end(), b.prompt.begin(),
+                                        b.prompt.end());
+  });
+  std::vector<std::vector<int32_t>> passes;
+  int64_t rows = 0;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    const GroupRange& group = groups[i];
+    const bool follows = i > 0 && limits.share_prefixes;
+    const int64_t added = group.rows - (follows ? CommonPrompt(groups[i - 1], group) : 0);
+    if (passes.empty() || rows + added > limits.max_rows) {
+      passes.emplace_back();
+      rows = group.rows;
+    } else {
+      rows += added;
+    }
+    for (size_t s = group.begin; s < group.end; ++s) {
+      passes.back().push_back(static_cast<int32_t>(s));
+    }
+  }
+  for (std::vector<int32_t>& pass : passes) std::sort(pass.begin(), pass.end());
+  return passes;
+}
+
+absl::Status PlanPasses(const std::vector<TrainGroup>& groups, const PassLimits& limits,
+                        RequestPlan& plan) {
+  if (NumRows(plan.sequences, limits.share_prefixes) <= limits.max_rows) {
+    plan.passes.emplace_back(plan.sequences.size());
+    std::iota(plan.passes[0].begin(), plan.passes[0].end(), 0);
+    return absl::OkStatus();
+  }
+  ASSIGN_OR_RETURN(std::vector<GroupRange> ranges, MeasureGroups(plan, groups, limits));
+  plan.passes = FillPasses(std::move(ranges), limits);
+  return absl::OkStatus();
+}
+
+// only_masked_in: tokens without loss need no log-prob.
+void ListSamples(const std::vector<TrainGroup>& groups, bool only_masked_in, RequestPlan& plan) {
+  for (const TrainGroup& group : groups) {
+    for (const TrainSample& sample : group.samples) {
+      plan.samples.push_back(&sample);
+      plan.sequences.push_back({.prompt = group.prompt, .response = sample.tokens});
+      if (only_masked_in) plan.sequences.back().wanted = sample.loss_mask;
+    }
+  }
+}
+
+int64_t NumTokensWithLoss(const TrainSample& sample) {
+  if (sample.loss_mask.empty()) return static_cast<int64_t>(sample.tokens.size());
+  return std::count_if(sample.loss_mask.begin(), sample.loss_mask.end(),
+                       [](float mask) { return mask != 0; });
+}
+
+}  // namespace
+
+std::vector<TokenSequence> RequestPlan::PassSequences(size_t pass) const {
+  std::vector<TokenSequence> result;
+  for (const int32_t s : passes[pass]) result.push_back(sequences[s]);
+  return result;
+}
+
+absl::StatusOr<RequestPlan> PlanTraining(const ModelConfig& config, const PassLimits& limits,
+                                         const ForwardBackwardRequest& request) {
+  RETURN_IF_ERROR(ValidateRequest(config, request));
+  RequestPlan plan;
+  ListSamples(request.groups, /*only_masked_in=*/!request.return_logprobs, plan);
+  for (const TrainGroup& group : request.groups) {
+    for (std::vector<double>& a : SampleAdvantages(request.loss, group)) {
+      plan.advantages.push_back(std::move(a));
+    }
+  }
+  for (const TrainSample* sample : plan.samples) {
+    plan.counts.Add(*sample);
+    plan.with_loss += NumTokensWithLoss(*sample);
+  }
+  RETURN_IF_ERROR(PlanPasses(request.groups, limits, plan));
+  return plan;
+}
+
+absl::StatusOr<RequestPlan> PlanScoring(const ModelConfig& config, const PassLimits& limits,
+                                        const std::vector<TrainGroup>& groups) {
+  RETURN_IF_ERROR(ValidateTokens(config, groups));
+  RequestPlan plan;
+  ListSamples(groups, /*only_masked_in=*/false, plan);
+  RETURN_IF_ERROR(PlanPasses(groups, limits, plan));
+  return plan;
+}
+
+}  // namespace coppice
