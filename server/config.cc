@@ -1,0 +1,302 @@
+#include "server/config.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <variant>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/strings/string_view.h"
+#include "absl/strings/strip.h"
+#include "kernels/base/status_macros.h"
+
+namespace coppice {
+namespace {
+
+enum class Unit { kNone, kBytes };
+
+struct Flag {
+  const char* group;
+  const char* name;
+  std::variant<std::string Config::*, int64_t Config::*, uint64_t Config::*, bool Config::*> field;
+  const char* help;
+  // Integers:
+  int64_t min = 0, max = INT64_MAX;
+  Unit unit = Unit::kNone;
+  // Strings: the allowed values, if not any.
+  std::vector<std::string> choices = {};
+};
+
+constexpr absl::string_view kCommandLineOnly = "Command line only";
+constexpr int64_t kMaxPort = 65535;
+constexpr int64_t kMaxCount = int64_t{1} << 30;
+
+const std::vector<Flag>& Flags() {
+  static const auto* flags = new std::vector<Flag>{
+      {"Model", "model", &Config::model,
+       "GGUF file, or Hugging Face directory with config.json and *.safetensors. This or "
+       "--model_geometry is required."},
+      {"Model", "model_geometry", &Config::model_geometry,
+       "Random weights of a named shape, for tests and benchmarks: tiny-llama, tiny-qwen2, "
+       "tiny-qwen3, smollm2-135m, qwen3-4b. No tokenizer."},
+      {"Device",
+       "device",
+       &Config::device,
+       "Where the model runs.",
+       0,
+       0,
+       Unit::kNone,
+       {"cpu", "cuda"}},
+      {"Device", "threads", &Config::threads, "CPU threads of the model; 0 = all cores.", 0, 4096},
+      {"Network", "host", &Config::host,
+       "Address to listen on, gRPC and HTTP. There is no authentication: beyond loopback put a "
+       "proxy in front."},
+      {"Network", "port", &Config::port, "gRPC port; 0 = any free one, see the ready line.", 0,
+       kMaxPort},
+      {"Network", "http_port", &Config::http_port,
+       "Port of /metrics, /healthz, /readyz; 0 = any free one.", 0, kMaxPort},
+      {"Network", "port_file", &Config::port_file,
+       "File that gets {\"grpc\": port, \"http\": port, \"pid\": id} once ready, written at once."},
+      {"Network", "max_message_bytes", &Config::max_message_bytes,
+       "Largest gRPC message, in and out.", 4096, INT32_MAX, Unit::kBytes},
+      {"Network", "stream_events", &Config::stream_events,
+       "Events that wait for a slow reader before its request is paused.", 1, kMaxCount},
+      {"Network", "trust_tenant_header", &Config::trust_tenant_header,
+       "Take the tenant from the x-coppice-tenant metadata, which an authenticating proxy must "
+       "set; calls without it are refused. Off: one tenant."},
+      {"Memory", "kv_bytes", &Config::kv_bytes,
+       "Memory for KV blocks; 0 = what 16 full contexts need, at most 1 GiB but never less than "
+       "one context.",
+       0, INT64_MAX, Unit::kBytes},
+      {"Memory", "kv_blocks", &Config::kv_blocks,
+       "Number of KV blocks, instead of --kv_bytes; 0 = by --kv_bytes.", 0, INT32_MAX},
+      {"Memory", "block_tokens", &Config::block_tokens,
+       "Token positions in a KV block: the unit of sharing.", 1, 1024},
+      {"Scheduling", "max_context", &Config::max_context,
+       "Most tokens of prompt and completion; 0 = the model's own limit.", 0, kMaxCount},
+      {"Scheduling", "max_batch_rows", &Config::max_batch_rows,
+       "Tokens of one engine step; longer prompts are prefilled in chunks.", 1, kMaxCount},
+      {"Scheduling", "max_running_samples", &Config::max_running_samples,
+       "Samples decoded at the same time.", 1, kMaxCount},
+      {"Scheduling", "max_queued_requests", &Config::max_queued_requests,
+       "Requests that may wait; more are refused with RESOURCE_EXHAUSTED at once.", 1, kMaxCount},
+      {"Scheduling", "max_group_size", &Config::max_group_size, "Largest n of a Generate call.", 1,
+       kMaxCount},
+      {"Training", "max_train_rows", &Config::max_train_rows,
+       "Unique tokens in one training pass; more is split into micro-batches.", 1, kMaxCount},
+      {"Training", "max_rollouts", &Config::max_rollouts,
+       "Rollouts kept for training by id; the oldest goes first.", 0, kMaxCount},
+      {"Training", "max_step_records", &Config::max_step_records,
+       "Answers kept so that a repeated step_id gets the first one.", 1, kMaxCount},
+      {"Training", "checkpoint_dir", &Config::checkpoint_dir,
+       "Directory of named checkpoints and of durable steps, created if absent; durable steps "
+       "are resumed from it at start. Empty: both are refused."},
+      {"Process", "seed", &Config::seed,
+       "Of drawn sampling seeds and random weights; 0 = drawn seeds come from the system."},
+      {"Process",
+       "log_level",
+       &Config::log_level,
+       "Least severe lines to log.",
+       0,
+       0,
+       Unit::kNone,
+       {"info", "warning", "error"}},
+      {"Process", "drain_timeout_s", &Config::drain_timeout_s,
+       "Seconds that running requests get after SIGTERM.", 0, 86400},
+      {"Command line only", "help", &Config::help, "Print this text."},
+      {"Command line only", "version", &Config::version, "Print the version."},
+  };
+  return *flags;
+}
+
+const Flag* Find(absl::string_view name) {
+  for (const Flag& flag : Flags()) {
+    if (name == flag.name) return &flag;
+  }
+  return nullptr;
+}
+
+absl::Status BadFlag(absl::string_view source, absl::string_view want, absl::string_view got) {
+  return absl::InvalidArgumentError(absl::StrCat("bad flag: ", source, ": want ", want, ", got \"",
+                                                 got, "\"; see coppiced --help"));
+}
+
+std::string Range(const Flag& flag) {
+  return absl::StrCat("[", flag.min, ", ",
+                      flag.max == INT64_MAX ? "unlimited" : absl::StrCat(flag.max), "]");
+}
+
+// "512", "512KiB", "64MiB", "2GiB".
+bool ParseBytes(absl::string_view text, int64_t* out) {
+  int shift = 0;
+  if (absl::ConsumeSuffix(&text, "KiB")) shift = 10;
+  if (absl::ConsumeSuffix(&text, "MiB")) shift = 20;
+  if (absl::ConsumeSuffix(&text, "GiB")) shift = 30;
+  int64_t number = 0;
+  if (!absl::SimpleAtoi(text, &number) || number < 0 || number > (INT64_MAX >> shift)) return false;
+  *out = number << shift;
+  return true;
+}
+
+// Assigns the text of one flag; `source` says where it came from ("--port" or "COPPICE_PORT").
+struct Setter {
+  const Flag& flag;
+  const std::string& source;
+  const std::string& text;
+  Config& config;
+
+  absl::Status operator()(std::string Config::*field) const {
+    if (!flag.choices.empty() && !std::count(flag.choices.begin(), flag.choices.end(), text)) {
+      return BadFlag(source, absl::StrJoin(flag.choices, " or "), text);
+    }
+    config.*field = text;
+    return absl::OkStatus();
+  }
+  absl::Status operator()(int64_t Config::*field) const {
+    int64_t value = 0;
+    const bool parsed =
+        flag.unit == Unit::kBytes ? ParseBytes(text, &value) : absl::SimpleAtoi(text, &value);
+    if (!parsed || value < flag.min || value > flag.max) {
+      const char* kind = flag.unit == Unit::kBytes ? "bytes (or KiB, MiB, GiB)" : "an integer";
+      return BadFlag(source, absl::StrCat(kind, " in ", Range(flag)), text);
+    }
+    config.*field = value;
+    return absl::OkStatus();
+  }
+  absl::Status operator()(uint64_t Config::*field) const {
+    if (!absl::SimpleAtoi(text, &(config.*field))) return BadFlag(source, "an integer >= 0", text);
+    return absl::OkStatus();
+  }
+  absl::Status operator()(bool Config::*field) const {
+    if (!absl::SimpleAtob(text, &(config.*field))) return BadFlag(source, "true or false", text);
+    return absl::OkStatus();
+  }
+};
+
+absl::Status Set(const Flag& flag, const std::string& source, const std::string& text,
+                 Config& config) {
+  return std::visit(Setter{flag, source, text, config}, flag.field);
+}
+
+std::string EnvName(const Flag& flag) {
+  return absl::StrCat("COPPICE_", absl::AsciiStrToUpper(flag.name));
+}
+
+absl::Status ReadEnvironment(const GetEnv& get_env, Config& config) {
+  for (const Flag& flag : Flags()) {
+    if (flag.group == kCommandLineOnly) continue;
+    const std::string name = EnvName(flag);
+    const std::optional<std::string> text = get_env(name);
+    if (!text) continue;
+    const absl::Status status = Set(flag, name, *text, config);
+    if (status.ok()) continue;
+    // Kubernetes sets <SERVICE>_PORT in every pod beside a service of that name.
+    if (text->rfind("tcp://", 0) != 0) return status;
+    return BadFlag(
+        name, "a port (this is a Kubernetes service link: set enableServiceLinks: false)", *text);
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ReadArgs(const std::vector<std::string>& args, Config& config) {
+  for (size_t i = 0; i < args.size(); ++i) {
+    absl::string_view arg = args[i];
+    if (!absl::ConsumePrefix(&arg, "--")) return BadFlag(args[i], "--name=value", args[i]);
+    const size_t equals = arg.find('=');
+    const absl::string_view name = arg.substr(0, equals);
+    const Flag* flag = Find(name);
+    const std::string source = absl::StrCat("--", name);
+    if (flag == nullptr) return BadFlag(source, "a flag that exists", args[i]);
+    std::string text;
+    if (equals != absl::string_view::npos) {
+      text = std::string(arg.substr(equals + 1));
+    } else if (std::holds_alternative<bool Config::*>(flag->field)) {
+      text = "true";
+    } else if (i + 1 < args.size()) {
+      text = args[++i];
+    } else {
+      return BadFlag(source, "a value", "");
+    }
+    RETURN_IF_ERROR(Set(*flag, source, text, config));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckTogether(const Config& config) {
+  if (config.help || config.version) return absl::OkStatus();
+  if (config.model.empty() == config.model_geometry.empty()) {
+    return BadFlag("--model", "exactly one of --model and --model_geometry",
+                   config.model.empty() ? "" : config.model + " and " + config.model_geometry);
+  }
+  if (config.kv_bytes > 0 && config.kv_blocks > 0) {
+    return BadFlag("--kv_blocks", "one of --kv_bytes and --kv_blocks",
+                   absl::StrCat(config.kv_blocks));
+  }
+  if (config.port != 0 && config.port == config.http_port) {
+    return BadFlag("--http_port", "another port than --port", absl::StrCat(config.http_port));
+  }
+  return absl::OkStatus();
+}
+
+struct Printer {
+  const Config& config;
+  std::string operator()(std::string Config::*field) const { return config.*field; }
+  std::string operator()(int64_t Config::*field) const { return absl::StrCat(config.*field); }
+  std::string operator()(uint64_t Config::*field) const { return absl::StrCat(config.*field); }
+  std::string operator()(bool Config::*field) const { return config.*field ? "true" : "false"; }
+};
+
+// "integer in [0, 65535], default 7700".
+std::string Domain(const Flag& flag) {
+  const Config defaults;
+  const std::string value = std::visit(Printer{defaults}, flag.field);
+  const std::string type =
+      std::holds_alternative<bool Config::*>(flag.field)       ? "true or false"
+      : std::holds_alternative<uint64_t Config::*>(flag.field) ? "integer >= 0"
+      : !std::holds_alternative<std::string Config::*>(flag.field)
+          ? absl::StrCat(flag.unit == Unit::kBytes ? "bytes, KiB, MiB or GiB, in " : "integer in ",
+                         Range(flag))
+      : flag.choices.empty() ? "text"
+                             : absl::StrJoin(flag.choices, " or ");
+  return absl::StrCat(type, ", default ", value.empty() ? "none" : value);
+}
+
+}  // namespace
+
+absl::StatusOr<Config> ParseConfig(const std::vector<std::string>& args, const GetEnv& get_env) {
+  Config config;
+  RETURN_IF_ERROR(ReadEnvironment(get_env, config));
+  RETURN_IF_ERROR(ReadArgs(args, config));
+  RETURN_IF_ERROR(CheckTogether(config));
+  return config;
+}
+
+std::string HelpText() {
+  std::string text =
+      "coppiced: serves and trains one language model from the same prompt state.\n"
+      "\n"
+      "Usage: coppiced --model=PATH [--flag=value ...]\n"
+      "Flags can also be set by the environment variable COPPICE_<FLAG>; the command line "
+      "wins.\n"
+      "Exit codes: 0 drained, 1 device or runtime error, 2 bad flags, 3 model not loaded, 4 port "
+      "taken,\n"
+      "5 stopped while requests were open (second signal, or --drain_timeout_s over).\n";
+  absl::string_view group;
+  for (const Flag& flag : Flags()) {
+    if (group != flag.group) absl::StrAppend(&text, "\n", flag.group, "\n");
+    group = flag.group;
+    absl::StrAppend(&text, "  --", flag.name, "  (", Domain(flag), ")\n      ", flag.help, "\n");
+  }
+  return text;
+}
+
+std::string ToString(const Config& config) {
+  return absl::StrJoin(Flags(), " ", [&config](std::string* out, const Flag& flag) {
+    const std::string value = std::visit(Printer{config}, flag.field);
+    absl::StrAppend(out, flag.name, "=", value.empty() ? "\"\"" : value);
+  });
+}
+
+}  // namespace coppice

@@ -1,0 +1,70 @@
+// Config: every flag of coppiced, once. Defaults are here; names, ranges and help texts are the
+// table in config.cc.
+//
+// Sources, strongest first: `--name=value` or `--name value` (booleans also `--name`), the
+// environment variable COPPICE_<NAME>, the default. A bad flag is INVALID_ARGUMENT naming flag,
+// want and got.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+
+namespace coppice {
+
+struct Config {
+  // Model
+  std::string model;
+  std::string model_geometry;
+  // Device
+  std::string device = "cpu";
+  int64_t threads = 0;
+  // Network
+  std::string host = "127.0.0.1";
+  int64_t port = 7700;
+  int64_t http_port = 7701;
+  std::string port_file;
+  int64_t max_message_bytes = int64_t{256} << 20;
+  int64_t stream_events = 256;
+  bool trust_tenant_header = false;
+  // Memory
+  int64_t kv_bytes = 0;
+  int64_t kv_blocks = 0;
+  int64_t block_tokens = 16;
+  // Scheduling
+  int64_t max_context = 0;
+  int64_t max_batch_rows = 512;
+  int64_t max_running_samples = 256;
+  int64_t max_queued_requests = 1024;
+  int64_t max_group_size = 256;
+  // Training
+  int64_t max_train_rows = 16384;
+  int64_t max_rollouts = 4096;
+  int64_t max_step_records = 1024;
+  std::string checkpoint_dir;
+  // Process
+  uint64_t seed = 0;
+  std::string log_level = "info";
+  int64_t drain_timeout_s = 30;
+  bool help = false;
+  bool version = false;
+};
+
+// The value of an environment variable, if set.
+using GetEnv = std::function<std::optional<std::string>(const std::string& name)>;
+
+// `args` without the program's name.
+absl::StatusOr<Config> ParseConfig(const std::vector<std::string>& args, const GetEnv& get_env);
+
+// What --help prints: every flag with type, default, range and meaning, by group.
+std::string HelpText();
+
+// One line "name=value ..." of all flags, as printed at start.
+std::string ToString(const Config& config);
+
+}  // namespace coppice

@@ -1,0 +1,15 @@
+// Exit codes of coppiced: what a supervisor may conclude.
+#pragma once
+
+namespace coppice {
+
+enum class ExitCode {
+  kDrained = 0,       // SIGTERM or SIGINT, everything answered
+  kRuntimeError = 1,  // device or system failure: restart
+  kBadFlags = 2,      // do not restart, change the flags
+  kModelError = 3,    // model missing, corrupt or too large for the memory
+  kPortTaken = 4,     // another process listens there
+  kNotDrained = 5,    // stopped while requests were open: second signal or drain timeout
+};
+
+}  // namespace coppice

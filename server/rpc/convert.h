@@ -1,0 +1,80 @@
+// The only translation between proto/coppice/v1 and the native types. From-functions check every
+// byte that a client controls and answer INVALID_ARGUMENT naming field, want and got; they depend
+// on nothing that changes, so a request that passes here can still be refused by the engine (queue,
+// policy version, rollouts). Pure functions; any thread.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "coppice/v1/admin.pb.h"
+#include "coppice/v1/cache.pb.h"
+#include "coppice/v1/generation.pb.h"
+#include "coppice/v1/training.pb.h"
+#include "grpcpp/support/status.h"
+#include "kernels/model/model_config.h"
+#include "kernels/model/tokenizer.h"
+#include "server/engine/engine.h"
+#include "server/engine/request.h"
+#include "trainer/train_types.h"
+
+namespace coppice {
+
+// What a client's bytes are checked against.
+struct RequestLimits {
+  int64_t vocab = 0;
+  int64_t max_context = 0;
+  int64_t max_group_size = 0;
+  const Tokenizer* tokenizer = nullptr;  // null: text is refused with FAILED_PRECONDITION
+};
+
+// Who calls, from the connection and never from a message. `salt` separates cached prompts,
+// `prefix` names.
+struct Tenant {
+  std::string salt;
+  std::string prefix;  // "" or "<tenant>/"
+};
+
+// grpc's codes have absl's numbers.
+grpc::Status ToGrpcStatus(const absl::Status& status);
+
+// ---- Generation
+absl::StatusOr<GenerateRequest> FromProto(const v1::GenerateRequest& proto, const Tenant& tenant,
+                                          const RequestLimits& limits);
+absl::StatusOr<GenerateRequest> FromProto(const v1::WarmRequest& proto, const Tenant& tenant,
+                                          const RequestLimits& limits);
+struct ScoreCall {
+  std::vector<TrainGroup> groups;
+  float temperature = 1;
+};
+absl::StatusOr<ScoreCall> FromProto(const v1::ScoreRequest& proto, const RequestLimits& limits);
+struct AbortCall {
+  std::string request_id, session_id;  // one of them is empty
+};
+absl::StatusOr<AbortCall> FromProto(const v1::AbortRequest& proto, const Tenant& tenant);
+
+v1::Usage ToProto(const Usage& usage);
+v1::TokenChunk ToProto(const TokenChunk& chunk);
+v1::Finished ToProto(const SampleFinished& finished);
+
+// ---- Training
+absl::StatusOr<TrainStepRequest> FromProto(const v1::TrainStepRequest& proto,
+                                           const RequestLimits& limits);
+absl::StatusOr<TrainStepRequest> FromProto(const v1::ForwardBackwardRequest& proto,
+                                           const RequestLimits& limits);
+absl::StatusOr<TrainStepRequest> FromProto(const v1::OptimStepRequest& proto);
+void ToProto(const TrainStepResult& result, v1::TrainStepResponse* proto);
+void ToProto(const TrainStepResult& result, v1::ForwardBackwardResponse* proto);
+void ToProto(const TrainStepResult& result, v1::OptimStepResponse* proto);
+
+// ---- Cache and Admin
+// Unspecified becomes `fallback`.
+absl::StatusOr<RunningRequests> FromProto(v1::RunningRequests running, RunningRequests fallback);
+v1::CacheStats ToProto(const CacheStats& stats);
+v1::ModelInfo ToProto(const ModelConfig& config, const Tokenizer* tokenizer,
+                      const std::string& chat_template);
+
+}  // namespace coppice
