@@ -16,12 +16,12 @@ TEST(NamespaceTest, EqualFieldsGiveEqualNamespaces) {
 
 TEST(NamespaceTest, EveryFieldMatters) {
   const std::vector<std::function<void(NamespaceFields&)>> changes = {
-      [](NamespaceFields& f) { f.model = "other"; },
+      [](NamespaceFields& f) { f.model += "x"; },
       [](NamespaceFields& f) { f.policy_version = PolicyVersion{4}; },
-      [](NamespaceFields& f) { f.adapter = ""; },
+      [](NamespaceFields& f) { f.adapter.clear(); },
       [](NamespaceFields& f) { f.adapter_version = 6; },
-      [](NamespaceFields& f) { f.kv_layout = "bf16/16"; },
-      [](NamespaceFields& f) { f.tenant_salt = "pepper"; },
+      [](NamespaceFields& f) { f.kv_layout += "x"; },
+      [](NamespaceFields& f) { f.tenant_salt += "x"; },
   };
   std::vector<Namespace> seen = {MakeNamespace(kFields)};
   for (const auto& change : changes) {
@@ -34,11 +34,7 @@ TEST(NamespaceTest, EveryFieldMatters) {
 }
 
 TEST(NamespaceTest, FieldsCannotRunIntoEachOther) {
-  NamespaceFields a, b;
-  a.model = "ab";
-  a.adapter = "c";
-  b.model = "a";
-  b.adapter = "bc";
+  const NamespaceFields a{.model = "ab", .adapter = "c"}, b{.model = "a", .adapter = "bc"};
   EXPECT_FALSE(MakeNamespace(a) == MakeNamespace(b));
 }
 
@@ -46,10 +42,10 @@ TEST(NamespaceTest, FamilyIgnoresTheVersionAndTenantAllButTheSalt) {
   NamespaceFields next = kFields;
   next.policy_version = PolicyVersion{4};
   EXPECT_EQ(MakeNamespace(next).family, MakeNamespace(kFields).family);
-  next.adapter = "other";
+  next.adapter += "x";
   EXPECT_NE(MakeNamespace(next).family, MakeNamespace(kFields).family);
   EXPECT_EQ(MakeNamespace(next).tenant, MakeNamespace(kFields).tenant);
-  next.tenant_salt = "other";
+  next.tenant_salt += "x";
   EXPECT_NE(MakeNamespace(next).tenant, MakeNamespace(kFields).tenant);
 }
 
