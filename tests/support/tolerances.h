@@ -17,6 +17,11 @@ inline constexpr double kElementary = 2.5e-7;
 
 // Gradients of a shared tree against the sum over its sequences, run one by one, fp32 (promise P3).
 inline constexpr double kTreeVersusFlat = 1e-5;
+// Sums of a few dozen terms of size 1 in double precision.
+inline constexpr double kDoubleSums = 1e-12;
+// Derivatives of a loss against its central differences with kFiniteDifferenceStep; third
+// derivatives of exp at ratios of up to 50 and the f32 inputs dominate.
+inline constexpr double kLossDerivative = 1e-7;
 // Logits and gradients against Hugging Face transformers in fp32: two implementations with
 // different orders of summation over the depth of a model.
 inline constexpr double kParity = 1e-4;
