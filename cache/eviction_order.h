@@ -18,7 +18,7 @@ class EvictionOrder {
   // O(log leaves).
   void Add(RadixNode* leaf);
   void Remove(RadixNode* leaf);
-  bool Contains(RadixNode* leaf) const { return by_value_.contains(leaf); }
+  bool Contains(const RadixNode* leaf) const { return by_value_.contains(leaf); }
   int64_t size() const { return static_cast<int64_t>(by_value_.size()); }
 
   // The next to go, or null.
@@ -30,6 +30,7 @@ class EvictionOrder {
 
  private:
   struct ByValue {
+    using is_transparent = void;
     bool operator()(const RadixNode* a, const RadixNode* b) const;
   };
   struct ByExpiry {
