@@ -1,0 +1,89 @@
+#include "server/config.h"
+
+#include <map>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace coppice {
+namespace {
+
+using ::testing::HasSubstr;
+
+absl::StatusOr<Config> Parse(const std::vector<std::string>& args,
+                             const std::map<std::string, std::string>& environment = {}) {
+  return ParseConfig(args, [&environment](const std::string& name) -> std::optional<std::string> {
+    const auto it = environment.find(name);
+    return it == environment.end() ? std::nullopt : std::optional<std::string>(it->second);
+  });
+}
+
+void ExpectBad(const std::vector<std::string>& args, const std::string& message) {
+  const auto config = Parse(args);
+  ASSERT_EQ(config.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(config.status().message()), HasSubstr(message));
+}
+
+TEST(ConfigTest, TakesBothFormsAndBooleans) {
+  const auto config = Parse({"--model=m.gguf", "--port", "0", "--trust_tenant_header",
+                             "--kv_bytes=2GiB", "--seed=18446744073709551615"});
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->model, "m.gguf");
+  EXPECT_EQ(config->port, 0);
+  EXPECT_TRUE(config->trust_tenant_header);
+  EXPECT_EQ(config->kv_bytes, int64_t{2} << 30);
+  EXPECT_EQ(config->seed, UINT64_MAX);
+  EXPECT_EQ(config->host, "127.0.0.1");
+}
+
+TEST(ConfigTest, CommandLineWinsOverEnvironment) {
+  const auto config = Parse({"--threads=3"}, {{"COPPICE_MODEL", "m"},
+                                              {"COPPICE_THREADS", "7"},
+                                              {"COPPICE_VERSION", "1.2"},
+                                              {"COPPICE_PORT", "9"}});
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->model, "m");
+  EXPECT_EQ(config->threads, 3);
+  EXPECT_EQ(config->port, 9);
+  EXPECT_FALSE(config->version);
+}
+
+TEST(ConfigTest, ErrorsNameFlagWantAndGot) {
+  ExpectBad({"--modle=x"}, "--modle: want a flag that exists");
+  ExpectBad({"model"}, "want --name=value, got \"model\"");
+  ExpectBad({"--model"}, "--model: want a value");
+  ExpectBad({"--model=m", "--port=65536"}, "--port: want an integer in [0, 65535], got \"65536\"");
+  ExpectBad({"--model=m", "--port=x"}, "--port: want an integer");
+  ExpectBad({"--model=m", "--kv_bytes=2GB"}, "--kv_bytes: want bytes (or KiB, MiB, GiB)");
+  ExpectBad({"--model=m", "--kv_bytes=9999999999GiB"}, "--kv_bytes");
+  ExpectBad({"--model=m", "--device=tpu"}, "--device: want cpu or cuda, got \"tpu\"");
+  ExpectBad({"--model=m", "--trust_tenant_header=maybe"}, "want true or false");
+  ExpectBad({"--model=m", "--seed=-1"}, "--seed: want an integer >= 0");
+  ExpectBad({}, "exactly one of --model and --model_geometry");
+  ExpectBad({"--model=m", "--model_geometry=tiny-llama"}, "exactly one of");
+  ExpectBad({"--model=m", "--kv_bytes=1", "--kv_blocks=1"}, "one of --kv_bytes and --kv_blocks");
+  ExpectBad({"--model=m", "--port=8000", "--http_port=8000"}, "another port");
+}
+
+TEST(ConfigTest, KubernetesServiceLinksAreExplained) {
+  const auto config = Parse({"--model=m"}, {{"COPPICE_PORT", "tcp://10.0.0.1:7700"}});
+  EXPECT_THAT(std::string(config.status().message()), HasSubstr("enableServiceLinks: false"));
+}
+
+TEST(ConfigTest, HelpListsEveryFlagOfTheStartLine) {
+  const std::string help = HelpText();
+  EXPECT_TRUE(Parse({"--help"})->help);
+  const std::string line = ToString(Config());
+  int flags = 0;
+  for (size_t begin = 0; begin < line.size();) {
+    const size_t equals = line.find('=', begin);
+    EXPECT_THAT(help, HasSubstr("\n  --" + line.substr(begin, equals - begin) + "  ("));
+    ++flags;
+    const size_t space = line.find(' ', equals);
+    begin = space == std::string::npos ? line.size() : space + 1;
+  }
+  EXPECT_GT(flags, 25);
+}
+
+}  // namespace
+}  // namespace coppice
