@@ -1,7 +1,7 @@
 """Client of coppiced, a daemon that serves and trains one language model from the same prompt
 state.
 
-    client = coppice.Client("127.0.0.1:8700")
+    client = coppice.Client("127.0.0.1:7700")
     group = client.generate([{"role": "user", "content": "Sort: 3, 1, 2"}], n=8, max_tokens=16,
     retain=True)
     rewards = [float(sample.text == "1, 2, 3") for sample in group]

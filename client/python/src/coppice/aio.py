@@ -96,13 +96,13 @@ class AsyncClient:
         address: str | None = None,
         *,
         timeout: float | None = None,
-        token: str | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         _convert.check_timeout(timeout)
         self.address = _channel.address_or_default(address)
         self._timeout = timeout
-        self._metadata = _channel.call_metadata(token)
+        self._metadata = tuple(metadata)
         self._model: types.ModelInfo | None = None
         if credentials is None:
             self._channel = grpc.aio.insecure_channel(self.address, options=_channel.OPTIONS)

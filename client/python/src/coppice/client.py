@@ -88,9 +88,9 @@ class Client:
     """Blocking client of one coppiced.
 
     Args:
-        address: host:port of its gRPC server; default $COPPICE_ADDRESS, else 127.0.0.1:8700.
+        address: host:port of its gRPC server; default $COPPICE_ADDRESS, else 127.0.0.1:7700.
         timeout: seconds that each call may take unless it gives its own; None = no limit.
-        token: bearer token that names the tenant; default $COPPICE_TOKEN, else none.
+        metadata: sent with every call, e.g. what an authenticating proxy in front wants.
         credentials: TLS credentials; None = plain text.
 
     Every method raises a CoppiceError subclass: ConnectionFailedError if nobody answers,
@@ -106,13 +106,13 @@ class Client:
         address: str | None = None,
         *,
         timeout: float | None = None,
-        token: str | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
         _convert.check_timeout(timeout)
         self.address = _channel.address_or_default(address)
         self._timeout = timeout
-        self._metadata = _channel.call_metadata(token)
+        self._metadata = tuple(metadata)
         self._model: types.ModelInfo | None = None
         if credentials is None:
             self._channel = grpc.insecure_channel(self.address, options=_channel.OPTIONS)

@@ -1,0 +1,68 @@
+"""Verifiable tasks for the demo: each draws questions and grades replies by a rule, never by a
+model."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from typing import Protocol
+
+from coppice.types import Message
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    messages: list[Message]  # system message and worked examples first: the prefix that all share
+    answer: str
+
+
+class Task(Protocol):
+    """What train-demo needs of a task."""
+
+    def draw(self, rng: random.Random) -> Question:
+        """A new question."""
+
+    def reward(self, question: Question, reply: str) -> float:
+        """Grade in [0, 1]; 1 only for the exact answer."""
+
+
+def _comma(numbers: list[int]) -> str:
+    return ", ".join(str(number) for number in numbers)
+
+
+class NumberSorting:
+    """Sort distinct digits in ascending order.
+
+    The reply must be the numbers alone. Reward: 0 for anything else, 0.1 for the right form, and up
+    to 0.9 for the
+    share of positions that hold the right number.
+    """
+
+    system = (
+        "Sort the numbers in ascending order. "
+        "Reply with the sorted numbers only, separated by commas."
+    )
+    examples = ([7, 2, 9, 4], [5, 1, 8, 3], [6, 9, 2, 1])
+
+    def __init__(self, num_digits: int = 4) -> None:
+        self.num_digits = num_digits
+
+    def draw(self, rng: random.Random) -> Question:
+        numbers = rng.sample(range(1, 10), self.num_digits)
+        messages: list[Message] = [{"role": "system", "content": self.system}]
+        for example in self.examples:
+            messages.append({"role": "user", "content": _comma(example)})
+            messages.append({"role": "assistant", "content": _comma(sorted(example))})
+        messages.append({"role": "user", "content": _comma(numbers)})
+        return Question(messages=messages, answer=_comma(sorted(numbers)))
+
+    def reward(self, question: Question, reply: str) -> float:
+        if not re.fullmatch(r"\d+(, \d+)*", reply.strip()):
+            return 0.0
+        got, want = reply.strip().split(", "), question.answer.split(", ")
+        hits = sum(a == b for a, b in zip(got, want, strict=False))
+        return 0.1 + 0.9 * hits / max(len(got), len(want))
+
+
+TASKS: dict[str, Task] = {"number-sorting": NumberSorting()}
