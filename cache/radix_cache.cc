@@ -8,6 +8,16 @@
 #include "kernels/base/check.h"
 
 namespace coppice {
+namespace {
+
+// The topmost node of the path to `node` that is not wholly committed, or null.
+const RadixNode* FirstUncommitted(const RadixNode* node) {
+  const RadixNode* first = nullptr;
+  for (; node != nullptr && !node->all_committed(); node = node->parent) first = node;
+  return first;
+}
+
+}  // namespace
 
 Lease::Lease(Lease&& other) noexcept { *this = std::move(other); }
 
@@ -53,6 +63,24 @@ MatchResult RadixCache::Match(const Namespace& ns, absl::Span<const int32_t> tok
   if (tree != nullptr && !tree->retired) impl_->MatchPath(*tree, tokens, result);
   result.miss_reason = impl_->Explain(tree, ns, tokens, result);
   impl_->stats.hit_tokens += result.committed_tokens + result.partial_tokens;
+  return result;
+}
+
+PeekResult RadixCache::Peek(const Namespace& ns, absl::Span<const int32_t> tokens,
+                            absl::Duration now) const {
+  PeekResult result;
+  const RadixTree* tree = impl_->FindTree(ns);
+  if (tree == nullptr || tree->retired) return result;
+  const RadixNode* node = tree->root.get();
+  while (const RadixNode* child = node->FindChild(tokens)) {
+    if (child->num_leases == 0 && child->expires_at <= now) break;  // what Match would expire first
+    const int64_t matched = child->MatchBlocks(tokens);
+    result.matched_tokens += matched * block_tokens();
+    if (child->num_leases > 0) result.leased_tokens += matched * block_tokens();
+    if (matched < child->num_blocks()) break;
+    tokens.remove_prefix(matched * block_tokens());
+    node = child;
+  }
   return result;
 }
 
@@ -118,10 +146,13 @@ int64_t RadixCache::CommittedTokens(const Lease& lease) const {
 }
 
 bool RadixCache::HasProducer(const Lease& lease) const {
-  const RadixNode* first = nullptr;
-  for (const RadixNode* n = lease.node_; n != nullptr && !n->all_committed(); n = n->parent)
-    first = n;
+  const RadixNode* first = FirstUncommitted(lease.node_);
   return first != nullptr && first->producer != 0;
+}
+
+bool RadixCache::Produces(const Lease& lease) const {
+  const RadixNode* first = FirstUncommitted(lease.node_);
+  return first != nullptr && first->producer == lease.id_;
 }
 
 bool RadixCache::TakeOver(Lease& lease) {

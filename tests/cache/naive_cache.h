@@ -64,6 +64,16 @@ class NaiveCache {
       Lease(path, entry);
     }
   }
+  // Leading tokens that are leased already.
+  int64_t LeasedTokens(int ns, const Tokens& tokens) {
+    int64_t n = 0;
+    while (!retired_[ns] && n + bt_ <= static_cast<int64_t>(tokens.size())) {
+      const Entry* entry = Find(ns, Head(tokens, n + bt_));
+      if (entry == nullptr || entry->leases == 0) break;
+      n += bt_;
+    }
+    return n;
+  }
   // Most tokens that a committed block behind `path` shares with `tokens`, fewer than a block.
   int PartialTokens(const Path& path, const Tokens& tokens) const {
     if (retired_[path.ns]) return 0;
@@ -148,11 +158,12 @@ class NaiveCache {
     while (n < static_cast<int64_t>(path.entries.size()) && path.entries[n]->committed) ++n;
     return n * bt_;
   }
-  bool HasProducer(const Path& path) const {
+  // The lease that computes the first uncommitted block, or 0.
+  int Producer(const Path& path) const {
     for (const Entry* e : path.entries) {
-      if (!e->committed) return e->producer != 0;
+      if (!e->committed) return e->producer;
     }
-    return false;
+    return 0;
   }
   bool TakeOver(Path& path) {
     bool taken = false;

@@ -97,11 +97,15 @@ class RandomDriver {
       std::copy_n(path.begin(), Random(std::min(path.size(), tokens.size()) + 1), tokens.begin());
     }
     Held held = Open(ns);
+    const PeekResult peeked = cache_.Peek(namespaces_[ns], tokens, now_);
     model_.Expire(now_);
+    const int64_t leased = model_.LeasedTokens(ns, tokens);
     model_.Match(ns, tokens, held.path);
     const int partial = model_.PartialTokens(held.path, tokens);
     MatchResult result = cache_.Match(namespaces_[ns], tokens, {.now = now_});
     EXPECT_EQ(result.lease.num_tokens(), static_cast<int64_t>(held.path.tokens().size()));
+    EXPECT_EQ(peeked.matched_tokens, result.lease.num_tokens());
+    EXPECT_EQ(peeked.leased_tokens, leased);
     EXPECT_EQ(result.committed_tokens, model_.CommittedTokens(held.path));
     EXPECT_EQ(result.partial_tokens, partial);
     CheckReason(ns, tokens, held.path, result);
@@ -300,7 +304,8 @@ class RandomDriver {
       EXPECT_EQ(held.lease.blocks()[i], held.path.entries[i]->block);
     }
     EXPECT_EQ(cache_.CommittedTokens(held.lease), model_.CommittedTokens(held.path));
-    EXPECT_EQ(cache_.HasProducer(held.lease), model_.HasProducer(held.path));
+    EXPECT_EQ(cache_.HasProducer(held.lease), model_.Producer(held.path) != 0);
+    EXPECT_EQ(cache_.Produces(held.lease), model_.Producer(held.path) == held.path.id);
   }
 
   void CheckAll() {

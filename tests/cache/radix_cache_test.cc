@@ -315,6 +315,26 @@ TEST_F(RadixCacheTest, LeasesMoveAndReleaseOnce) {
   EXPECT_EQ(Counters(), "blocks: 14 free, 0 leased, 2 cached only, 16 total");
 }
 
+TEST_F(RadixCacheTest, PeekFindsWhatMatchWouldWithoutTouchingIt) {
+  Store(Text("a b c"), {.expires_at = absl::Seconds(10)});
+  const Lease lease = Match(Text("a")).lease;
+  const std::string before = cache_.ToString();
+  const PeekResult found = cache_.Peek(ns_, Text("a b x"), absl::Seconds(9));
+  EXPECT_EQ(found.matched_tokens, 8);
+  EXPECT_EQ(found.leased_tokens, 4);
+  EXPECT_EQ(cache_.Peek(ns_, Text("a b x"), absl::Seconds(10)).matched_tokens, 4);
+  EXPECT_EQ(cache_.Peek(TestNamespace(2), Text("a"), absl::ZeroDuration()).matched_tokens, 0);
+  EXPECT_EQ(cache_.ToString(), before);
+  EXPECT_EQ(cache_.Stats().queried_tokens, 12 + 4);
+}
+
+TEST_F(RadixCacheTest, OnlyTheProducerProduces) {
+  const Lease producer = Produce(Text("a b"), 4);
+  const Lease waiter = Match(Text("a b")).lease;
+  EXPECT_TRUE(cache_.Produces(producer));
+  EXPECT_FALSE(cache_.Produces(waiter));
+}
+
 // ---- Partial blocks
 
 TEST_F(RadixCacheTest, PartialBlockNamesTheCommittedBlockThatSharesMostTokens) {
