@@ -77,7 +77,7 @@ const std::vector<Flag>& Flags() {
       {"Scheduling", "max_context", &Config::max_context,
        "Most tokens of prompt and completion; 0 = the model's own limit.", 0, kMaxCount},
       {"Scheduling", "max_batch_rows", &Config::max_batch_rows,
-       "Tokens of one engine step; longer prompts are prefilled in chunks.", 1, kMaxCount},
+       "Tokens of one engine step; longer prompts are prefilled in chunks.", 8, kMaxCount},
       {"Scheduling", "max_running_samples", &Config::max_running_samples,
        "Samples decoded at the same time.", 1, kMaxCount},
       {"Scheduling", "max_queued_requests", &Config::max_queued_requests,
@@ -87,7 +87,7 @@ const std::vector<Flag>& Flags() {
       {"Training", "max_train_rows", &Config::max_train_rows,
        "Unique tokens in one training pass; more is split into micro-batches.", 1, kMaxCount},
       {"Training", "max_rollouts", &Config::max_rollouts,
-       "Rollouts kept for training by id; the oldest goes first.", 0, kMaxCount},
+       "Rollouts kept for training by id; the oldest goes first.", 1, kMaxCount},
       {"Training", "max_step_records", &Config::max_step_records,
        "Answers kept so that a repeated step_id gets the first one.", 1, kMaxCount},
       {"Training", "checkpoint_dir", &Config::checkpoint_dir,
@@ -293,10 +293,13 @@ std::string HelpText() {
 }
 
 std::string ToString(const Config& config) {
-  return absl::StrJoin(Flags(), " ", [&config](std::string* out, const Flag& flag) {
+  std::string line;
+  for (const Flag& flag : Flags()) {
+    if (flag.group == kCommandLineOnly) continue;
     const std::string value = std::visit(Printer{config}, flag.field);
-    absl::StrAppend(out, flag.name, "=", value.empty() ? "\"\"" : value);
-  });
+    absl::StrAppend(&line, line.empty() ? "" : " ", flag.name, "=", value.empty() ? "\"\"" : value);
+  }
+  return line;
 }
 
 }  // namespace coppice

@@ -1,0 +1,219 @@
+#include "server/daemon.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/log.h"
+#include "kernels/base/status_macros.h"
+
+namespace coppice {
+namespace {
+
+constexpr absl::Duration kStopGrace = absl::Seconds(5);   // for the step in progress
+constexpr absl::Duration kFlushGrace = absl::Seconds(2);  // for answers on their way out
+
+ExitCode Fail(ExitCode code, absl::string_view event, const absl::Status& status) {
+  LOG(ERROR) << event << " exit_code=" << static_cast<int>(code) << ' ' << status.message();
+  return code;
+}
+
+// Readers see the whole file or none.
+absl::Status WriteAtomically(const std::string& path, const std::string& text) {
+  const std::string temporary = path + ".tmp";
+  {
+    std::ofstream file(temporary, std::ios::trunc);
+    file << text;
+    if (!file.flush()) {
+      return absl::UnavailableError(absl::StrCat("port file not written: want ", temporary,
+                                                 " writable, got an error; change --port_file"));
+    }
+  }
+  if (std::rename(temporary.c_str(), path.c_str()) == 0) return absl::OkStatus();
+  return absl::UnavailableError(absl::StrCat("port file not written: want ", path,
+                                             " replaceable, got an error; change --port_file"));
+}
+
+absl::StatusOr<Model> LoadOrMakeModel(const Config& config, ops::Ops& ops) {
+  if (!config.model.empty()) return LoadModel(config.model, ops);
+  ASSIGN_OR_RETURN(const ModelConfig geometry, NamedGeometry(config.model_geometry));
+  return RandomModel(geometry, config.seed, ops);
+}
+
+// Where durable steps are kept; empty without a checkpoint directory.
+absl::StatusOr<std::string> StepLogDir(const Config& config) {
+  if (config.checkpoint_dir.empty()) return std::string();
+  const std::string directory = config.checkpoint_dir + "/durable";
+  std::error_code error;
+  std::filesystem::create_directories(directory, error);
+  if (!error) return directory;
+  return absl::InvalidArgumentError(absl::StrCat("checkpoint directory unusable: want ", directory,
+                                                 " writable, got ", error.message(),
+                                                 "; change --checkpoint_dir"));
+}
+
+}  // namespace
+
+Daemon::~Daemon() {
+  readiness_.SetListener(nullptr);
+  if (rpc_ != nullptr) rpc_->Shutdown(absl::ZeroDuration());
+  http_.reset();
+}
+
+ExitCode Daemon::Run() {
+  LOG(INFO) << "start " << ToString(config_);
+  if (absl::Status s = StartHttp(); !s.ok()) return Fail(ExitCode::kPortTaken, "start_failed", s);
+  if (absl::Status s = Load(); !s.ok()) return Fail(ExitCode::kModelError, "load_failed", s);
+  events_ = std::make_unique<LifeEvents>();
+  engine_thread_ = std::thread([this] {
+    engine_status_ = engine_->Run();
+    engine_ended_ = true;
+    events_->Post();
+  });
+  absl::Status status = StartRpc();
+  if (!status.ok()) {
+    StopEngine();
+    return Fail(ExitCode::kPortTaken, "start_failed", status);
+  }
+  status = AnnounceReady();
+  if (!status.ok()) {
+    StopEngine();
+    return Fail(ExitCode::kRuntimeError, "start_failed", status);
+  }
+  return Serve();
+}
+
+absl::Status Daemon::StartHttp() {
+  HttpServer::Options options;
+  options.host = config_.host;
+  options.port = static_cast<int>(config_.http_port);
+  options.metrics = [this] { return metrics_.Serialize(); };
+  options.not_ready_reason = [this] { return readiness_.NotReadyReason(); };
+  ASSIGN_OR_RETURN(http_, HttpServer::Start(std::move(options)));
+  return absl::OkStatus();
+}
+
+absl::Status Daemon::Load() {
+  ASSIGN_OR_RETURN(ops_, ops::CreateOps(config_.device, static_cast<int>(config_.threads)));
+  const ops::DeviceInfo device = ops_->Info();
+  ASSIGN_OR_RETURN(model_, LoadOrMakeModel(config_, *ops_));
+  LOG(INFO) << "model_loaded device=\"" << device.name << "\" " << model_.config.ToString()
+            << " tokenizer=" << (model_.tokenizer != nullptr ? "yes" : "no");
+  ASSIGN_OR_RETURN(decoder_, Decoder::Create(model_.config, *ops_));
+  const int64_t workspace_bytes =
+      decoder_->WorkspaceBytes(config_.max_batch_rows, config_.max_running_samples);
+  ASSIGN_OR_RETURN(memory_,
+                   PlanMemory(config_, model_.config, device.compute_dtype, workspace_bytes));
+  LOG(INFO) << "memory_plan " << memory_.ToString() << " device_mib=" << (device.total_bytes >> 20)
+            << " note=\"gradients and optimizer are allocated by the first training step\"";
+  EngineOptions options = MakeEngineOptions();
+  ASSIGN_OR_RETURN(options.trainer.step_log_dir, StepLogDir(config_));
+  ASSIGN_OR_RETURN(engine_, Engine::Create(options, model_, *decoder_, metrics_, clock_));
+  return absl::OkStatus();
+}
+
+EngineOptions Daemon::MakeEngineOptions() const {
+  EngineOptions options;
+  options.block_tokens = config_.block_tokens;
+  options.num_blocks = memory_.num_blocks;
+  options.max_batch_rows = config_.max_batch_rows;
+  options.max_running_samples = config_.max_running_samples;
+  options.max_queued_requests = config_.max_queued_requests;
+  options.max_group_size = std::min(config_.max_group_size, config_.max_running_samples);
+  options.max_context = memory_.max_context;
+  options.max_rollouts = config_.max_rollouts;
+  options.max_step_records = config_.max_step_records;
+  options.seed = config_.seed;
+  options.trainer.max_rows = config_.max_train_rows;
+  return options;
+}
+
+absl::Status Daemon::StartRpc() {
+  RpcContext context{.engine = *engine_,
+                     .model = model_,
+                     .clock = clock_,
+                     .readiness = readiness_,
+                     .engine_options = MakeEngineOptions(),
+                     .max_message_bytes = config_.max_message_bytes,
+                     .stream_capacity = config_.stream_events,
+                     .trust_tenant_header = config_.trust_tenant_header,
+                     .checkpoint_dir = config_.checkpoint_dir,
+                     .version = COPPICE_VERSION,
+                     .started_at = clock_.Now(),
+                     .memory_plan = memory_.regions};
+  const RpcServer::Options options{.host = config_.host, .port = static_cast<int>(config_.port)};
+  ASSIGN_OR_RETURN(rpc_, RpcServer::Start(options, std::move(context)));
+  readiness_.SetListener([this](bool ready) { rpc_->SetServing(ready); });
+  return absl::OkStatus();
+}
+
+absl::Status Daemon::AnnounceReady() {
+  readiness_.SetLoaded();
+  if (!config_.port_file.empty()) {
+    RETURN_IF_ERROR(WriteAtomically(
+        config_.port_file, absl::StrCat("{\"grpc\": ", rpc_->port(), ", \"http\": ", http_->port(),
+                                        ", \"pid\": ", getpid(), "}\n")));
+  }
+  LOG(INFO) << "ready grpc=" << config_.host << ':' << rpc_->port() << " http=" << config_.host
+            << ':' << http_->port() << " policy_version=" << Raw(engine_->policy_version());
+  return absl::OkStatus();
+}
+
+ExitCode Daemon::Serve() {
+  while (LifeEvents::num_signals() == 0 && !engine_ended_) {
+    events_->Wait(absl::InfiniteDuration());
+  }
+  if (!engine_ended_) return Drain();
+  readiness_.SetDraining();
+  StopEngine();
+  return Fail(ExitCode::kRuntimeError, "engine_failed", engine_status_);
+}
+
+ExitCode Daemon::Drain() {
+  LOG(INFO) << "drain_started timeout_s=" << config_.drain_timeout_s
+            << " note=\"a second signal stops at once\"";
+  readiness_.SetDraining();
+  engine_->Drain([this](absl::StatusOr<int64_t>) {
+    drained_ = true;
+    events_->Post();
+  });
+  const absl::Duration deadline = clock_.Now() + absl::Seconds(config_.drain_timeout_s);
+  while (!drained_ && !engine_ended_ && LifeEvents::num_signals() < 2 && clock_.Now() < deadline) {
+    events_->Wait(deadline - clock_.Now());
+  }
+  const bool drained = drained_;  // before Stop answers the Drain call
+  StopEngine();
+  if (!engine_status_.ok()) return Fail(ExitCode::kRuntimeError, "engine_failed", engine_status_);
+  if (drained) {
+    LOG(INFO) << "stopped drained=yes";
+    return ExitCode::kDrained;
+  }
+  LOG(WARNING)
+      << "stopped drained=no exit_code=" << static_cast<int>(ExitCode::kNotDrained)
+      << " open requests ended with UNAVAILABLE; raise --drain_timeout_s to let them finish";
+  return ExitCode::kNotDrained;
+}
+
+void Daemon::StopEngine() {
+  engine_->Stop();
+  const absl::Duration deadline = clock_.Now() + kStopGrace;
+  while (!engine_ended_ && clock_.Now() < deadline) events_->Wait(deadline - clock_.Now());
+  if (!engine_ended_) {
+    LOG(WARNING) << "stopped drained=no the engine's step did not end within "
+                 << absl::FormatDuration(kStopGrace)
+                 << "; durable steps are safe, other work is lost";
+    std::_Exit(static_cast<int>(ExitCode::kNotDrained));
+  }
+  engine_thread_.join();
+  readiness_.SetListener(nullptr);
+  if (rpc_ != nullptr) rpc_->Shutdown(kFlushGrace);
+  http_.reset();
+}
+
+}  // namespace coppice

@@ -1,0 +1,45 @@
+// coppiced: see HelpText() in config.cc for flags and exit codes.
+#include <cstdlib>
+#include <iostream>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels/base/log.h"
+#include "server/config.h"
+#include "server/daemon.h"
+#include "server/exit_code.h"
+
+namespace coppice {
+namespace {
+
+std::optional<std::string> Environment(const std::string& name) {
+  const char* value = std::getenv(name.c_str());
+  return value == nullptr ? std::nullopt : std::optional<std::string>(value);
+}
+
+LogSeverity Severity(const std::string& level) {
+  if (level == "error") return LogSeverity::kError;
+  return level == "warning" ? LogSeverity::kWarning : LogSeverity::kInfo;
+}
+
+ExitCode Main(const std::vector<std::string>& args) {
+  absl::StatusOr<Config> config = ParseConfig(args, Environment);
+  if (!config.ok()) {
+    std::cerr << "coppiced: " << config.status().message() << '\n';
+    return ExitCode::kBadFlags;
+  }
+  if (config->help || config->version) {
+    std::cout << (config->help ? HelpText() : "coppiced " COPPICE_VERSION "\n");
+    return ExitCode::kDrained;
+  }
+  SetMinLogSeverity(Severity(config->log_level));
+  return Daemon(*std::move(config)).Run();
+}
+
+}  // namespace
+}  // namespace coppice
+
+int main(int argc, char** argv) {
+  return static_cast<int>(coppice::Main(std::vector<std::string>(argv + 1, argv + argc)));
+}
