@@ -1,6 +1,9 @@
-// CpuBatchPlan: a TokenBatch with its tree made explicit: nodes of consecutive rows and, for each
-// node, the runs of keys on its path in order of position. Attention walks these runs; the mask k
-// <= q < subtree_end[k] then is a plain causal mask over path positions.
+// CpuBatchPlan: a TokenBatch with its tree made explicit, and the schedule of its attention.
+//
+// A node is a run of rows without branching. Its path lists, by position, the runs of keys that its
+// rows see: cached context, ancestors, the node itself. On a path the mask k <= q < subtree_end[k]
+// is the plain causal mask of positions, so attention only ever walks paths. Built once per batch,
+// immutable, used by every layer.
 #pragma once
 
 #include <cstdint>
@@ -10,8 +13,8 @@
 
 namespace coppice::cpu {
 
-// `num_tokens` keys at path positions [position, position + num_tokens): packed rows from `row` on,
-// or, if row < 0, tokens of the blocks context_blocks[block_begin, ...).
+// Keys at path positions [position, position + num_tokens): packed rows from `row` on, or, if row <
+// 0, the tokens of the blocks context_blocks[block_begin, ...).
 struct KeyRun {
   int64_t position = 0;
   int64_t num_tokens = 0;
@@ -19,18 +22,46 @@ struct KeyRun {
   int64_t block_begin = -1;
 };
 
-// Rows [row_begin, row_end) without branching: each sees its predecessors here and all keys of the
-// ancestors.
+struct RowRange {
+  int64_t begin = 0;
+  int64_t end = 0;
+};
+
 struct TreeNode {
-  int64_t row_begin = 0;
-  int64_t row_end = 0;
+  RowRange rows;
   int64_t subtree_end = 0;
-  int64_t position = 0;      // of row_begin
-  std::vector<KeyRun> path;  // context, ancestors, the node itself; by position
+  int64_t position = 0;      // of the first row
+  std::vector<KeyRun> path;  // by position; the last run is the node's own
+};
+
+// Consecutive rows of one node.
+struct RowSpan {
+  int64_t node = 0;
+  RowRange rows;
+};
+
+// Up to kMaxRows rows whose attention is computed together: one span, or spans of several nodes
+// that share most of their keys (samples of one prompt that decode side by side, short branches of
+// a tree).
+struct QueryTile {
+  static constexpr int64_t kMaxRows = 32;
+  std::vector<RowSpan> spans;
+  int64_t num_rows = 0;
+  int64_t common_keys = 0;  // path positions [0, common_keys) hold the same keys for all rows
+};
+
+// Keys that backward treats together: tokens [begin, end) of a run, at most kTileKeys, and the rows
+// that see them. Packed keys are seen causally by their own node.
+struct KeyTile {
+  KeyRun run;
+  int64_t begin = 0;
+  int64_t end = 0;
+  std::vector<RowRange> queries;  // ascending
 };
 
 class CpuBatchPlan final : public ops::BatchPlan {
  public:
+  // REQUIRES: batch.Validate() is OK.
   explicit CpuBatchPlan(const ops::TokenBatch& batch);
 
   const ops::TokenBatch& batch() const override { return batch_; }
@@ -40,6 +71,8 @@ class CpuBatchPlan final : public ops::BatchPlan {
   TensorView logit_rows() const override { return View(batch_.logit_rows); }
 
   const std::vector<TreeNode>& nodes() const { return nodes_; }
+  const std::vector<QueryTile>& query_tiles() const { return query_tiles_; }
+  const std::vector<KeyTile>& key_tiles() const { return key_tiles_; }
   int64_t max_position() const { return max_position_; }    // -1 without rows
   int64_t max_context_block() const { return max_block_; }  // -1 without context
   int64_t max_kv_slot() const { return max_slot_; }         // -1 without slots
@@ -50,6 +83,8 @@ class CpuBatchPlan final : public ops::BatchPlan {
 
   ops::TokenBatch batch_;
   std::vector<TreeNode> nodes_;
+  std::vector<QueryTile> query_tiles_;
+  std::vector<KeyTile> key_tiles_;
   int64_t max_position_ = -1;
   int64_t max_block_ = -1;
   int64_t max_slot_ = -1;

@@ -8,7 +8,7 @@
 #include <cstring>
 
 #include "kernels/base/status_macros.h"
-#include "kernels/cpu/batch_plan.h"
+#include "kernels/cpu/attention_inputs.h"
 #include "kernels/cpu/column_sums.h"
 #include "kernels/cpu/families.h"
 #include "kernels/cpu/parallel.h"
@@ -17,10 +17,6 @@
 
 namespace coppice::cpu {
 namespace {
-
-const CpuBatchPlan& Plan(const ops::BatchPlan* plan) {
-  return *static_cast<const CpuBatchPlan*>(plan);
-}
 
 float* Head(const TensorView& t, int64_t row, int64_t head) {
   return t.f32() + row * t.stride[0] + head * t.stride[1];
@@ -34,7 +30,7 @@ absl::Status CheckForward(const ops::QkNormRopeParams& p) {
                       .Rank("k_in", p.k_in, 3)
                       .Rank("rope", p.rope, 2)
                       .status());
-  const CpuBatchPlan& plan = Plan(p.plan);
+  const CpuBatchPlan& plan = CpuPlan(p.plan);
   const int64_t rows = plan.batch().num_rows(), head_dim = p.q_in.dim(2);
   const int64_t q_heads = p.q_in.dim(1), kv_heads = p.k_in.dim(1);
   ops::ShapeCheck check(kOp);
@@ -66,7 +62,7 @@ absl::Status CheckBackward(const ops::QkNormRopeBackwardParams& p) {
                       .Rank("d_k_out", p.d_k_out, 3)
                       .Rank("rope", p.rope, 2)
                       .status());
-  const CpuBatchPlan& plan = Plan(p.plan);
+  const CpuBatchPlan& plan = CpuPlan(p.plan);
   const int64_t rows = plan.batch().num_rows(), head_dim = p.d_q_out.dim(2);
   const int64_t q_heads = p.d_q_out.dim(1), kv_heads = p.d_k_out.dim(1);
   ops::ShapeCheck check(kOp);

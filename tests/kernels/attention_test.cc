@@ -287,7 +287,8 @@ TEST(TreeAttentionTest, BackwardMatchesFiniteDifferences) {
       reference::Vector want =
           reference::NumericGradient(loss, p.inputs().*input, tolerance::kFiniteDifferenceStep);
       for (size_t i = 0; i < before.size(); ++i) want[i] += before[i];
-      EXPECT_LT(RelativeError(got, want), tolerance::kOpBackward) << name;
+      // The floor: a row with one visible key has a d_q of zero, and rounding errors of its terms.
+      EXPECT_LT(RelativeError(got, want, 1), tolerance::kOpBackward) << name;
       got.ExpectGuardsIntact(name);
     };
     check(&AttentionInputs::q, g.d_q, {}, "d_q");

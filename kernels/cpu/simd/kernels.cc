@@ -2,6 +2,8 @@
 // COPPICE_LANES.
 #include "kernels/cpu/simd/kernels.h"
 
+#include "kernels/cpu/simd/attention_kernels.h"
+#include "kernels/cpu/simd/gemm_kernels.h"
 #include "kernels/cpu/simd/row_kernels.h"
 
 #define COPPICE_STRING_INNER(x) #x
@@ -12,6 +14,11 @@ namespace coppice::cpu::COPPICE_ISA {
 extern const Kernels kKernels;
 const Kernels kKernels = {
     .name = COPPICE_STRING(COPPICE_ISA),
+    .dot_gemm = DotGemm,
+    .pack_columns = PackColumns,
+    .pack_rows = PackRows,
+    .attention_forward = AttentionForward,
+    .attention_backward = AttentionBackward,
     .add = Add,
     .rms_norm = RmsNorm,
     .rms_norm_backward = RmsNormBackward,

@@ -25,21 +25,69 @@ struct AdamWStep {
   float decay;       // learning_rate * weight_decay
 };
 
-// C[i, j] (+)= sum over p of A[i, p] B[p, j]. A is read one value at a time, so any strides do;
-// rows of B and C are dense.
-struct TileGemmArgs {
+// C[i, j] += sum over p of A[i, p] B[j, p]: rows of A, B and C lie `*_row` floats apart. Each
+// element of C is summed in one order, which depends on k alone: not on m, n or its place.
+struct DotGemmArgs {
   int64_t m, n, k;
   const float* a;
-  int64_t a_row, a_col;  // strides of A
+  int64_t a_row;
   const float* b;
   int64_t b_row;
   float* c;
   int64_t c_row;
-  bool accumulate;
+};
+
+// Keys of an attention tile: every tile is this wide, the last one of a path padded with zeros.
+inline constexpr int64_t kTileKeys = 64;
+
+// One tile of kTileKeys keys seen by m queries (rows times heads that share a key head). head_dim
+// is padded with zeros to `dim`, see PadHeadDim; all buffers are dense. visible[i] of the keys are
+// visible to query i; below 1 means none.
+struct AttentionForwardTile {
+  int64_t m, dim;
+  const int32_t* visible;  // [m]
+  const float* q;          // [m, dim], times scale
+  const float* k_t;        // [dim, kTileKeys]
+  const float* v;          // [kTileKeys, dim]
+  float* scores;           // [m, kTileKeys] scratch
+  float* max;              // [m] in and out: running maximum, from -inf
+  float* sum;              // [m] in and out: running sum of exp(score - max), from 0
+  float* out;              // [m, dim] in and out: running sum of exp(score - max) v, from 0
+};
+
+struct AttentionBackwardTile {
+  int64_t m, dim;
+  const int32_t* visible;  // [m]; keys [0, visible) are visible
+  float scale;
+  const float* q;      // [m, dim]
+  const float* d_out;  // [m, dim]
+  const float* lse;    // [m]
+  const float* delta;  // [m]: out . d_out
+  const float* k_t;    // [dim, kTileKeys]
+  const float* v_t;    // [dim, kTileKeys]
+  float* p;            // [m, kTileKeys] scratch
+  float* d_s;          // [m, kTileKeys] scratch
+  // Either of the two is wanted:
+  const float* k;  // [kTileKeys, dim], for d_q
+  float* d_q;      // [m, dim] +=, or null
+  float* d_k;      // [kTileKeys, dim] +=, or null
+  float* d_v;      // [kTileKeys, dim] +=, with d_k
 };
 
 struct Kernels {
   const char* name;  // of the instruction set
+
+  // c += a b^T
+  void (*dot_gemm)(const DotGemmArgs& args);
+
+  // Gathers n vectors of head_dim floats, as columns of dst [dim, kTileKeys] or as rows of dst
+  // [kTileKeys, dim]; the rest of dst becomes zero.
+  void (*pack_columns)(const float* const* vectors, int64_t n, int64_t head_dim, int64_t dim,
+                       float* dst);
+  void (*pack_rows)(const float* const* vectors, int64_t n, int64_t head_dim, int64_t dim,
+                    float* dst);
+  void (*attention_forward)(const AttentionForwardTile& tile);
+  void (*attention_backward)(const AttentionBackwardTile& tile);
 
   // dst += src
   void (*add)(const float* src, float* dst, int64_t n);
@@ -77,6 +125,9 @@ struct Kernels {
   void (*adamw)(const AdamWStep& step, const float* grad, const uint8_t* decay_mask, float* param,
                 float* m, float* v, int64_t n);
 };
+
+// head_dim rounded up to what the attention kernels want.
+inline int64_t PadHeadDim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
 // The table for this processor. The first call chooses.
 const Kernels& SimdKernels();

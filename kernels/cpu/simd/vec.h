@@ -39,8 +39,9 @@ inline Vec Min(Vec a, Vec b) { return a < b ? a : b; }
 
 // Lanes [0, count) of v, `other` elsewhere.
 inline Vec FirstLanes(Vec v, int64_t count, float other) {
-  for (int64_t i = count; i < kLanes; ++i) v[i] = other;
-  return v;
+  IntVec lane;
+  for (int64_t i = 0; i < kLanes; ++i) lane[i] = static_cast<int32_t>(i);
+  return lane < static_cast<int32_t>(count) ? v : Set(other);
 }
 
 // Pairwise, so that the order of additions is the same for every caller.
@@ -61,6 +62,56 @@ inline float MaxLane(Vec v) {
     }
   }
   return lanes[0];
+}
+
+// Sums neighbouring halves: each group of 2 * W lanes of a, then of b, becomes W lanes.
+template <int64_t W>
+inline Vec FoldPairs(Vec a, Vec b) {
+  IntVec low, high;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    low[i] = static_cast<int32_t>(i / W * 2 * W + i % W);
+    high[i] = low[i] + static_cast<int32_t>(W);
+  }
+  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+}
+
+// Lane i of the result is the sum of the lanes of v[i], i < kLanes, in the same order for each i.
+template <int64_t W = kLanes / 2>
+inline __attribute__((always_inline)) Vec SumEach(const Vec* v) {
+  Vec folded[W];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < W; ++i) folded[i] = FoldPairs<W>(v[2 * i], v[2 * i + 1]);
+  if constexpr (W == 1) {
+    return folded[0];
+  } else {
+    return SumEach<W / 2>(folded);
+  }
+}
+
+// Exchanges the off-diagonal quarters of every 2W x 2W block of the matrix whose rows are `rows`;
+// all powers of two in turn transpose it.
+template <int64_t W>
+inline __attribute__((always_inline)) void SwapQuarters(Vec* rows) {
+  IntVec low, high;
+  for (int64_t i = 0; i < kLanes; ++i) {
+    const bool right = (i & W) != 0;
+    low[i] = static_cast<int32_t>(right ? kLanes + i - W : i);
+    high[i] = static_cast<int32_t>(right ? kLanes + i : i + W);
+  }
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < kLanes; ++i) {
+    if ((i & W) != 0) continue;
+    const Vec a = rows[i], b = rows[i + W];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + W] = __builtin_shuffle(a, b, high);
+  }
+}
+
+inline __attribute__((always_inline)) void Transpose(Vec* rows) {
+  SwapQuarters<1>(rows);
+  SwapQuarters<2>(rows);
+  if constexpr (kLanes >= 8) SwapQuarters<4>(rows);
+  if constexpr (kLanes >= 16) SwapQuarters<8>(rows);
 }
 
 // exp(x) to about 1 ulp (relative 1.2e-7): x = n ln 2 + r, |r| <= ln 2 / 2, 2^n by the exponent
