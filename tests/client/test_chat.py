@@ -1,12 +1,21 @@
 """Chat templates: the globals, filters and refusals that templates in the wild rely on."""
 
 import datetime
+import json
+import pathlib
 
 import coppice
 import pytest
 from coppice import chat
 
 USER = [{"role": "user", "content": "hi"}]
+# Made by transformers, see make_chat_golden.py.
+GOLDEN = json.loads(pathlib.Path(__file__).with_name("chat_golden.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", GOLDEN["templates"], ids=lambda case: case["name"])
+def test_renders_what_transformers_renders(case):
+    assert chat.render(case["template"], case["messages"], tools=case["tools"]) == case["text"]
 
 
 def test_trims_blocks_like_transformers():
