@@ -22,6 +22,13 @@ inline constexpr double kDoubleSums = 1e-12;
 // Derivatives of a loss against its central differences with kFiniteDifferenceStep; third
 // derivatives of exp at ratios of up to 50 and the f32 inputs dominate.
 inline constexpr double kLossDerivative = 1e-7;
+// An fp32 update of a weight of size 1 by AdamW: a few units in the last place, and the rounding of
+// its moments.
+inline constexpr double kAdamW = 2e-6;
+// Central differences of a whole fp32 model along a gradient: rounding of the loss about 1e-6 /
+// step, truncation about step^2 times its third derivative.
+inline constexpr double kModelDifferenceStep = 2e-3;
+inline constexpr double kModelDifference = 2e-3;
 // Logits and gradients against Hugging Face transformers in fp32: two implementations with
 // different orders of summation over the depth of a model.
 inline constexpr double kParity = 1e-4;
