@@ -1,0 +1,63 @@
+#include "tests/bench/measure.h"
+
+#include <algorithm>
+#include <iostream>
+#include <vector>
+
+#include "absl/strings/str_format.h"
+#include "kernels/base/clock.h"
+#include "kernels/base/status_macros.h"
+#include "nlohmann/json.hpp"
+#include "tests/bench/commit.h"
+
+namespace coppice::bench {
+
+absl::StatusOr<double> MedianSeconds(int64_t repeats, const std::function<absl::Status()>& run,
+                                     absl::Duration warm_up) {
+  const SteadyClock clock;
+  const absl::Duration start = clock.Now();
+  do {
+    RETURN_IF_ERROR(run());
+  } while (clock.Now() - start < warm_up);
+  std::vector<double> seconds;
+  for (int64_t i = 0; i < repeats; ++i) {
+    const absl::Duration begin = clock.Now();
+    RETURN_IF_ERROR(run());
+    seconds.push_back(absl::ToDoubleSeconds(clock.Now() - begin));
+  }
+  std::nth_element(seconds.begin(), seconds.begin() + repeats / 2, seconds.end());
+  return seconds[repeats / 2];
+}
+
+void Print(const Options& options, const Result& result) {
+  nlohmann::ordered_json shape = {
+      {"geometry", options.geometry}, {"prompt", options.prompt},
+      {"response", options.response}, {"group", options.group},
+      {"mode", Name(options.mode)},   {"block_tokens", options.block_tokens},
+      {"threads", options.threads},   {"repeats", options.repeats},
+      {"seed", options.seed},
+  };
+  if (!result.pass.empty()) shape["pass"] = result.pass;
+  nlohmann::ordered_json line = {
+      {"bench", result.bench},     {"shape", shape},
+      {"seconds", result.seconds}, {"bound_seconds", result.bound_seconds},
+      {"bound", result.bound},     {"ratio", result.bound_seconds / result.seconds},
+      {"peer", nullptr},           {"peer_seconds", nullptr},
+      {"device", result.device},   {"commit", kCommit},
+  };
+  if (!result.peer.empty()) {
+    line["peer"] = result.peer;
+    line["peer_seconds"] = result.peer_seconds;
+  }
+  std::cout << line.dump() << std::endl;
+}
+
+absl::Status Verify(const std::string& what, double error, double tolerance) {
+  if (error <= tolerance) return absl::OkStatus();  // false for NaN
+  return absl::InternalError(
+      absl::StrFormat("verify %s failed: want an error of at most %g, got %g; do not time a wrong "
+                      "result",
+                      what, tolerance, error));
+}
+
+}  // namespace coppice::bench

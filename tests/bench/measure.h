@@ -1,0 +1,36 @@
+// Timing and reporting, the same for every benchmark: half a second of load first, then the median
+// of the repeats; one JSON object a line on stdout.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/time/time.h"
+#include "tests/bench/options.h"
+
+namespace coppice::bench {
+
+inline constexpr absl::Duration kWarmUp = absl::Milliseconds(500);
+// Median seconds of `repeats` runs after at least one run and `warm_up` of load.
+absl::StatusOr<double> MedianSeconds(int64_t repeats, const std::function<absl::Status()>& run,
+                                     absl::Duration warm_up = kWarmUp);
+
+struct Result {
+  std::string bench;
+  double seconds = 0;
+  double bound_seconds = 0;
+  std::string bound;  // what sets it and how it was measured
+  std::string peer;   // empty = none
+  double peer_seconds = 0;
+  std::string device;
+  std::string pass;  // of attention: forward or backward, part of the shape; empty = none
+};
+void Print(const Options& options, const Result& result);
+
+// INTERNAL "verify <what> failed: want an error of at most .., got ..".
+absl::Status Verify(const std::string& what, double error, double tolerance);
+
+}  // namespace coppice::bench

@@ -1,0 +1,36 @@
+// Options of coppice_bench. One set for all subcommands; each uses what concerns it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+
+namespace coppice::bench {
+
+enum class Mode { kShared, kFlat };
+
+struct Options {
+  std::string subcommand;
+  std::string geometry = "smollm2-135m";
+  std::string device = "cpu";
+  Mode mode = Mode::kShared;
+  int64_t prompt = 0;  // 0 = the subcommand's default
+  int64_t response = 64;
+  int64_t group = 8;
+  int64_t block_tokens = 16;
+  int64_t threads = 0;  // 0 = all cores
+  int64_t repeats = 5;
+  int64_t seed = 1;
+};
+
+inline const char* Name(Mode mode) { return mode == Mode::kShared ? "shared" : "flat"; }
+
+// The text of --help.
+std::string Usage();
+// INVALID_ARGUMENT naming the argument. `help` is set if it was asked for.
+absl::StatusOr<Options> ParseOptions(const std::vector<absl::string_view>& arguments, bool& help);
+
+}  // namespace coppice::bench

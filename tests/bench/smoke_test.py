@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Runs every subcommand of coppice_bench on a tiny model and checks what it prints. Usage: smoke_test.py BINARY"""
+import json
+import subprocess
+import sys
+import unittest
+
+BINARY = sys.argv.pop()
+KEYS = ["bench", "shape", "seconds", "bound_seconds", "bound", "ratio", "peer", "peer_seconds", "device", "commit"]
+TINY = ["--geometry", "tiny-qwen3", "--prompt=40", "--response", "3", "--group", "2", "--repeats", "1", "--threads=1"]
+
+
+def run(*arguments):
+    return subprocess.run([BINARY, *arguments], capture_output=True, text=True)
+
+
+class CoppiceBench(unittest.TestCase):
+    def lines_of(self, *arguments):
+        done = run(*arguments)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def check(self, bench, passes, *arguments):
+        lines = self.lines_of(bench, *TINY, *arguments)
+        self.assertEqual([line["shape"].get("pass") for line in lines], passes)
+        for line in lines:
+            self.assertEqual(list(line), KEYS)
+            self.assertEqual(line["bench"], bench)
+            self.assertEqual(line["shape"]["prompt"], 40)
+            self.assertGreater(line["seconds"], 0)
+            self.assertGreater(line["bound_seconds"], 0)
+            self.assertAlmostEqual(line["ratio"], line["bound_seconds"] / line["seconds"])
+
+    def test_prefill(self):
+        self.check("prefill", [None])
+
+    def test_decode_in_both_modes(self):
+        self.check("decode", [None])
+        self.check("decode", [None], "--mode=flat")
+
+    def test_train_step_in_both_modes(self):
+        self.check("train_step", [None])
+        self.check("train_step", [None], "--mode", "flat")
+
+    def test_radix(self):
+        self.check("radix", ["miss", "hit"])
+
+    def test_attention_in_both_modes(self):
+        self.check("attention", ["forward", "backward"])
+        self.check("attention", ["forward", "backward"], "--mode=flat")
+
+    def test_help_names_every_option(self):
+        text = run("--help").stdout
+        for option in ["geometry", "prompt", "response", "group", "mode", "device", "threads", "repeats", "seed"]:
+            self.assertIn("--" + option, text)
+
+    def test_bad_arguments_are_refused(self):
+        for arguments in (["--nonsense", "1"], ["prefill", "--prompt"], ["prefill", "--prompt", "0"], ["radix", "twice"],
+                          ["train_step", "--mode", "half"], ["unknown"], []):
+            done = run(*arguments)
+            self.assertEqual(done.returncode, 2, arguments)
+            self.assertIn("see --help", done.stderr)
+        self.assertIn("want one of", run("prefill", "--geometry", "huge").stderr)
+
+
+if __name__ == "__main__":
+    unittest.main()
