@@ -1,0 +1,197 @@
+#include "server/engine/generator.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/check.h"
+#include "kernels/base/status_macros.h"
+#include "server/engine/batch_builder.h"
+
+namespace coppice {
+
+absl::StatusOr<std::unique_ptr<Generator>> Generator::Create(const EngineOptions& options,
+                                                             const Model& model,
+                                                             const Decoder& decoder,
+                                                             Metrics& metrics, const Clock& clock,
+                                                             uint64_t nonce) {
+  std::unique_ptr<Generator> g(new Generator(options, model, metrics, clock, nonce));
+  ASSIGN_OR_RETURN(g->kv_, KvStore::Create({.num_blocks = options.num_blocks,
+                                            .block_tokens = options.block_tokens,
+                                            .model = model.config.name},
+                                           decoder));
+  ASSIGN_OR_RETURN(g->runner_, Runner::Create(decoder, model.params, options.max_batch_rows,
+                                              options.max_running_samples));
+  return g;
+}
+
+Generator::Generator(const EngineOptions& options, const Model& model, Metrics& metrics,
+                     const Clock& clock, uint64_t nonce)
+    : options_(options),
+      model_(model),
+      metrics_(metrics),
+      clock_(clock),
+      rollouts_(options.max_rollouts, nonce) {}
+
+void Generator::Enqueue(std::unique_ptr<Group> group) {
+  std::vector<std::string> present;
+  for (const Group* other : roster_.Select([](const Group&) { return true; })) {
+    present.push_back(other->request.tenant_salt);
+  }
+  tenants_.Enter(group->request.tenant_salt, present);
+  roster_.AddWaiting(std::move(group), *kv_, clock_.Now());
+}
+
+absl::StatusOr<bool> Generator::Step(const StepMode& mode) {
+  bool changed = EndCancelledAndLate();
+  if (!mode.run) return changed;
+  AdmissionInput view = roster_.AdmissionView(*kv_, options_.max_running_samples, clock_.Now());
+  view.open = mode.admit;
+  view.tenant_tokens = tenants_.tokens();
+  ASSIGN_OR_RETURN(const bool moved, ApplyAdmission(PlanAdmission(view)));
+
+  const RowPlan rows = PlanRows(roster_.RowView(*kv_, options_.max_batch_rows));
+  changed |= moved | FinishWarmStems();
+  if (!rows.empty()) {
+    const Batch batch = Build(rows);
+    ASSIGN_OR_RETURN(const std::vector<DrawnToken> drawn,
+                     runner_->Run(BuildTokenBatch(batch.segments, kv_->block_tokens()), batch.draws,
+                                  kv_->pool()));
+    RETURN_IF_ERROR(Publish(batch, drawn));
+    changed = true;
+  }
+  RetireFinished();
+  return changed;
+}
+
+bool Generator::EndCancelledAndLate() {
+  const absl::Duration now = clock_.Now();
+  const std::vector<Group*> ended = roster_.Select([now](const Group& g) {
+    return (g.sink != nullptr && g.sink->Cancelled()) ||
+           (g.request.deadline.has_value() && *g.request.deadline <= now);
+  });
+  for (Group* group : ended) {
+    const bool cancelled = group->sink != nullptr && group->sink->Cancelled();
+    metrics_.requests_aborted.Increment();
+    EndWithStatus(*group, cancelled ? absl::CancelledError("generate: the caller is gone")
+                                    : absl::DeadlineExceededError(absl::StrCat(
+                                          "generate: deadline passed after ",
+                                          absl::FormatDuration(now - group->arrived),
+                                          "; give more time or ask for fewer tokens")));
+  }
+  return !ended.empty();
+}
+
+absl::StatusOr<bool> Generator::ApplyAdmission(const AdmissionPlan& plan) {
+  bool changed = !plan.retract.empty();
+  for (const SampleKey& key : plan.retract) {
+    metrics_.preemptions.Increment();
+    Retract(key);
+  }
+  for (const SampleKey& key : plan.resume) {
+    ASSIGN_OR_RETURN(const bool started,
+                     StartSprouts(*roster_.FindRunning(key.request), key.sample));
+    if (!started) return changed;
+    changed = true;
+  }
+  for (RequestId id : plan.admit) {
+    ASSIGN_OR_RETURN(const bool admitted, AdmitGroup(id));
+    changed |= admitted;
+  }
+  return changed;
+}
+
+absl::StatusOr<bool> Generator::AdmitGroup(RequestId id) {
+  Group& group = roster_.Admit(id);
+  ASSIGN_OR_RETURN(const bool started, StartSprouts(group, 0));
+  if (!started) {
+    roster_.Unadmit(id);
+    return false;
+  }
+  group.slot.Release();
+  metrics_.queue_seconds.Observe(absl::ToDoubleSeconds(clock_.Now() - group.arrived));
+  return true;
+}
+
+absl::StatusOr<bool> Generator::StartSprouts(Group& group, int32_t sample) {
+  std::vector<int32_t> path = group.Path(sample);
+  std::shared_ptr<Stem> stem =
+      roster_.FindJoinable(group, path, kv_->NamespaceOf(group.request.tenant_salt));
+  if (stem == nullptr) {
+    ASSIGN_OR_RETURN(stem, kv_->StartStem(group, std::move(path), clock_.Now()));
+    if (stem == nullptr) return false;
+    roster_.AddStem(stem);
+  }
+  const bool fresh = group.samples[sample].tokens.empty();
+  for (int32_t i = 0; i < static_cast<int32_t>(group.samples.size()); ++i) {
+    Sample& other = group.samples[i];
+    if (other.state != Sample::State::kIdle) continue;
+    if (i != sample && !(fresh && other.tokens.empty())) continue;
+    other.state = Sample::State::kSprouting;
+    stem->sprouts.push_back({&group, i});
+  }
+  return true;
+}
+
+void Generator::Retract(const SampleKey& key) {
+  Group* group = roster_.FindRunning(key.request);
+  CHECK(group != nullptr);
+  Sample& sample = group->samples[key.sample];
+  if (sample.state == Sample::State::kSprouting) {
+    DropStem(roster_.StemOf(*group, key.sample));
+  } else if (sample.state == Sample::State::kDecoding) {
+    group->usage.written_tokens +=
+        static_cast<int32_t>(kv_->Release(*group, key.sample, clock_.Now()));
+    sample.state = Sample::State::kIdle;
+  }
+}
+
+void Generator::DropStem(const std::shared_ptr<Stem>& stem) {
+  for (const Sprout& s : stem->sprouts) s.group->samples[s.sample].state = Sample::State::kIdle;
+  roster_.RemoveStem(stem.get());
+}
+
+int64_t Generator::RetractAll() {
+  RestartStems();
+  for (const auto& [id, group] : roster_.running()) {
+    for (int32_t i = 0; i < static_cast<int32_t>(group->samples.size()); ++i) {
+      Retract(group->key(i));
+    }
+  }
+  return num_running();
+}
+
+void Generator::RestartStems() {
+  const std::vector<std::shared_ptr<Stem>> stems = roster_.stems();
+  for (const std::shared_ptr<Stem>& stem : stems) DropStem(stem);
+}
+
+void Generator::SetPolicy(PolicyVersion version, bool replaced) {
+  kv_->SetPolicy(version, replaced);
+  if (replaced) rollouts_.Clear();
+  metrics_.policy_version.Set(static_cast<double>(Raw(version)));
+}
+
+std::optional<absl::Duration> Generator::NextDeadline() const {
+  std::optional<absl::Duration> next;
+  for (const Group* g :
+       roster_.Select([](const Group& g) { return g.request.deadline.has_value(); })) {
+    next = next.has_value() ? std::min(*next, *g->request.deadline) : g->request.deadline;
+  }
+  return next;
+}
+
+void Generator::UpdateGauges() {
+  const CacheStats stats = kv_->cache().Stats();
+  metrics_.blocks_free.Set(static_cast<double>(stats.free_blocks));
+  metrics_.blocks_leased.Set(static_cast<double>(stats.leased_blocks));
+  metrics_.blocks_cached_only.Set(static_cast<double>(stats.cached_only_blocks));
+  metrics_.blocks_evicted.Increment(static_cast<double>(stats.evicted_blocks - evicted_seen_));
+  evicted_seen_ = stats.evicted_blocks;
+  metrics_.queue_depth.Set(static_cast<double>(num_waiting()));
+  metrics_.running_requests.Set(static_cast<double>(num_running()));
+  metrics_.running_samples.Set(static_cast<double>(num_running_samples()));
+  metrics_.rollouts_retained.Set(static_cast<double>(rollouts_.size()));
+}
+
+}  // namespace coppice

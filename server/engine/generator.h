@@ -1,0 +1,134 @@
+// Generator: carries Generate and Warm requests from the queue to their last token, a step at a
+// time. Owns requests, stems, KV and rollouts; knows nothing of threads or of the trainer. Owner
+// and thread: Engine, on the engine thread.
+//
+// A step: end what is cancelled or late; plan who holds KV and do it; plan the rows; build the
+// batch; run it; append what was drawn and stream it out; retire what is complete. A Status from
+// Step is a device error: nothing can run any more.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/base/clock.h"
+#include "kernels/model/decoder.h"
+#include "kernels/model/model_loader.h"
+#include "server/engine/batch_builder.h"
+#include "server/engine/engine.h"
+#include "server/engine/kv_store.h"
+#include "server/engine/rollouts.h"
+#include "server/engine/roster.h"
+#include "server/engine/runner.h"
+#include "server/engine/scheduler.h"
+#include "server/metrics/metrics.h"
+
+namespace coppice {
+
+class Generator {
+ public:
+  // Allocates KV pool, workspace and logits. Borrows everything else. `nonce`: of rollout ids.
+  static absl::StatusOr<std::unique_ptr<Generator>> Create(const EngineOptions& options,
+                                                           const Model& model,
+                                                           const Decoder& decoder, Metrics& metrics,
+                                                           const Clock& clock, uint64_t nonce);
+
+  void Enqueue(std::unique_ptr<Group> group);
+
+  struct StepMode {
+    bool admit = true;  // start waiting requests
+    bool run = true;    // false: paused, only cancellations and deadlines are served
+  };
+  // True if anything happened.
+  absl::StatusOr<bool> Step(const StepMode& mode);
+
+  // Ends requests by name with kAborted; partial output has been streamed. Returns how many.
+  int64_t Abort(const std::string& request_id, const std::string& session_id);
+  // Ends every running request with kPaused.
+  int64_t EndRunning();
+  // Ends everything with `status`.
+  void Fail(const absl::Status& status);
+  // Running samples give back their KV and prefill again later. Returns the requests affected.
+  int64_t RetractAll();
+  // What is in prefill starts again; decoding samples keep their KV, which nobody else will ever
+  // match.
+  void RestartStems();
+  // New weights. REQUIRES: RetractAll or RestartStems, or nothing runs.
+  void SetPolicy(PolicyVersion version, bool replaced);
+
+  int64_t num_waiting() const { return static_cast<int64_t>(roster_.waiting().size()); }
+  int64_t num_running() const { return static_cast<int64_t>(roster_.running().size()); }
+  int64_t num_running_samples() const { return roster_.num_running_samples(); }
+  // The earliest deadline of any request, if there is one.
+  std::optional<absl::Duration> NextDeadline() const;
+  Rollouts& rollouts() { return rollouts_; }
+  KvStore& kv() { return *kv_; }
+  void UpdateGauges();
+
+ private:
+  // What one step runs. Head rows of the batch: one per decoding sample, then one per stem that
+  // completes.
+  struct Batch {
+    std::vector<SegmentSpec> segments;
+    std::vector<Sprout> decode;
+    std::vector<std::pair<std::shared_ptr<Stem>, int64_t>> prefill;  // stem, rows
+    std::vector<Draw> draws;
+    std::vector<Sprout> drawers;  // parallel to draws
+    int32_t head_rows = 0;
+  };
+
+  Generator(const EngineOptions& options, const Model& model, Metrics& metrics, const Clock& clock,
+            uint64_t nonce);
+
+  // ---- Before the batch
+  bool EndCancelledAndLate();
+  absl::StatusOr<bool> ApplyAdmission(const AdmissionPlan& plan);
+  absl::StatusOr<bool> AdmitGroup(RequestId id);
+  // Gives a sample (and those of its group that are as fresh) a stem. False if the pool lacks
+  // blocks.
+  absl::StatusOr<bool> StartSprouts(Group& group, int32_t sample);
+  void Retract(const SampleKey& key);
+  void DropStem(const std::shared_ptr<Stem>& stem);
+
+  // ---- The batch
+  Batch Build(const RowPlan& plan);
+  void AddDecode(Group& group, int32_t sample, Batch& batch);
+  void AddPrefill(const std::shared_ptr<Stem>& stem, int64_t rows, Batch& batch);
+  void AddDraw(const Sprout& drawer, Batch& batch);
+
+  // ---- After the batch
+  absl::Status Publish(const Batch& batch, const std::vector<DrawnToken>& drawn);
+  // Settles the usage of requests whose prompt is complete and starts their streams.
+  void StartStreams(const Stem& stem);
+  void SettleUsage(const Stem& stem, bool pays, Group& group);
+  absl::Status ForkUnfinished(const std::shared_ptr<Stem>& stem);
+  bool FinishWarmStems();
+  void FinishWarm(Group& group);
+  void Append(Group& group, int32_t sample, const DrawnToken& drawn);
+  TokenChunk MakeChunk(const Group& group, int32_t sample, const DrawnToken& drawn) const;
+  std::optional<FinishReason> ReasonToFinish(const Group& group, int32_t sample) const;
+  bool IsStopToken(const Group& group, int32_t token) const;
+  void FinishSample(Group& group, int32_t sample, FinishReason reason);
+  void RetireFinished();
+  std::string Retain(const Group& group);
+  // Ends a request early: its unfinished samples with `reason`, or all at once with the status.
+  void EndEarly(Group& group, FinishReason reason);
+  void EndWithStatus(Group& group, const absl::Status& status);
+
+  const EngineOptions options_;
+  const Model& model_;
+  Metrics& metrics_;
+  const Clock& clock_;
+  std::unique_ptr<KvStore> kv_;
+  std::unique_ptr<Runner> runner_;
+  Roster roster_;
+  Rollouts rollouts_;
+  TenantMeter tenants_;
+  uint64_t step_ = 0;
+  int64_t evicted_seen_ = 0;
+};
+
+}  // namespace coppice

@@ -1,0 +1,139 @@
+// Generator, the middle of a step: the batch and what was drawn from it.
+#include <algorithm>
+#include <utility>
+
+#include "kernels/base/status_macros.h"
+#include "server/engine/batch_builder.h"
+#include "server/engine/generator.h"
+
+namespace coppice {
+
+Generator::Batch Generator::Build(const RowPlan& plan) {
+  Batch batch;
+  ++step_;
+  for (const SampleKey& key : plan.decode)
+    AddDecode(*roster_.FindRunning(key.request), key.sample, batch);
+  for (const PrefillRows& p : plan.prefill) AddPrefill(roster_.FindStem(p.stem), p.rows, batch);
+  return batch;
+}
+
+void Generator::AddDecode(Group& group, int32_t index, Batch& batch) {
+  Sample& sample = group.samples[index];
+  sample.last_step = step_;
+  batch.segments.push_back({.blocks = SampleBlocks(sample, kv_->block_tokens()),
+                            .context_tokens = sample.kv_tokens,
+                            .tokens = {sample.tokens.back()},
+                            .stored_tokens = sample.kv_tokens,
+                            .wants_logits = true});
+  batch.decode.push_back({&group, index});
+  AddDraw({&group, index}, batch);
+  ++batch.head_rows;
+  tenants_.Charge(group.request.tenant_salt, 1);
+}
+
+void Generator::AddPrefill(const std::shared_ptr<Stem>& stem, int64_t rows, Batch& batch) {
+  const auto begin = stem->tokens.begin() + stem->next_row;
+  const bool ends = stem->wants_logits && stem->next_row + rows == stem->num_tokens();
+  batch.segments.push_back({.blocks = stem->Blocks(),
+                            .context_tokens = stem->next_row,
+                            .tokens = {begin, begin + rows},
+                            .stored_tokens = stem->ready_tokens,
+                            .wants_logits = ends});
+  batch.prefill.emplace_back(stem, rows);
+  if (ends) {
+    for (const Sprout& sprout : stem->sprouts) AddDraw(sprout, batch);
+    ++batch.head_rows;
+  }
+  tenants_.Charge(stem->sprouts.front().group->request.tenant_salt, static_cast<double>(rows));
+}
+
+void Generator::AddDraw(const Sprout& drawer, Batch& batch) {
+  const Group& group = *drawer.group;
+  batch.draws.push_back({.options = &group.request.sampling,
+                         .seed = group.seed,
+                         .sample = drawer.sample,
+                         .position = group.PathLength(drawer.sample),
+                         .head_row = batch.head_rows,
+                         .top_logprobs = group.request.top_logprobs});
+  batch.drawers.push_back(drawer);
+}
+
+absl::Status Generator::Publish(const Batch& batch, const std::vector<DrawnToken>& drawn) {
+  for (const Sprout& s : batch.decode) ++s.group->samples[s.sample].kv_tokens;
+  for (const auto& [stem, rows] : batch.prefill) {
+    kv_->Advance(*stem, rows);
+    if (stem->complete() && stem->wants_logits) StartStreams(*stem);
+  }
+  for (size_t i = 0; i < drawn.size(); ++i) {
+    Append(*batch.drawers[i].group, batch.drawers[i].sample, drawn[i]);
+  }
+  for (const auto& [stem, rows] : batch.prefill) {
+    if (stem->complete() && stem->wants_logits) RETURN_IF_ERROR(ForkUnfinished(stem));
+  }
+  FinishWarmStems();
+  return absl::OkStatus();
+}
+
+void Generator::StartStreams(const Stem& stem) {
+  for (const Sprout& sprout : stem.sprouts) {
+    Group& group = *sprout.group;
+    if (group.started) continue;
+    // The first request in line has computed the prompt; the others joined it.
+    SettleUsage(stem, &group == stem.sprouts.front().group, group);
+    group.sink->OnStarted(group.seed, group.usage, kv_->policy_version());
+  }
+}
+
+void Generator::SettleUsage(const Stem& stem, bool pays, Group& group) {
+  group.started = true;
+  Usage& usage = group.usage;
+  usage.prompt_tokens = static_cast<int32_t>(stem.num_tokens());
+  usage.cached_device_tokens = static_cast<int32_t>(stem.cached_tokens);
+  usage.computed_tokens = pays ? static_cast<int32_t>(stem.computed_tokens) : 0;
+  usage.joined_tokens = usage.prompt_tokens - usage.cached_device_tokens - usage.computed_tokens;
+  if (pays) usage.written_tokens += static_cast<int32_t>(stem.written_tokens);
+  usage.miss_reason = stem.miss_reason;
+  metrics_.prompt_tokens_queried.Increment(usage.prompt_tokens);
+  metrics_.prompt_tokens_hit_device.Increment(usage.cached_device_tokens);
+  metrics_.prompt_tokens_joined.Increment(usage.joined_tokens);
+  metrics_.prompt_tokens_computed.Increment(usage.computed_tokens);
+  if (usage.miss_reason != MissReason::kNone) {
+    const size_t reason = static_cast<size_t>(usage.miss_reason) - 1;
+    metrics_.prompt_tokens_missed[reason]->Increment(usage.computed_tokens);
+  }
+}
+
+absl::Status Generator::ForkUnfinished(const std::shared_ptr<Stem>& stem) {
+  std::vector<Sprout> unfinished;
+  for (const Sprout& s : stem->sprouts) {
+    if (s.group->samples[s.sample].state == Sample::State::kSprouting) unfinished.push_back(s);
+  }
+  RETURN_IF_ERROR(kv_->Fork(stem, unfinished));
+  for (const Sprout& s : unfinished) {
+    if (s.group->samples[s.sample].state == Sample::State::kIdle) metrics_.preemptions.Increment();
+  }
+  if (unfinished.empty()) {
+    kv_->PublishLate(*stem, stem->sprouts.front().group->request, clock_.Now());
+  }
+  roster_.RemoveStem(stem.get());
+  return absl::OkStatus();
+}
+
+bool Generator::FinishWarmStems() {
+  const std::vector<std::shared_ptr<Stem>> stems = roster_.stems();
+  bool any = false;
+  for (const std::shared_ptr<Stem>& stem : stems) {
+    if (stem->wants_logits || !stem->complete()) continue;
+    bool pays = true;
+    for (const Sprout& sprout : stem->sprouts) {
+      SettleUsage(*stem, pays, *sprout.group);
+      sprout.group->samples[sprout.sample].state = Sample::State::kFinished;
+      pays = false;
+    }
+    roster_.RemoveStem(stem.get());
+    any = true;
+  }
+  return any;
+}
+
+}  // namespace coppice

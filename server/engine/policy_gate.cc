@@ -1,0 +1,277 @@
+#include "server/engine/policy_gate.h"
+
+#include <sys/stat.h>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/log.h"
+#include "kernels/base/status_macros.h"
+#include "server/engine/validate.h"
+#include "trainer/validate.h"
+
+namespace coppice {
+namespace {
+
+constexpr size_t kMaxOperations = 256;      // waiting for their turn
+constexpr size_t kMaxRepeatsInFlight = 64;  // of one step
+
+bool Exists(const std::string& path) {
+  struct stat info;
+  return stat(path.c_str(), &info) == 0;
+}
+
+absl::Status NoStepLog() {
+  return absl::FailedPreconditionError(
+      "train step: durable: want a directory for durable steps, got none; start the daemon with a "
+      "checkpoint directory");
+}
+
+std::string CheckpointPath(const std::string& dir) { return dir + "/latest"; }
+std::string RecordsPath(const std::string& dir) { return dir + "/steps.json"; }
+
+}  // namespace
+
+PolicyGate::PolicyGate(const Options& options, std::unique_ptr<Trainer> trainer,
+                       Generator& generator, Metrics& metrics)
+    : options_(options),
+      trainer_(std::move(trainer)),
+      generator_(generator),
+      metrics_(metrics),
+      records_(options.max_step_records) {}
+
+absl::Status PolicyGate::Resume() {
+  if (!options_.step_log_dir.empty() && Exists(CheckpointPath(options_.step_log_dir))) {
+    RETURN_IF_ERROR(trainer_->LoadCheckpoint(CheckpointPath(options_.step_log_dir)));
+    RETURN_IF_ERROR(
+        records_.ReadFile(RecordsPath(options_.step_log_dir), trainer_->policy_version()));
+    LOG(INFO) << "resumed policy_version=" << Raw(trainer_->policy_version())
+              << " dir=" << options_.step_log_dir;
+  }
+  generator_.SetPolicy(trainer_->policy_version(), false);
+  return absl::OkStatus();
+}
+
+void PolicyGate::Add(Operation operation) {
+  if (operations_.size() < kMaxOperations) {
+    operations_.push_back(std::move(operation));
+    return;
+  }
+  operation.fail(absl::ResourceExhaustedError(
+      absl::StrCat("policy: ", operations_.size(), " operations wait already; retry later")));
+}
+
+void PolicyGate::Submit(StepKind kind, TrainStepRequest request, Reply<TrainStepResult> reply) {
+  if (request.step_id.empty() || request.step_id.size() > kMaxNameBytes) {
+    reply(absl::InvalidArgumentError(absl::StrCat("train step: step_id: want 1 to ", kMaxNameBytes,
+                                                  " bytes, got ", request.step_id.size())));
+    return;
+  }
+  if (AnswerRepeat(kind, request, reply)) return;
+  // What is wrong whatever happens before its turn is refused before anyone is drained for it.
+  if (const absl::Status check = Check(kind, request); operations_.empty() && !check.ok()) {
+    reply(check);
+    return;
+  }
+  AddStep(kind, std::move(request), std::move(reply));
+}
+
+bool PolicyGate::AnswerRepeat(StepKind kind, const TrainStepRequest& request,
+                              Reply<TrainStepResult>& reply) {
+  StepRecords::Record* record = records_.Find({kind, request.step_id});
+  if (record == nullptr) return false;
+  if (!record->done) {
+    if (record->waiting.size() < kMaxRepeatsInFlight) {
+      record->waiting.push_back(std::move(reply));
+    } else {
+      reply(absl::ResourceExhaustedError("train step: too many repeats of a running step"));
+    }
+    return true;
+  }
+  if (request.durable && !record->durable && kind != StepKind::kForwardBackward) {
+    if (const absl::Status saved = SaveDurably(); !saved.ok()) {
+      reply(saved);
+      return true;
+    }
+    record->durable = true;
+  }
+  TrainStepResult result = record->result;
+  result.repeated = true;
+  reply(std::move(result));
+  return true;
+}
+
+void PolicyGate::AddStep(StepKind kind, TrainStepRequest request, Reply<TrainStepResult> reply) {
+  const StepRecords::Key key{kind, request.step_id};
+  records_.Begin(key, std::move(reply));
+  Operation operation;
+  operation.drains =
+      kind != StepKind::kForwardBackward && request.running == RunningRequests::kDrain;
+  operation.fail = [this, key](const absl::Status& status) { records_.Fail(key, status); };
+  operation.run = [this, kind, request = std::move(request)]() mutable {
+    return RunAndAnswer(kind, std::move(request));
+  };
+  Add(std::move(operation));
+}
+
+absl::Status PolicyGate::RunAndAnswer(StepKind kind, TrainStepRequest request) {
+  const StepRecords::Key key{kind, request.step_id};
+  const bool durable = request.durable && kind != StepKind::kForwardBackward;
+  const absl::StatusOr<TrainStepResult> result = RunStep(kind, std::move(request));
+  if (!result.ok()) {
+    records_.Fail(key, result.status());
+    return result.status();
+  }
+  CountStep(kind, *result);
+  // The file of records that goes with the checkpoint must hold this step, so it is recorded first,
+  // unanswered.
+  std::vector<Reply<TrainStepResult>> waiting = records_.Keep(key, *result);
+  absl::Status saved;
+  if (durable) saved = SaveDurably();
+  records_.Find(key)->durable = durable && saved.ok();
+  TrainStepResult answer = *result;
+  for (const Reply<TrainStepResult>& reply : waiting) {
+    saved.ok() ? reply(answer) : reply(saved);
+    answer.repeated = true;
+  }
+  return saved;
+}
+
+absl::Status PolicyGate::Check(StepKind kind, const TrainStepRequest& request) const {
+  const PolicyVersion version = trainer_->policy_version();
+  if (request.expected_policy_version.has_value() &&
+      *request.expected_policy_version != Raw(version)) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "train step: policy version: want ", *request.expected_policy_version, ", got ",
+        Raw(version), "; read the current one with GetPolicy and generate again"));
+  }
+  if (request.max_policy_lag < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("train step: max_policy_lag: want at least 0, got ", request.max_policy_lag));
+  }
+  if (kind == StepKind::kForwardBackward) return absl::OkStatus();
+  if (request.durable && options_.step_log_dir.empty()) return NoStepLog();
+  return ValidateAdam(request.optim);
+}
+
+absl::StatusOr<TrainStepResult> PolicyGate::RunStep(StepKind kind, TrainStepRequest request) {
+  RETURN_IF_ERROR(Check(kind, request));
+  TrainStepResult result;
+  if (kind != StepKind::kOptimStep) {
+    RETURN_IF_ERROR(generator_.rollouts().Resolve(request, trainer_->policy_version()));
+    ASSIGN_OR_RETURN(result.batch, trainer_->ForwardBackward(request.batch));
+  }
+  if (kind != StepKind::kForwardBackward) {
+    ASSIGN_OR_RETURN(OptimStepResult optim, trainer_->OptimStep(request.optim));
+    result.skipped = optim.skipped;
+    result.skip_reason = std::move(optim.skip_reason);
+    result.grad_norm = optim.grad_norm;
+    result.batch.phases.emplace_back("optimizer", optim.seconds);
+    if (!result.skipped) ChangePolicy(request.running, false);
+    LOG(INFO) << "policy_step step_id=" << request.step_id
+              << " policy_version=" << Raw(trainer_->policy_version())
+              << " skipped=" << result.skipped << " loss=" << result.batch.loss
+              << " grad_norm=" << result.grad_norm << " running=" << generator_.num_running();
+  }
+  result.policy_version = trainer_->policy_version();
+  return result;
+}
+
+void PolicyGate::ChangePolicy(RunningRequests running, bool replaced) {
+  if (running == RunningRequests::kRetract) generator_.RetractAll();
+  if (running == RunningRequests::kKeep) generator_.RestartStems();
+  generator_.SetPolicy(trainer_->policy_version(), replaced);
+}
+
+absl::Status PolicyGate::SaveDurably() {
+  if (options_.step_log_dir.empty()) return NoStepLog();
+  absl::Status saved = records_.WriteFile(RecordsPath(options_.step_log_dir));
+  if (saved.ok()) saved = trainer_->SaveCheckpoint(CheckpointPath(options_.step_log_dir));
+  if (saved.ok()) return saved;
+  return absl::UnavailableError(absl::StrCat(
+      "train step: applied as policy version ", Raw(trainer_->policy_version()),
+      " but not on disk: ", saved.message(), "; repeat the step_id to try the disk again"));
+}
+
+void PolicyGate::CountStep(StepKind kind, const TrainStepResult& result) {
+  if (kind != StepKind::kForwardBackward) metrics_.train_steps.Increment();
+  if (result.skipped) metrics_.train_steps_skipped.Increment();
+  metrics_.train_tokens_unique.Increment(static_cast<double>(result.batch.tokens.unique));
+  metrics_.train_tokens_flat.Increment(static_cast<double>(result.batch.tokens.flat));
+  for (const auto& [phase, seconds] : result.batch.phases) {
+    metrics_.TrainPhaseSeconds(phase).Observe(seconds);
+  }
+}
+
+void PolicyGate::Score(std::vector<TrainGroup> groups, float temperature, ScoreReply reply) {
+  Add({.run =
+           [this, groups = std::move(groups), temperature, reply] {
+             absl::StatusOr<std::vector<SampleResult>> scored =
+                 trainer_->Score(groups, temperature);
+             const absl::Status status = scored.status();
+             if (status.ok()) {
+               reply(std::pair(std::move(scored).value(), trainer_->policy_version()));
+             } else {
+               reply(status);
+             }
+             return status;
+           },
+       .fail = reply});
+}
+
+void PolicyGate::SaveCheckpoint(std::string directory, Reply<PolicyVersion> reply) {
+  Add({.run =
+           [this, directory = std::move(directory), reply] {
+             const absl::Status saved = trainer_->SaveCheckpoint(directory);
+             LOG(INFO) << "checkpoint_saved dir=" << directory << " ok=" << saved.ok()
+                       << " policy_version=" << Raw(trainer_->policy_version());
+             saved.ok() ? reply(trainer_->policy_version()) : reply(saved);
+             return saved;
+           },
+       .fail = reply});
+}
+
+void PolicyGate::LoadCheckpoint(std::string directory, Reply<PolicyVersion> reply) {
+  Add({.drains = true,
+       .run =
+           [this, directory = std::move(directory), reply] {
+             const absl::Status loaded = trainer_->LoadCheckpoint(directory);
+             if (loaded.ok()) {
+               records_.Clear();
+               ChangePolicy(RunningRequests::kDrain, true);
+               LOG(INFO) << "checkpoint_loaded dir=" << directory
+                         << " policy_version=" << Raw(trainer_->policy_version());
+             }
+             loaded.ok() ? reply(trainer_->policy_version()) : reply(loaded);
+             return loaded;
+           },
+       .fail = reply});
+}
+
+bool PolicyGate::holds_admission() const {
+  return !operations_.empty() && operations_.front().drains;
+}
+
+absl::StatusOr<bool> PolicyGate::Step(bool paused) {
+  if (operations_.empty()) return false;
+  if (operations_.front().drains && generator_.num_running() > 0 && !paused) return false;
+  Operation operation = std::move(operations_.front());
+  operations_.pop_front();
+  if (operation.drains && generator_.num_running() > 0) {
+    operation.fail(absl::FailedPreconditionError(absl::StrCat(
+        "policy: drain: ", generator_.num_running(),
+        " requests are paused and cannot finish; resume first, or choose retract or keep")));
+    return true;
+  }
+  const absl::Status status = operation.run();
+  if (absl::IsInternal(status)) return status;
+  return true;
+}
+
+void PolicyGate::Fail(const absl::Status& status) {
+  while (!operations_.empty()) {
+    Operation operation = std::move(operations_.front());
+    operations_.pop_front();
+    operation.fail(status);
+  }
+}
+
+}  // namespace coppice

@@ -1,0 +1,89 @@
+#include "server/engine/rollouts.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "kernels/base/status_macros.h"
+
+namespace coppice {
+
+std::string Rollouts::Add(Rollout rollout) {
+  std::string id = absl::StrFormat("rollout-%016x-%d", nonce_, next_++);
+  by_id_.emplace(id, std::move(rollout));
+  order_.push_back(id);
+  if (size() > capacity_) {
+    by_id_.erase(order_.front());
+    order_.pop_front();
+  }
+  return id;
+}
+
+const Rollout* Rollouts::Find(const std::string& id) const {
+  const auto it = by_id_.find(id);
+  return it == by_id_.end() ? nullptr : &it->second;
+}
+
+void Rollouts::Clear() {
+  by_id_.clear();
+  order_.clear();
+}
+
+absl::Status Rollouts::Resolve(TrainStepRequest& request, PolicyVersion current) const {
+  if (request.rollout_ids.empty()) return absl::OkStatus();
+  const size_t groups = request.batch.groups.size();
+  if (request.rollout_ids.size() != groups || request.rollout_samples.size() != groups) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "train step: rollout ids: want one per group, ", groups, ", got ",
+        request.rollout_ids.size(), " ids and ", request.rollout_samples.size(), " sample lists"));
+  }
+  for (size_t g = 0; g < groups; ++g) {
+    if (!request.rollout_ids[g].empty()) RETURN_IF_ERROR(ResolveGroup(request, g, current));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Rollouts::ResolveGroup(TrainStepRequest& request, size_t g,
+                                    PolicyVersion current) const {
+  const std::string& id = request.rollout_ids[g];
+  const std::vector<int32_t>& indices = request.rollout_samples[g];
+  TrainGroup& group = request.batch.groups[g];
+  const std::string where = absl::StrCat("train step: group ", g, ": rollout ", id);
+  const Rollout* rollout = Find(id);
+  if (rollout == nullptr) {
+    return absl::NotFoundError(absl::StrCat(where, ": not among the ", size(),
+                                            " retained; generate with retain and train before ",
+                                            capacity_, " newer ones"));
+  }
+  const uint64_t lag = Raw(current) - Raw(rollout->oldest_version);
+  if (lag > static_cast<uint64_t>(request.max_policy_lag)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(where, ": want a policy lag of at most ", request.max_policy_lag, ", got ",
+                     lag, " (drawn by version ", Raw(rollout->oldest_version), ", now ",
+                     Raw(current), "); generate again or raise max_policy_lag"));
+  }
+  if (rollout->temperature != request.batch.loss.temperature) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, ": loss temperature: want ", rollout->temperature,
+                     " as sampled (greedy counts as 1), got ", request.batch.loss.temperature));
+  }
+  if (indices.size() != group.samples.size()) {
+    return absl::InvalidArgumentError(absl::StrCat(where, ": want one sample index per sample, ",
+                                                   group.samples.size(), ", got ", indices.size()));
+  }
+  group.prompt = rollout->prompt;
+  for (size_t s = 0; s < indices.size(); ++s) {
+    if (indices[s] < 0 || indices[s] >= static_cast<int64_t>(rollout->samples.size())) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          where, ": sample index: want 0 to ", rollout->samples.size() - 1, ", got ", indices[s]));
+    }
+    const RolloutSample& from = rollout->samples[indices[s]];
+    TrainSample& to = group.samples[s];
+    to.tokens = from.tokens;
+    if (to.sampler_logprobs.empty()) to.sampler_logprobs = from.sampler_logprobs;
+    if (to.old_logprobs.empty() && lag > 0) to.old_logprobs = from.sampler_logprobs;
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace coppice

@@ -1,0 +1,36 @@
+// Runner: one batch through the decoder and the sampler. Workspace and logits are allocated once,
+// from the largest step. Owner and thread: Generator, on the engine thread.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kernels/model/decoder.h"
+#include "kernels/model/kv_pool.h"
+#include "server/engine/sampler.h"
+
+namespace coppice {
+
+class Runner {
+ public:
+  // Borrows decoder and params.
+  static absl::StatusOr<std::unique_ptr<Runner>> Create(const Decoder& decoder,
+                                                        const Parameters& params, int64_t max_rows,
+                                                        int64_t max_draws);
+
+  // KV of the rows goes to `pool`; the tokens drawn from the batch's logit rows come back in order
+  // of `draws`.
+  absl::StatusOr<std::vector<DrawnToken>> Run(const ops::TokenBatch& batch,
+                                              const std::vector<Draw>& draws, const KvPool& pool);
+
+ private:
+  Runner(const Decoder& decoder, const Parameters& params) : decoder_(decoder), params_(params) {}
+
+  const Decoder& decoder_;
+  const Parameters& params_;
+  DeviceBuffer workspace_;
+  std::unique_ptr<Sampler> sampler_;
+};
+
+}  // namespace coppice
