@@ -111,12 +111,13 @@ class BpeTokenizer final : public Tokenizer {
 
   absl::Status AddAdded(const AddedToken& token) {
     RETURN_IF_ERROR(CheckId(token.id));
-    const bool through_normalizer = token.normalized && normalizer_.has_value();
-    const std::string content = ReplaceInvalidUtf8(token.content);
-    (token.normalized ? normalized_added_ : raw_added_)
-        .Add(token, through_normalizer ? NormalizeUnicode(content, *normalizer_) : content);
+    std::string content = ReplaceInvalidUtf8(token.content);
+    if (token.normalized && normalizer_.has_value()) {
+      content = NormalizeUnicode(content, *normalizer_);
+    }
+    (token.normalized ? normalized_added_ : raw_added_).Add(token, content);
     TokenText& text = texts_[token.id];
-    text.bytes = token.content;
+    text.bytes = content;
     text.special = token.special;
     return absl::OkStatus();
   }

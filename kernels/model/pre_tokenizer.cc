@@ -3,8 +3,10 @@
 
 #include <pcre2.h>
 
+#include <algorithm>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 
 namespace coppice {
@@ -15,8 +17,9 @@ const char kLlama3Pattern[] =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
 const char kQwen2Pattern[] =
     R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+)";
-const char kOneDigitPattern[] = R"(\p{N})";
-const char kDigitsPattern[] = R"(\p{N}+)";
+// Rust's char::is_numeric, which Digits asks, already knows the numbers of Unicode 17.
+const char kOneDigitPattern[] = R"([\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}])";
+const char kDigitsPattern[] = R"([\p{N}\x{11DE0}-\x{11DE9}\x{16FF4}-\x{16FF6}]+)";
 
 namespace {
 
@@ -24,27 +27,55 @@ namespace {
 constexpr absl::string_view kSpaces =
     R"(\x{09}-\x{0d}\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
 
-// Writes \s (and \S outside classes) as explicit ranges.
-std::string ExpandSpaces(absl::string_view pattern) {
+// PCRE2 10.42 knows Unicode 14; the patterns of tokenizers mean Unicode 16. What those versions
+// added:
+constexpr absl::string_view kLetters =
+    R"(\p{L})"
+    R"(\x{1C89}-\x{1C8A}\x{A7CB}-\x{A7CD}\x{A7DA}-\x{A7DC}\x{105C0}-\x{105F3})"
+    R"(\x{10D4A}-\x{10D65}\x{10D6F}-\x{10D85}\x{10EC2}-\x{10EC4}\x{1123F}-\x{11240})"
+    R"(\x{11380}-\x{11389}\x{1138B}\x{1138E}\x{11390}-\x{113B5}\x{113B7}\x{113D1})"
+    R"(\x{113D3}\x{11BC0}-\x{11BE0}\x{11F02}\x{11F04}-\x{11F10}\x{11F12}-\x{11F33})"
+    R"(\x{1342F}\x{13441}-\x{13446}\x{13460}-\x{143FA}\x{16100}-\x{1611D})"
+    R"(\x{16D40}-\x{16D6C}\x{18CFF}\x{1B132}\x{1B155}\x{1DF25}-\x{1DF2A})"
+    R"(\x{1E030}-\x{1E06D}\x{1E4D0}-\x{1E4EB}\x{1E5D0}-\x{1E5ED}\x{1E5F0}\x{2B739})"
+    R"(\x{2EBF0}-\x{2EE5D}\x{31350}-\x{323AF})";
+constexpr absl::string_view kNumbers =
+    R"(\p{N})"
+    R"(\x{10D40}-\x{10D49}\x{116D0}-\x{116E3}\x{11BF0}-\x{11BF9}\x{11F50}-\x{11F59})"
+    R"(\x{16130}-\x{16139}\x{16D70}-\x{16D79}\x{1CCF0}-\x{1CCF9}\x{1D2C0}-\x{1D2D3})"
+    R"(\x{1E4F0}-\x{1E4F9}\x{1E5F1}-\x{1E5FA})";
+
+// The ranges that an escape at the start of `pattern` stands for, or empty if it is none of ours.
+absl::string_view RangesOf(absl::string_view pattern, size_t& escape_size) {
+  static constexpr std::pair<absl::string_view, absl::string_view> kEscapes[] = {
+      {"\\s", kSpaces}, {"\\p{L}", kLetters}, {"\\p{N}", kNumbers}};
+  for (const auto& [escape, ranges] : kEscapes) {
+    if (!absl::StartsWith(pattern, escape)) continue;
+    escape_size = escape.size();
+    return ranges;
+  }
+  return {};
+}
+
+// Writes \s, \p{L} and \p{N} (and \S outside classes) as explicit ranges.
+std::string ExpandClasses(absl::string_view pattern) {
   std::string out;
   bool in_class = false;
-  for (size_t i = 0; i < pattern.size(); ++i) {
-    const char c = pattern[i];
-    if (c != '\\' || i + 1 == pattern.size()) {
-      if (c == '[') in_class = true;
-      if (c == ']') in_class = false;
-      out.push_back(c);
-      continue;
-    }
-    const char escaped = pattern[++i];
-    if (escaped == 's') {
-      absl::StrAppend(&out, in_class ? "" : "[", kSpaces, in_class ? "" : "]");
-    } else if (escaped == 'S' && !in_class) {
+  while (!pattern.empty()) {
+    size_t size = 1;
+    const absl::string_view ranges = RangesOf(pattern, size);
+    if (!ranges.empty()) {
+      absl::StrAppend(&out, in_class ? "" : "[", ranges, in_class ? "" : "]");
+    } else if (absl::StartsWith(pattern, "\\S") && !in_class) {
+      size = 2;
       absl::StrAppend(&out, "[^", kSpaces, "]");
     } else {
-      out.push_back(c);
-      out.push_back(escaped);
+      size = pattern[0] == '\\' ? 2 : 1;
+      if (pattern[0] == '[') in_class = true;
+      if (pattern[0] == ']') in_class = false;
+      absl::StrAppend(&out, pattern.substr(0, size));
     }
+    pattern.remove_prefix(std::min(size, pattern.size()));
   }
   return out;
 }
@@ -69,7 +100,7 @@ void Splitter::FreeCode::operator()(pcre2_real_code_8* code) const { pcre2_code_
 
 absl::StatusOr<Splitter> Splitter::Create(absl::string_view pattern, Behavior behavior,
                                           bool invert) {
-  const std::string expanded = ExpandSpaces(pattern);
+  const std::string expanded = ExpandClasses(pattern);
   int error = 0;
   size_t offset = 0;
   Splitter splitter;

@@ -127,14 +127,10 @@ absl::Status ParseNormalizer(const json& root, BpeFile& file) {
   ASSIGN_OR_RETURN(const auto parts, Flatten(FindField(root, "normalizer"), "normalizers"));
   for (const json* part : parts) {
     ASSIGN_OR_RETURN(const std::string type, TypeOf(*part));
-    const bool known = type == "NFC" || type == "NFD" || type == "NFKC" || type == "NFKD";
-    if (!known || file.normalizer.has_value()) {
-      return Unsupported("normalizer", type, "NFC, NFD, NFKC, NFKD, once");
+    if ((type != "NFC" && type != "NFD") || file.normalizer.has_value()) {
+      return Unsupported("normalizer", type, "NFC, NFD, once");
     }
-    file.normalizer = type == "NFC"    ? UnicodeForm::kNfc
-                      : type == "NFD"  ? UnicodeForm::kNfd
-                      : type == "NFKC" ? UnicodeForm::kNfkc
-                                       : UnicodeForm::kNfkd;
+    file.normalizer = type == "NFC" ? UnicodeForm::kNfc : UnicodeForm::kNfd;
   }
   return absl::OkStatus();
 }

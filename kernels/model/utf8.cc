@@ -34,18 +34,17 @@ void OrderCombiningMarks(std::vector<utf8proc_int32_t>& text) {
   }
 }
 
-std::vector<utf8proc_int32_t> Decompose(absl::string_view text, bool compatibility) {
-  const int options = UTF8PROC_STABLE | UTF8PROC_DECOMPOSE | (compatibility ? UTF8PROC_COMPAT : 0);
+std::vector<utf8proc_int32_t> Decompose(absl::string_view text) {
+  constexpr auto kOptions = static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_DECOMPOSE);
   std::vector<utf8proc_int32_t> out;
   out.reserve(text.size());
   while (!text.empty()) {
     const Utf8Char c = DecodeUtf8(text);
     text.remove_prefix(c.length);
-    utf8proc_int32_t parts[64];  // the longest decomposition has 18 characters
-    const utf8proc_ssize_t n =
-        utf8proc_decompose_char(static_cast<utf8proc_int32_t>(c.code_point), parts, 64,
-                                static_cast<utf8proc_option_t>(options), nullptr);
-    CHECK(n >= 0 && n <= 64) << n;
+    utf8proc_int32_t parts[8];  // the longest canonical decomposition has 4 characters
+    const utf8proc_ssize_t n = utf8proc_decompose_char(static_cast<utf8proc_int32_t>(c.code_point),
+                                                       parts, 8, kOptions, nullptr);
+    CHECK(n >= 0 && n <= 8) << n;
     out.insert(out.end(), parts, parts + n);
   }
   return out;
@@ -141,10 +140,9 @@ bool IsWordChar(uint32_t c) {
 
 std::string NormalizeUnicode(absl::string_view text, UnicodeForm form) {
   if (IsAscii(text)) return std::string(text);
-  const bool compatibility = form == UnicodeForm::kNfkc || form == UnicodeForm::kNfkd;
-  std::vector<utf8proc_int32_t> points = Decompose(text, compatibility);
+  std::vector<utf8proc_int32_t> points = Decompose(text);
   OrderCombiningMarks(points);
-  if (form == UnicodeForm::kNfc || form == UnicodeForm::kNfkc) {
+  if (form == UnicodeForm::kNfc) {
     const utf8proc_ssize_t n = utf8proc_normalize_utf32(
         points.data(), static_cast<utf8proc_ssize_t>(points.size()),
         static_cast<utf8proc_option_t>(UTF8PROC_STABLE | UTF8PROC_COMPOSE));

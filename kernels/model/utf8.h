@@ -32,7 +32,7 @@ bool IsWhiteSpace(uint32_t code_point);  // Unicode property White_Space
 bool IsWordChar(
     uint32_t code_point);  // \w of Unicode TR18: letters, marks, decimal digits, connectors
 
-enum class UnicodeForm { kNfc, kNfd, kNfkc, kNfkd };
+enum class UnicodeForm { kNfc, kNfd };
 
 // O(n log n), also for long runs of combining marks. REQUIRES: valid UTF-8.
 std::string NormalizeUnicode(absl::string_view text, UnicodeForm form);
