@@ -82,7 +82,7 @@ class ForwardItem {
   void Load(const QueryTile& tile) {
     float* q = buffers_.q;
     for (const RowSpan& span : tile.spans) {
-      PackQueries(p_.q, span.rows, kv_head_, group_, dim_, p_.scale, q);
+      PackQueries(p_.q, span.rows, kv_head_, group_, dim_, q);
       q += (span.rows.end - span.rows.begin) * group_ * dim_;
     }
     const int64_t m = tile.num_rows * group_;
@@ -110,6 +110,7 @@ class ForwardItem {
     SimdKernels().attention_forward({.m = rows * group_,
                                      .dim = dim_,
                                      .visible = visible_.data(),
+                                     .scale = p_.scale,
                                      .q = buffers_.q + at * dim_,
                                      .k_t = buffers_.k_t,
                                      .v = buffers_.v,

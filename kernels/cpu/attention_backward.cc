@@ -45,36 +45,66 @@ absl::Status CheckBackward(const TreeAttentionBackwardParams& p) {
   return check.status();
 }
 
+// The query side of all rows, grouped by KV head: vector (row, head of the group) of KV head h is
+// row (h * rows + row) * group + head of [q_heads * rows, dim].
+struct PackedQueries {
+  PackedQueries(const TreeAttentionBackwardParams& p, float* memory)
+      : rows(p.q.dim(0)),
+        group(p.q.dim(1) / p.k.dim(1)),
+        dim(PadHeadDim(p.q.dim(2))),
+        q(memory),
+        d_out(q + p.q.dim(1) * rows * dim),
+        lse(d_out + p.q.dim(1) * rows * dim),
+        delta(lse + p.q.dim(1) * rows) {}
+  static int64_t Size(const TreeAttentionBackwardParams& p) {
+    const int64_t vectors = p.q.dim(0) * p.q.dim(1);
+    return (2 * vectors * PadHeadDim(p.q.dim(2)) + 2 * vectors + 15) / 16 * 16;
+  }
+  int64_t Row(int64_t kv_head, int64_t row) const { return (kv_head * rows + row) * group; }
+
+  // Fills the rows of `range` for one KV head; delta = out . d_out.
+  void Pack(const TreeAttentionBackwardParams& p, int64_t kv_head, RowRange range) const {
+    const int64_t first = Row(kv_head, range.begin);
+    PackQueries(p.q, range, kv_head, group, dim, q + first * dim);
+    PackQueries(p.d_out, range, kv_head, group, dim, d_out + first * dim);
+    for (int64_t i = 0; i < (range.end - range.begin) * group; ++i) {
+      const int64_t row = range.begin + i / group, head = kv_head * group + i % group;
+      lse[first + i] = p.lse.f32()[row * p.lse.stride[0] + head];
+      delta[first + i] = SimdKernels().dot(
+          p.out.f32() + row * p.out.stride[0] + head * p.out.stride[1],
+          p.d_out.f32() + row * p.d_out.stride[0] + head * p.d_out.stride[1], p.q.dim(2));
+    }
+  }
+
+  int64_t rows, group, dim;
+  float *q, *d_out, *lse, *delta;
+};
+
 // Buffers of one thread, cut from one piece of scratch.
 struct TileBuffers {
   TileBuffers(float* memory, int64_t m, int64_t dim)
-      : q(memory),
-        d_out(q + m * dim),
-        d_q(d_out + m * dim),
+      : d_q(memory),
         p(d_q + m * dim),
         d_s(p + m * kTileKeys),
-        lse(d_s + m * kTileKeys),
-        delta(lse + m),
-        k_t(delta + m),
+        k_t(d_s + m * kTileKeys),
         v_t(k_t + dim * kTileKeys),
         k(v_t + dim * kTileKeys),
         d_k(k + dim * kTileKeys),
         d_v(d_k + dim * kTileKeys) {}
   static int64_t Size(int64_t m, int64_t dim) {
-    const int64_t size = 3 * m * dim + 2 * m * kTileKeys + 2 * m + 5 * dim * kTileKeys;
+    const int64_t size = m * dim + 2 * m * kTileKeys + 5 * dim * kTileKeys;
     return (size + 15) / 16 * 16;
   }
 
-  float *q, *d_out, *d_q, *p, *d_s, *lse, *delta, *k_t, *v_t, *k, *d_k, *d_v;
+  float *d_q, *p, *d_s, *k_t, *v_t, *k, *d_k, *d_v;
 };
 
 class BackwardItem {
  public:
-  // delta: [rows, q_heads]
-  BackwardItem(const TreeAttentionBackwardParams& p, const float* delta, int64_t kv_head,
+  BackwardItem(const TreeAttentionBackwardParams& p, const PackedQueries& queries, int64_t kv_head,
                float* scratch)
       : p_(p),
-        delta_(delta),
+        queries_(queries),
         plan_(CpuPlan(p.plan)),
         kv_head_(kv_head),
         group_(p.q.dim(1) / p.k.dim(1)),
@@ -91,7 +121,6 @@ class BackwardItem {
       const TreeNode& node = plan_.nodes()[span.node];
       const int64_t rows = span.rows.end - span.rows.begin;
       const int64_t first_position = node.position + span.rows.begin - node.rows.begin;
-      LoadQueries(span.rows);
       std::memset(buffers_.d_q, 0, rows * group_ * dim_ * sizeof(float));
       for (int64_t begin = 0; begin < first_position + rows; begin += kTileKeys) {
         const float *k[kTileKeys], *v[kTileKeys];
@@ -100,7 +129,7 @@ class BackwardItem {
         LoadKeys(k, v, n);
         SimdKernels().pack_rows(k, n, head_dim_, dim_, buffers_.k);
         SetVisible(rows, first_position + 1 - begin, n);
-        AttentionBackwardTile args = Tile(rows);
+        AttentionBackwardTile args = Tile(span.rows);
         args.k = buffers_.k;
         args.d_q = buffers_.d_q;
         SimdKernels().attention_backward(args);
@@ -122,11 +151,10 @@ class BackwardItem {
     for (const RowRange& range : tile.queries) {
       for (int64_t row = range.begin; row < range.end; row += QueryTile::kMaxRows) {
         const RowRange rows = {row, std::min(range.end, row + QueryTile::kMaxRows)};
-        LoadQueries(rows);
         // Packed key i is seen from its own row on; cached keys by every row.
         const int64_t seen = tile.run.row >= 0 ? row - (tile.run.row + tile.begin) + 1 : n;
         SetVisible(rows.end - rows.begin, seen, n);
-        AttentionBackwardTile args = Tile(rows.end - rows.begin);
+        AttentionBackwardTile args = Tile(rows);
         args.d_k = buffers_.d_k;
         args.d_v = buffers_.d_v;
         SimdKernels().attention_backward(args);
@@ -136,18 +164,6 @@ class BackwardItem {
   }
 
  private:
-  void LoadQueries(RowRange rows) {
-    PackQueries(p_.q, rows, kv_head_, group_, dim_, 1.0f, buffers_.q);
-    PackQueries(p_.d_out, rows, kv_head_, group_, dim_, 1.0f, buffers_.d_out);
-    int64_t at = 0;
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      for (int64_t h = kv_head_ * group_; h < (kv_head_ + 1) * group_; ++h, ++at) {
-        buffers_.lse[at] = p_.lse.f32()[row * p_.lse.stride[0] + h];
-        buffers_.delta[at] = delta_[row * p_.q.dim(1) + h];
-      }
-    }
-  }
-
   void LoadKeys(const float* const* k, const float* const* v, int64_t n) {
     SimdKernels().pack_columns(k, n, head_dim_, dim_, buffers_.k_t);
     SimdKernels().pack_columns(v, n, head_dim_, dim_, buffers_.v_t);
@@ -161,15 +177,16 @@ class BackwardItem {
     }
   }
 
-  AttentionBackwardTile Tile(int64_t rows) const {
-    return {.m = rows * group_,
+  AttentionBackwardTile Tile(RowRange rows) const {
+    const int64_t first = queries_.Row(kv_head_, rows.begin);
+    return {.m = (rows.end - rows.begin) * group_,
             .dim = dim_,
             .visible = visible_.data(),
             .scale = p_.scale,
-            .q = buffers_.q,
-            .d_out = buffers_.d_out,
-            .lse = buffers_.lse,
-            .delta = buffers_.delta,
+            .q = queries_.q + first * dim_,
+            .d_out = queries_.d_out + first * dim_,
+            .lse = queries_.lse + first,
+            .delta = queries_.delta + first,
             .k_t = buffers_.k_t,
             .v_t = buffers_.v_t,
             .p = buffers_.p,
@@ -197,7 +214,7 @@ class BackwardItem {
   }
 
   const TreeAttentionBackwardParams& p_;
-  const float* delta_;
+  const PackedQueries& queries_;
   const CpuBatchPlan& plan_;
   const int64_t kv_head_, group_, head_dim_, dim_;
   const KeyMemory keys_, values_;
@@ -205,51 +222,33 @@ class BackwardItem {
   std::vector<int32_t> visible_;
 };
 
-// delta[row, head] = out . d_out
-void ComputeDelta(Context& context, const TreeAttentionBackwardParams& p, float* delta) {
-  const int64_t rows = p.q.dim(0), q_heads = p.q.dim(1), head_dim = p.q.dim(2);
-  ParallelRanges(context.num_threads(), rows, 32, [&](int64_t begin, int64_t end) {
-    std::fill(delta + begin * q_heads, delta + end * q_heads, 0.0f);
-    for (int64_t row = begin; row < end; ++row) {
-      for (int64_t h = 0; h < q_heads; ++h) {
-        SimdKernels().dot_gemm(
-            {.m = 1,
-             .n = 1,
-             .k = head_dim,
-             .a = p.out.f32() + row * p.out.stride[0] + h * p.out.stride[1],
-             .a_row = 0,
-             .b = p.d_out.f32() + row * p.d_out.stride[0] + h * p.d_out.stride[1],
-             .b_row = 0,
-             .c = delta + row * q_heads + h,
-             .c_row = 0});
-      }
-    }
-  });
-}
-
 }  // namespace
 
 absl::Status TreeAttentionBackward(Context& context, const TreeAttentionBackwardParams& p) {
   RETURN_IF_ERROR(CheckBackward(p));
   const CpuBatchPlan& plan = CpuPlan(p.plan);
-  const int64_t rows = p.q.dim(0), q_heads = p.q.dim(1), kv_heads = p.k.dim(1);
-  const int64_t size =
-      TileBuffers::Size(QueryTile::kMaxRows * (q_heads / kv_heads), PadHeadDim(p.q.dim(2)));
-  float* delta = context.Scratch(rows * q_heads + 16 + context.num_threads() * size);
-  float* buffers = delta + (rows * q_heads + 15) / 16 * 16;
-  ComputeDelta(context, p, delta);
+  const int64_t rows = p.q.dim(0), kv_heads = p.k.dim(1);
+  const int64_t buffer_size =
+      TileBuffers::Size(QueryTile::kMaxRows * (p.q.dim(1) / kv_heads), PadHeadDim(p.q.dim(2)));
+  const int num_threads = context.num_threads();
+  float* buffers = context.Scratch(num_threads * buffer_size + PackedQueries::Size(p));
+  const PackedQueries queries(p, buffers + num_threads * buffer_size);
+  const auto item = [&](int64_t kv_head, int thread) {
+    return BackwardItem(p, queries, kv_head, buffers + thread * buffer_size);
+  };
 
-  const int64_t num_query_tiles = static_cast<int64_t>(plan.query_tiles().size());
-  ParallelFor(context.num_threads(), num_query_tiles * kv_heads, [&](int64_t i, int thread) {
-    BackwardItem(p, delta, i % kv_heads, buffers + thread * size)
-        .Queries(plan.query_tiles()[num_query_tiles - 1 - i / kv_heads]);
+  ParallelRanges(num_threads, rows, QueryTile::kMaxRows, [&](int64_t begin, int64_t end) {
+    for (int64_t h = 0; h < kv_heads; ++h) queries.Pack(p, h, {begin, end});
   });
-  const bool skip_context = !p.d_context.k.present();
+  const int64_t num_query_tiles = static_cast<int64_t>(plan.query_tiles().size());
+  ParallelFor(num_threads, num_query_tiles * kv_heads, [&](int64_t i, int thread) {
+    // Last tiles first: they see the most keys.
+    item(i % kv_heads, thread).Queries(plan.query_tiles()[num_query_tiles - 1 - i / kv_heads]);
+  });
   const int64_t num_key_tiles = static_cast<int64_t>(plan.key_tiles().size());
-  ParallelFor(context.num_threads(), num_key_tiles * kv_heads, [&](int64_t i, int thread) {
+  ParallelFor(num_threads, num_key_tiles * kv_heads, [&](int64_t i, int thread) {
     const KeyTile& tile = plan.key_tiles()[i / kv_heads];
-    if (tile.run.row < 0 && skip_context) return;
-    BackwardItem(p, delta, i % kv_heads, buffers + thread * size).Keys(tile);
+    if (tile.run.row >= 0 || p.d_context.k.present()) item(i % kv_heads, thread).Keys(tile);
   });
   return absl::OkStatus();
 }

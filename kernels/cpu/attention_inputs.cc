@@ -53,13 +53,12 @@ int64_t KeyMemory::Vectors(const std::vector<KeyRun>& path, int64_t begin, int64
 }
 
 void PackQueries(const TensorView& t, RowRange range, int64_t kv_head, int64_t group, int64_t dim,
-                 float factor, float* out) {
+                 float* out) {
   const int64_t head_dim = t.dim(2);
   for (int64_t row = range.begin; row < range.end; ++row) {
     for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h, out += dim) {
-      const float* src = t.f32() + row * t.stride[0] + h * t.stride[1];
-      for (int64_t d = 0; d < head_dim; ++d) out[d] = src[d] * factor;
-      std::fill(out + head_dim, out + dim, 0.0f);
+      std::memcpy(out, t.f32() + row * t.stride[0] + h * t.stride[1], head_dim * sizeof(float));
+      std::memset(out + head_dim, 0, (dim - head_dim) * sizeof(float));
     }
   }
 }

@@ -33,10 +33,9 @@ struct KeyMemory {
 };
 
 // Query-side vectors of the rows in `range`, for the heads that read kv head `kv_head`, become
-// dense rows (row, then head) of `out` [rows * group, dim], times `factor`. t: [rows, q_heads,
-// head_dim].
+// dense rows (row, then head) of `out` [rows * group, dim]. t: [rows, q_heads, head_dim].
 void PackQueries(const TensorView& t, RowRange range, int64_t kv_head, int64_t group, int64_t dim,
-                 float factor, float* out);
+                 float* out);
 // The inverse, without padding.
 void UnpackQueries(const float* packed, RowRange range, int64_t kv_head, int64_t group, int64_t dim,
                    const TensorView& t);

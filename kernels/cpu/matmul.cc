@@ -45,6 +45,57 @@ void StartFrom(Context& context, const ops::MatMulParams& p) {
   });
 }
 
+// One k range of A B^T, by items of rows and columns that share what they read: a block of A stays
+// in the L2 cache while B passes through L1.
+void DotGemmInParallel(Context& context, const DotGemmArgs& g) {
+  int64_t rows = 192, cols = 384;
+  const auto num_items = [&] { return ((g.m + rows - 1) / rows) * ((g.n + cols - 1) / cols); };
+  while (num_items() < 4 * context.num_threads() && cols > 24) cols /= 2;
+  while (num_items() < 4 * context.num_threads() && rows > 24) rows /= 2;
+  const int64_t row_blocks = (g.m + rows - 1) / rows;
+  ParallelFor(context.num_threads(), num_items(), [&](int64_t item, int) {
+    const int64_t row = item % row_blocks * rows, col = item / row_blocks * cols;
+    DotGemmArgs block = g;
+    block.m = std::min(rows, g.m - row);
+    block.n = std::min(cols, g.n - col);
+    block.a += row * g.a_row;
+    block.b += col * g.b_row;
+    block.c += row * g.c_row + col;
+    SimdKernels().dot_gemm(block);
+  });
+}
+
+void MultiplyTransposed(Context& context, const GemmArgs& g) {
+  // Rows of the two blocks in registers fit the L1 cache up to this depth. The cut depends on k
+  // alone.
+  constexpr int64_t kMaxDepth = 768;
+  const int64_t parts = (g.k + kMaxDepth - 1) / kMaxDepth;
+  const int64_t depth = ((g.k + parts - 1) / parts + 15) / 16 * 16;
+  for (int64_t p = 0; p < g.k; p += depth) {
+    DotGemmInParallel(context, {.m = g.m,
+                                .n = g.n,
+                                .k = std::min(depth, g.k - p),
+                                .a = g.a + p,
+                                .a_row = g.a_row,
+                                .b = g.b + p,
+                                .b_row = g.b_row,
+                                .c = g.c,
+                                .c_row = g.c_row,
+                                .accumulate = g.accumulate || p > 0});
+  }
+}
+
+absl::Status MultiplyByOneDnn(Context& context, const GemmArgs& g) {
+  omp_set_num_threads(context.num_threads());  // of the calling thread; oneDNN asks OpenMP
+  const dnnl_status_t status =
+      dnnl_sgemm(g.trans_a ? 'T' : 'N', g.trans_b ? 'T' : 'N', g.m, g.n, g.k, 1.0f, g.a, g.a_row,
+                 g.b, g.b_row, g.accumulate ? 1.0f : 0.0f, g.c, g.c_row);
+  if (status == dnnl_success) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat("oneDNN sgemm failed: want status 0, got ", status,
+                                          " for m=", g.m, " n=", g.n, " k=", g.k,
+                                          "; report this shape"));
+}
+
 }  // namespace
 
 absl::Status Gemm(Context& context, const GemmArgs& g) {
@@ -55,14 +106,9 @@ absl::Status Gemm(Context& context, const GemmArgs& g) {
     }
     return absl::OkStatus();
   }
-  omp_set_num_threads(context.num_threads());  // of the calling thread; oneDNN asks OpenMP
-  const dnnl_status_t status =
-      dnnl_sgemm(g.trans_a ? 'T' : 'N', g.trans_b ? 'T' : 'N', g.m, g.n, g.k, 1.0f, g.a, g.a_row,
-                 g.b, g.b_row, g.accumulate ? 1.0f : 0.0f, g.c, g.c_row);
-  if (status == dnnl_success) return absl::OkStatus();
-  return absl::InternalError(absl::StrCat("oneDNN sgemm failed: want status 0, got ", status,
-                                          " for m=", g.m, " n=", g.n, " k=", g.k,
-                                          "; report this shape"));
+  if (g.trans_a || !g.trans_b) return MultiplyByOneDnn(context, g);
+  MultiplyTransposed(context, g);
+  return absl::OkStatus();
 }
 
 absl::Status MatMul(Context& context, const ops::MatMulParams& p) {

@@ -45,10 +45,10 @@ inline void Scores(int64_t m, int64_t k, const float* a, const float* b, float* 
   TileGemm({m, kTileKeys, k, a, k, 1, b, c});
 }
 
-// The lanes [begin, begin + kLanes) of a row of scores that lie below `visible`; the others become
-// -inf.
-inline Vec Masked(const float* scores, int64_t begin, int64_t visible) {
-  const Vec v = Load(scores + begin);
+// Lanes [begin, begin + kLanes) of a row of scores, scaled, that lie below `visible`; the others
+// become -inf.
+inline Vec Masked(const float* scores, int64_t begin, float scale, int64_t visible) {
+  const Vec v = Load(scores + begin) * scale;
   if (begin + kLanes <= visible) return v;
   constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
   return FirstLanes(v, visible > begin ? visible - begin : 0, kMinusInf);
@@ -59,16 +59,17 @@ inline Vec Masked(const float* scores, int64_t begin, int64_t visible) {
 inline void SoftmaxRow(const AttentionForwardTile& t, int64_t i) {
   float* scores = t.scores + i * kTileKeys;
   Vec best = Set(t.max[i]);
-  for (int64_t j = 0; j < kTileKeys; j += kLanes) best = Max(best, Masked(scores, j, t.visible[i]));
+  for (int64_t j = 0; j < kTileKeys; j += kLanes)
+    best = Max(best, Masked(scores, j, t.scale, t.visible[i]));
   const float max = MaxLane(best);
   Vec sum = {};
   for (int64_t j = 0; j < kTileKeys; j += kLanes) {
-    const Vec e = Exp(Masked(scores, j, t.visible[i]) - max);
+    const Vec e = Exp(Masked(scores, j, t.scale, t.visible[i]) - max);
     sum += e;
     Store(scores + j, e);
   }
   if (max > t.max[i]) {
-    const float shrink = std::exp(t.max[i] - max);
+    const float shrink = Exp(Set(t.max[i] - max))[0];
     t.max[i] = max;
     t.sum[i] *= shrink;
     float* out = t.out + i * t.dim;

@@ -51,7 +51,10 @@ void DotBlock(const DotGemmArgs& g, int64_t row, int64_t col) {
   for (int64_t i = 0; i < kGroups; ++i) Store(totals + i * kLanes, SumEach(sums + i * kLanes));
   for (int64_t i = 0; i < kRows; ++i) {
     float* c = g.c + (row + i) * g.c_row + col;
-    for (int64_t j = 0; j < kCols; ++j) c[j] += totals[i * kCols + j];
+    for (int64_t j = 0; j < kCols; ++j) {
+      const float total = totals[i * kCols + j];
+      c[j] = g.accumulate ? c[j] + total : total;
+    }
   }
 }
 

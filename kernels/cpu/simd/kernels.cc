@@ -15,6 +15,7 @@ extern const Kernels kKernels;
 const Kernels kKernels = {
     .name = COPPICE_STRING(COPPICE_ISA),
     .dot_gemm = DotGemm,
+    .dot = Dot,
     .pack_columns = PackColumns,
     .pack_rows = PackRows,
     .attention_forward = AttentionForward,

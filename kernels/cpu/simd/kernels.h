@@ -25,7 +25,7 @@ struct AdamWStep {
   float decay;       // learning_rate * weight_decay
 };
 
-// C[i, j] += sum over p of A[i, p] B[j, p]: rows of A, B and C lie `*_row` floats apart. Each
+// C[i, j] = or += sum over p of A[i, p] B[j, p]: rows of A, B and C lie `*_row` floats apart. Each
 // element of C is summed in one order, which depends on k alone: not on m, n or its place.
 struct DotGemmArgs {
   int64_t m, n, k;
@@ -35,6 +35,7 @@ struct DotGemmArgs {
   int64_t b_row;
   float* c;
   int64_t c_row;
+  bool accumulate;
 };
 
 // Keys of an attention tile: every tile is this wide, the last one of a path padded with zeros.
@@ -46,13 +47,14 @@ inline constexpr int64_t kTileKeys = 64;
 struct AttentionForwardTile {
   int64_t m, dim;
   const int32_t* visible;  // [m]
-  const float* q;          // [m, dim], times scale
-  const float* k_t;        // [dim, kTileKeys]
-  const float* v;          // [kTileKeys, dim]
-  float* scores;           // [m, kTileKeys] scratch
-  float* max;              // [m] in and out: running maximum, from -inf
-  float* sum;              // [m] in and out: running sum of exp(score - max), from 0
-  float* out;              // [m, dim] in and out: running sum of exp(score - max) v, from 0
+  float scale;
+  const float* q;    // [m, dim]
+  const float* k_t;  // [dim, kTileKeys]
+  const float* v;    // [kTileKeys, dim]
+  float* scores;     // [m, kTileKeys] scratch
+  float* max;        // [m] in and out: running maximum, from -inf
+  float* sum;        // [m] in and out: running sum of exp(score - max), from 0
+  float* out;        // [m, dim] in and out: running sum of exp(score - max) v, from 0
 };
 
 struct AttentionBackwardTile {
@@ -77,8 +79,9 @@ struct AttentionBackwardTile {
 struct Kernels {
   const char* name;  // of the instruction set
 
-  // c += a b^T
   void (*dot_gemm)(const DotGemmArgs& args);
+
+  float (*dot)(const float* x, const float* y, int64_t n);
 
   // Gathers n vectors of head_dim floats, as columns of dst [dim, kTileKeys] or as rows of dst
   // [kTileKeys, dim]; the rest of dst becomes zero.

@@ -12,6 +12,12 @@ namespace {
 using coppice::cpu::AdamWStep;
 using coppice::cpu::SoftmaxStats;
 
+float Dot(const float* x, const float* y, int64_t n) {
+  Vec sum = {};
+  ForLanes(n, [&](int64_t i, int64_t c) { sum += Load(x + i, c) * Load(y + i, c); });
+  return Sum(sum);
+}
+
 void Add(const float* src, float* dst, int64_t n) {
   ForLanes(n,
            [&](int64_t i, int64_t c) { Store(dst + i, Load(dst + i, c) + Load(src + i, c), c); });

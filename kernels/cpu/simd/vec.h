@@ -44,24 +44,32 @@ inline Vec FirstLanes(Vec v, int64_t count, float other) {
   return lane < static_cast<int32_t>(count) ? v : Set(other);
 }
 
-// Pairwise, so that the order of additions is the same for every caller.
-inline float Sum(Vec v) {
-  float lanes[kLanes];
-  Store(lanes, v);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
+// v with lane i and lane i ^ W exchanged.
+template <int64_t W>
+inline Vec Exchange(Vec v) {
+  IntVec other;
+  for (int64_t i = 0; i < kLanes; ++i) other[i] = static_cast<int32_t>(i ^ W);
+  return __builtin_shuffle(v, other);
 }
-inline float MaxLane(Vec v) {
-  float lanes[kLanes];
-  Store(lanes, v);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) {
-      lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
-    }
+
+// Over all lanes, pairwise.
+template <int64_t W = kLanes / 2>
+inline float Sum(Vec v) {
+  v += Exchange<W>(v);
+  if constexpr (W == 1) {
+    return v[0];
+  } else {
+    return Sum<W / 2>(v);
   }
-  return lanes[0];
+}
+template <int64_t W = kLanes / 2>
+inline float MaxLane(Vec v) {
+  v = Max(v, Exchange<W>(v));
+  if constexpr (W == 1) {
+    return v[0];
+  } else {
+    return MaxLane<W / 2>(v);
+  }
 }
 
 // Sums neighbouring halves: each group of 2 * W lanes of a, then of b, becomes W lanes.
