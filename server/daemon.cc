@@ -131,6 +131,7 @@ EngineOptions Daemon::MakeEngineOptions() const {
   options.max_step_records = config_.max_step_records;
   options.seed = config_.seed;
   options.trainer.max_rows = config_.max_train_rows;
+  options.trainer.activation_bytes = config_.activation_bytes;
   return options;
 }
 

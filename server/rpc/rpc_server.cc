@@ -15,6 +15,9 @@
 namespace coppice {
 namespace {
 
+constexpr const char* kServiceNames[] = {"coppice.v1.Generation", "coppice.v1.Training",
+                                         "coppice.v1.Cache", "coppice.v1.Admin"};
+
 class GrpcServer final : public RpcServer {
  public:
   explicit GrpcServer(RpcContext context) : context_(std::move(context)) {
@@ -48,7 +51,9 @@ class GrpcServer final : public RpcServer {
   int port() const override { return port_; }
 
   void SetServing(bool serving) override {
-    server_->GetHealthCheckService()->SetServingStatus(serving);
+    grpc::HealthCheckServiceInterface* health = server_->GetHealthCheckService();
+    health->SetServingStatus("", serving);
+    for (const char* name : kServiceNames) health->SetServingStatus(name, serving);
   }
 
   void Shutdown(absl::Duration grace) override {

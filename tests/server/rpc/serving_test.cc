@@ -1,0 +1,285 @@
+// The whole serving path over real sockets with a tiny random model: what a caller does to a
+// running stream, and that nothing leaks.
+#include <atomic>
+#include <random>
+#include <thread>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/support/serving_stack.h"
+
+namespace coppice {
+namespace {
+
+using grpc::StatusCode;
+using ::testing::HasSubstr;
+
+// Long enough that no test sees its end by accident.
+v1::GenerateRequest EndlessRequest() { return TestRequest(20, 200); }
+
+void ExpectNothingHeld(ServingStack& stack) {
+  const v1::GetStatusResponse status = stack.AwaitIdle();
+  EXPECT_EQ(status.cache().leased_blocks(), 0);
+  EXPECT_EQ(status.cache().free_blocks() + status.cache().cached_only_blocks(),
+            status.cache().total_blocks());
+}
+
+TEST(ServingTest, StreamsSamplesThatDiffer) {
+  ServingStack stack;
+  v1::GenerateRequest request = TestRequest(20, 16);
+  request.set_n(3);
+  const Completion completion = Generate(stack, request);
+  ASSERT_TRUE(completion.status.ok()) << completion.status.error_message();
+  ASSERT_EQ(completion.tokens.size(), 3u);
+  for (const auto& tokens : completion.tokens) EXPECT_EQ(tokens.size(), 16u);
+  EXPECT_NE(completion.tokens[0], completion.tokens[1]);
+  EXPECT_EQ(completion.reasons[2], v1::FINISH_REASON_LENGTH);
+  EXPECT_EQ(completion.usage.prompt_tokens(), 20);
+  EXPECT_EQ(completion.usage.completion_tokens(), 48);
+  EXPECT_EQ(completion.seed, 11u);
+  EXPECT_EQ(Generate(stack, request).tokens, completion.tokens);
+  ExpectNothingHeld(stack);
+}
+
+TEST(ServingTest, TextPromptsStopStringsAndText) {
+  ServingStack stack;
+  v1::GenerateRequest request = TestRequest(1, 40);
+  request.mutable_prompt()->set_text("once upon");
+  request.set_return_text(true);
+  const Completion free_running = Generate(stack, request);
+  ASSERT_TRUE(free_running.status.ok()) << free_running.status.error_message();
+  // Some ASCII character of the answer, so that stopping at it is visible.
+  const std::string& text = free_running.texts[0];
+  const size_t at =
+      text.find_first_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789", 3);
+  ASSERT_NE(at, std::string::npos) << text;
+  request.mutable_sampling()->add_stop_strings(text.substr(at, 1));
+
+  const Completion stopped = Generate(stack, request);
+
+  EXPECT_EQ(stopped.reasons[0], v1::FINISH_REASON_STOP_STRING);
+  EXPECT_LT(stopped.tokens[0].size(), 40u);
+}
+
+TEST(ServingTest, CancelMidStreamFreesEverything) {
+  ServingStack stack;
+  grpc::ClientContext context;
+  auto reader = stack.generation->Generate(&context, EndlessRequest());
+  v1::GenerateEvent event;
+  for (int i = 0; i < 3; ++i) ASSERT_TRUE(reader->Read(&event));
+  context.TryCancel();
+  EXPECT_EQ(ReadAll(*reader).status.error_code(), StatusCode::CANCELLED);
+  ExpectNothingHeld(stack);
+  EXPECT_EQ(stack.metrics.requests_aborted.Value(), 1);
+}
+
+TEST(ServingTest, DisconnectMidStreamFreesEverything) {
+  ServingStack stack;
+  {
+    grpc::ClientContext context;
+    auto reader = stack.generation->Generate(&context, EndlessRequest());
+    v1::GenerateEvent event;
+    ASSERT_TRUE(reader->Read(&event));
+  }  // neither read to the end nor finished
+  ExpectNothingHeld(stack);
+}
+
+TEST(ServingTest, DeadlinesEndWaitingAndRunningRequests) {
+  ServingStack stack;
+  grpc::ClientContext pause_context;
+  v1::PauseResponse paused;
+  ASSERT_TRUE(stack.admin->Pause(&pause_context, {}, &paused).ok());
+  {
+    grpc::ClientContext context;
+    context.set_deadline(std::chrono::system_clock::now() + std::chrono::milliseconds(30));
+    auto reader = stack.generation->Generate(&context, EndlessRequest());
+    EXPECT_EQ(ReadAll(*reader).status.error_code(), StatusCode::DEADLINE_EXCEEDED);
+  }
+  ExpectNothingHeld(stack);
+  grpc::ClientContext resume_context;
+  v1::ResumeResponse resumed;
+  ASSERT_TRUE(stack.admin->Resume(&resume_context, {}, &resumed).ok());
+  EXPECT_TRUE(Generate(stack, TestRequest(20, 4)).status.ok());
+}
+
+TEST(ServingTest, SlowReaderPausesItselfOnly) {
+  ServingStack::Options options;
+  options.engine.num_blocks = 4096;
+  options.engine.max_context = 2048;
+  options.stream_capacity = 8;
+  ServingStack stack(options);
+  v1::GenerateRequest large = TestRequest(20, 2000);
+  large.set_n(4);
+  grpc::ClientContext context;
+  auto slow = stack.generation->Generate(&context, large);
+  v1::GenerateEvent event;
+  ASSERT_TRUE(slow->Read(&event));
+
+  // Another caller is served meanwhile, for longer than the slow one's buffers could have lasted.
+  const Completion other = Generate(stack, TestRequest(20, 1900, 3));
+  ASSERT_TRUE(other.status.ok()) << other.status.error_message();
+  EXPECT_EQ(other.tokens[0].size(), 1900u);
+  EXPECT_LT(stack.metrics.generation_tokens.Value(), 1900 + 4 * 1200);
+
+  Completion late;
+  Add(event, late);
+  while (slow->Read(&event)) Add(event, late);
+  ASSERT_TRUE(slow->Finish().ok());
+  EXPECT_EQ(late.tokens, Generate(stack, large).tokens) << "pausing changed the answer";
+  ExpectNothingHeld(stack);
+}
+
+TEST(ServingTest, FullQueueIsRefusedAtOnce) {
+  ServingStack::Options options;
+  options.engine.max_queued_requests = 1;
+  ServingStack stack(options);
+  grpc::ClientContext pause_context;
+  v1::PauseResponse paused;
+  ASSERT_TRUE(stack.admin->Pause(&pause_context, {}, &paused).ok());
+  grpc::ClientContext context;
+  auto waiting = stack.generation->Generate(&context, TestRequest(20, 4));
+  stack.AwaitStatus([](const auto& status) { return status.queued_requests() == 1; });
+
+  const Completion refused = Generate(stack, TestRequest(20, 4));
+
+  EXPECT_EQ(refused.status.error_code(), StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_EQ(stack.metrics.requests_rejected.Value(), 1);
+  grpc::ClientContext resume_context;
+  v1::ResumeResponse resumed;
+  ASSERT_TRUE(stack.admin->Resume(&resume_context, {}, &resumed).ok());
+  EXPECT_TRUE(ReadAll(*waiting).status.ok());
+}
+
+TEST(ServingTest, DrainingRefusesNewWorkAndFinishesOld) {
+  ServingStack stack;
+  grpc::ClientContext context;
+  auto running = stack.generation->Generate(&context, EndlessRequest());
+  v1::GenerateEvent event;
+  ASSERT_TRUE(running->Read(&event));
+  std::thread drain([&stack] {
+    grpc::ClientContext drain_context;
+    v1::DrainResponse drained;
+    EXPECT_TRUE(stack.admin->Drain(&drain_context, {}, &drained).ok());
+  });
+  stack.AwaitStatus([](const auto& s) { return s.state() == v1::SERVING_STATE_DRAINING; });
+
+  const Completion refused = Generate(stack, TestRequest(20, 4));
+
+  EXPECT_EQ(refused.status.error_code(), StatusCode::UNAVAILABLE);
+  EXPECT_THAT(refused.status.error_message(), HasSubstr("draining"));
+  EXPECT_EQ(stack.readiness.NotReadyReason(), "draining");
+  const Completion rest = ReadAll(*running);
+  EXPECT_TRUE(rest.status.ok()) << rest.status.error_message();
+  EXPECT_EQ(rest.reasons[0], v1::FINISH_REASON_LENGTH);
+  drain.join();
+}
+
+TEST(ServingTest, AbortByNameIsAnsweredAfterBlocksAreFree) {
+  ServingStack stack;
+  v1::GenerateRequest request = EndlessRequest();
+  request.set_request_id("one");
+  grpc::ClientContext context;
+  auto reader = stack.generation->Generate(&context, request);
+  v1::GenerateEvent event;
+  ASSERT_TRUE(reader->Read(&event));
+  v1::AbortRequest abort;
+  abort.set_request_id("one");
+  v1::AbortResponse aborted;
+  grpc::ClientContext abort_context;
+  ASSERT_TRUE(stack.generation->Abort(&abort_context, abort, &aborted).ok());
+  EXPECT_EQ(aborted.aborted(), 1);
+  EXPECT_EQ(stack.Status().cache().leased_blocks(), 0);
+  ReadAll(*reader);
+}
+
+TEST(ServingTest, TenantsWithEqualPromptsShareNothing) {
+  ServingStack::Options options;
+  options.trust_tenant_header = true;
+  ServingStack stack(options);
+  const auto cached = [&stack](const char* tenant) {
+    grpc::ClientContext context;
+    context.AddMetadata(kTenantHeader, tenant);
+    const Completion completion =
+        ReadAll(*stack.generation->Generate(&context, TestRequest(64, 2)));
+    EXPECT_TRUE(completion.status.ok()) << completion.status.error_message();
+    return completion.usage.cached_device_tokens();
+  };
+  EXPECT_EQ(cached("blue"), 0);
+  EXPECT_GT(cached("blue"), 0);
+  EXPECT_EQ(cached("red"), 0);
+}
+
+// Each bad call is answered with its code, and the daemon afterwards is what it was before.
+TEST(ServingTest, BadCallsChangeNothing) {
+  ServingStack stack;
+  const Completion before = Generate(stack, TestRequest(20, 8));
+  const std::string policy_before = stack.Status().cache().ShortDebugString();
+  const auto expect = [&stack](StatusCode code, v1::GenerateRequest request) {
+    const Completion refused = Generate(stack, request);
+    EXPECT_EQ(refused.status.error_code(), code) << refused.status.error_message();
+    EXPECT_THAT(refused.status.error_message(), HasSubstr("want "));
+  };
+  v1::GenerateRequest empty = TestRequest(0, 8);
+  expect(StatusCode::INVALID_ARGUMENT, empty);
+  expect(StatusCode::INVALID_ARGUMENT, TestRequest(20, 0));
+  expect(StatusCode::INVALID_ARGUMENT, TestRequest(256, 8));
+  v1::GenerateRequest bad_token = TestRequest(20, 8);
+  bad_token.mutable_prompt()->mutable_tokens()->add_ids(300);
+  expect(StatusCode::INVALID_ARGUMENT, bad_token);
+  v1::GenerateRequest no_samples = TestRequest(20, 8);
+  no_samples.set_n(0);
+  expect(StatusCode::INVALID_ARGUMENT, no_samples);
+  for (const float temperature : {std::nanf(""), -1.0f}) {
+    v1::GenerateRequest request = TestRequest(20, 8);
+    request.mutable_sampling()->set_temperature(temperature);
+    expect(StatusCode::INVALID_ARGUMENT, request);
+  }
+  EXPECT_EQ(stack.Status().cache().ShortDebugString(), policy_before);
+  EXPECT_EQ(Generate(stack, TestRequest(20, 8)).tokens, before.tokens);
+}
+
+// A caller that behaves at random: reads a few events, then reads on, cancels, hangs up or runs
+// into its deadline.
+void MisbehaveOnce(ServingStack& stack, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  v1::GenerateRequest request =
+      TestRequest(1 + static_cast<int>(random() % 60), 1 + static_cast<int>(random() % 40),
+                  static_cast<int>(random() % 3));
+  request.set_n(1 + static_cast<int>(random() % 3));
+  grpc::ClientContext context;
+  const int choice = static_cast<int>(random() % 4);
+  if (choice == 0) {
+    context.set_deadline(std::chrono::system_clock::now() +
+                         std::chrono::microseconds(random() % 10'000));
+  }
+  auto reader = stack.generation->Generate(&context, request);
+  v1::GenerateEvent event;
+  for (int reads = static_cast<int>(random() % 20); reads > 0 && reader->Read(&event); --reads) {
+  }
+  if (choice == 1) context.TryCancel();
+  if (choice == 2) return;
+  ReadAll(*reader);
+}
+
+TEST(ServingTest, NoBlockLeaksAfterAThousandBadCallers) {
+  constexpr uint64_t kSeed = 20261121;
+  SCOPED_TRACE(kSeed);
+  ServingStack::Options options;
+  options.engine.num_blocks = 64;  // tight: retraction and eviction take part
+  options.engine.max_context = 128;
+  options.stream_capacity = 4;
+  ServingStack stack(options);
+  std::atomic<int> next{0};
+  std::vector<std::thread> callers;
+  for (int t = 0; t < 8; ++t) {
+    callers.emplace_back([&] {
+      for (int i = next++; i < 1000; i = next++) MisbehaveOnce(stack, kSeed + i);
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  ExpectNothingHeld(stack);
+  EXPECT_TRUE(Generate(stack, TestRequest(20, 4)).status.ok());
+}
+
+}  // namespace
+}  // namespace coppice
