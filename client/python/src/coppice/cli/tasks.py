@@ -1,14 +1,17 @@
-"""Verifiable tasks for the demo: each draws questions and grades replies by a rule, never by a
-model."""
+"""Verifiable tasks for the demo: a rule grades the replies, never a model."""
 
 from __future__ import annotations
 
 import dataclasses
 import random
 import re
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from coppice.types import Message
+
+NUM_DIGITS = 4
+EXAMPLES = ((7, 2, 9, 4), (5, 1, 8, 3), (6, 9, 2, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,35 +30,29 @@ class Task(Protocol):
         """Grade in [0, 1]; 1 only for the exact answer."""
 
 
-def _comma(numbers: list[int]) -> str:
+def _comma(numbers: Sequence[int]) -> str:
     return ", ".join(str(number) for number in numbers)
 
 
-class NumberSorting:
-    """Sort distinct digits in ascending order.
+class NumberList:
+    """Rearrange four distinct digits.
 
     The reply must be the numbers alone. Reward: 0 for anything else, 0.1 for the right form, and up
-    to 0.9 for the
-    share of positions that hold the right number.
+    to 0.9 for the share of positions that hold the right number.
     """
 
-    system = (
-        "Sort the numbers in ascending order. "
-        "Reply with the sorted numbers only, separated by commas."
-    )
-    examples = ([7, 2, 9, 4], [5, 1, 8, 3], [6, 9, 2, 1])
-
-    def __init__(self, num_digits: int = 4) -> None:
-        self.num_digits = num_digits
+    def __init__(self, system: str, solve: Callable[[Sequence[int]], Sequence[int]]) -> None:
+        self._system = system
+        self._solve = solve
 
     def draw(self, rng: random.Random) -> Question:
-        numbers = rng.sample(range(1, 10), self.num_digits)
-        messages: list[Message] = [{"role": "system", "content": self.system}]
-        for example in self.examples:
+        numbers = rng.sample(range(1, 10), NUM_DIGITS)
+        messages: list[Message] = [{"role": "system", "content": self._system}]
+        for example in EXAMPLES:
             messages.append({"role": "user", "content": _comma(example)})
-            messages.append({"role": "assistant", "content": _comma(sorted(example))})
+            messages.append({"role": "assistant", "content": _comma(self._solve(example))})
         messages.append({"role": "user", "content": _comma(numbers)})
-        return Question(messages=messages, answer=_comma(sorted(numbers)))
+        return Question(messages=messages, answer=_comma(self._solve(numbers)))
 
     def reward(self, question: Question, reply: str) -> float:
         if not re.fullmatch(r"\d+(, \d+)*", reply.strip()):
@@ -65,4 +62,14 @@ class NumberSorting:
         return 0.1 + 0.9 * hits / max(len(got), len(want))
 
 
-TASKS: dict[str, Task] = {"number-sorting": NumberSorting()}
+TASKS: dict[str, Task] = {
+    "number-reversal": NumberList(
+        "Write the numbers in reverse order. Reply with the numbers only, separated by commas.",
+        lambda numbers: numbers[::-1],
+    ),
+    "number-sorting": NumberList(
+        "Sort the numbers in ascending order. "
+        "Reply with the sorted numbers only, separated by commas.",
+        sorted,
+    ),
+}

@@ -29,13 +29,14 @@ def add_commands(commands: Any, where: argparse.ArgumentParser) -> None:
         "prompt saves. Fails unless the reward rises.",
     )
     add = parser.add_argument
-    add("--task", choices=sorted(TASKS), default="number-sorting", help="default %(default)s")
-    add("--steps", type=int, default=20, help="policy updates (default %(default)s)")
+    add("--task", choices=sorted(TASKS), default="number-reversal", help="default %(default)s")
+    add("--steps", type=int, default=15, help="rounds of the loop (default %(default)s)")
+    add("--updates", type=int, default=2, help="policy updates a step (default %(default)s)")
     add("--prompts", type=int, default=6, help="questions a step (default %(default)s)")
     add("--n", type=int, default=8, help="samples a question (default %(default)s)")
     add("--max-tokens", type=int, default=16, help="of a reply (default %(default)s)")
     add("--lr", type=float, default=2e-5, help="learning rate (default %(default)s)")
-    add("--warmup", type=int, default=2, help="steps of linear warm-up (default %(default)s)")
+    add("--warmup", type=int, default=3, help="steps of linear warm-up (default %(default)s)")
     add("--seed", type=int, default=0, help="of questions and samples (default %(default)s)")
     add("--metrics-url", help="the daemon's /metrics; default: from --port-file, else not read")
     add("--plot", metavar="PNG", help="write the reward curve here")
@@ -62,6 +63,64 @@ class StepRecord:
     policy_version: int
 
 
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# The KL against the policy that drew the samples is measured, not optimized.
+LOSS = types.Loss(kind="grpo", kl="k3", kl_coef=0.0)
+
+
+def train_group(group: types.Group, rewards: Sequence[float]) -> types.TrainGroup:
+    """The kept rollout with its rewards, and the log-probs that it was drawn with."""
+    return types.TrainGroup(
+        rollout_id=group.rollout_id,
+        samples=[
+            types.TrainSample(
+                rollout_sample=sample.index,
+                reward=reward,
+                old_logprobs=sample.logprobs,
+                ref_logprobs=sample.logprobs,
+            )
+            for sample, reward in zip(group, rewards, strict=True)
+        ],
+    )
+
+
+def make_record(
+    step: int,
+    groups: Sequence[types.Group],
+    rewards: Sequence[Sequence[float]],
+    updates: Sequence[types.TrainResult],
+    generate_seconds: float,
+) -> StepRecord:
+    """Means over samples and updates; sums of tokens and seconds."""
+    flat = [reward for row in rewards for reward in row]
+    seconds = {"generate": generate_seconds}
+    for update in updates:
+        for phase, spent in update.phases.items():
+            seconds[phase] = seconds.get(phase, 0.0) + spent
+
+    def metric(*names: str) -> float:
+        return mean([sum(update.metrics.get(name, 0.0) for name in names) for update in updates])
+
+    return StepRecord(
+        step=step,
+        reward=mean(flat),
+        exact=mean([float(reward == 1.0) for reward in flat]),
+        loss=mean([update.loss for update in updates]),
+        kl=metric("kl"),
+        clip=metric("clip_low", "clip_high"),
+        grad_norm=mean([update.grad_norm for update in updates]),
+        prompt_tokens=sum(group.usage.prompt_tokens for group in groups),
+        cached_tokens=sum(g.usage.cached_tokens + g.usage.joined_tokens for g in groups),
+        tokens_run=sum(update.tokens.unique for update in updates),
+        tokens_flat=sum(update.tokens.flat for update in updates),
+        seconds=seconds,
+        policy_version=updates[-1].policy_version,
+    )
+
+
 class Demo:
     """Draws questions, generates, grades, trains."""
 
@@ -72,7 +131,7 @@ class Demo:
         self._rng = random.Random(args.seed)
 
     def step(self, step: int) -> StepRecord:
-        """One round: generate with the current policy, then one update."""
+        """One round: generate with the current policy, grade, then update it in mini-batches."""
         args = self._args
         questions = [self._task.draw(self._rng) for _ in range(args.prompts)]
         begin = time.monotonic()
@@ -81,6 +140,7 @@ class Demo:
             n=args.n,
             max_tokens=args.max_tokens,
             seed=self._rng.getrandbits(48),
+            logprobs="as_sampled",
             retain=True,
         )
         generate_seconds = time.monotonic() - begin
@@ -89,36 +149,26 @@ class Demo:
             for question, group in zip(questions, groups, strict=True)
         ]
         lr = args.lr * min(1.0, (step + 1) / max(1, args.warmup))
-        result = self._client.train_step(groups, rewards, lr=lr)
-        if result.skipped:
-            raise RuntimeError(f"train-demo failed: the update was skipped: {result.skip_reason}")
-        return self._record(step, groups, rewards, result, generate_seconds)
+        updates = self._update(groups, rewards, lr)
+        return make_record(step, groups, rewards, updates, generate_seconds)
 
-    def _record(
-        self,
-        step: int,
-        groups: Sequence[types.Group],
-        rewards: Sequence[Sequence[float]],
-        result: types.TrainResult,
-        generate_seconds: float,
-    ) -> StepRecord:
-        flat = [reward for row in rewards for reward in row]
-        clip = result.metrics.get("clip_low", 0.0) + result.metrics.get("clip_high", 0.0)
-        return StepRecord(
-            step=step,
-            reward=sum(flat) / len(flat),
-            exact=sum(reward == 1.0 for reward in flat) / len(flat),
-            loss=result.loss,
-            kl=result.metrics.get("kl", 0.0),
-            clip=clip,
-            grad_norm=result.grad_norm,
-            prompt_tokens=sum(g.usage.prompt_tokens for g in groups),
-            cached_tokens=sum(g.usage.cached_tokens + g.usage.joined_tokens for g in groups),
-            tokens_run=result.tokens.unique,
-            tokens_flat=result.tokens.flat,
-            seconds={"generate": generate_seconds, **result.phases},
-            policy_version=result.policy_version,
-        )
+    def _update(
+        self, groups: Sequence[types.Group], rewards: Sequence[Sequence[float]], lr: float
+    ) -> list[types.TrainResult]:
+        """One train step per mini-batch; from the second on, another policy drew the samples."""
+        batch = [train_group(group, row) for group, row in zip(groups, rewards, strict=True)]
+        size = -(-len(batch) // self._args.updates)  # ceiling
+        results = []
+        for begin in range(0, len(batch), size):
+            result = self._client.train_step(
+                batch[begin : begin + size], loss=LOSS, lr=lr, max_policy_lag=self._args.updates - 1
+            )
+            if result.skipped:
+                raise RuntimeError(
+                    f"train-demo failed: an update was skipped: {result.skip_reason}"
+                )
+            results.append(result)
+        return results
 
     def show(self, label: str, question: Question) -> None:
         """One greedy completion."""
@@ -159,10 +209,6 @@ def scrape_hit_rate(url: str) -> float:
     queried = total("coppice_prompt_tokens_total")
     hit = total("coppice_prompt_tokens_hit_total") + total("coppice_prompt_tokens_joined_total")
     return hit / queried if queried else 0.0
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def metrics_url(args: argparse.Namespace) -> str | None:
@@ -212,6 +258,8 @@ def run(args: argparse.Namespace) -> int:
     task = TASKS[args.task]
     held_out = task.draw(random.Random("held out"))
     records: list[StepRecord] = []
+    if min(args.steps, args.updates, args.prompts) < 1:
+        raise ValueError("train-demo failed: want --steps, --updates and --prompts of at least 1")
     with Client(args.address, timeout=600) as client:
         demo = Demo(client, task, args)
         demo.show("before", held_out)
