@@ -18,6 +18,12 @@ absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const Options& options,
   }
   const int64_t budget =
       options.activation_bytes > 0 ? options.activation_bytes : decoder.ops().Info().free_bytes / 2;
+  const DType dtype = decoder.ops().Info().compute_dtype;
+  if (Activations::MaxRows(decoder.config(), dtype, budget) < 1) {
+    return absl::ResourceExhaustedError(
+        absl::StrCat("trainer refused: ", budget,
+                     " bytes of activations hold no token; raise activation_bytes"));
+  }
   return std::make_unique<PolicyTrainer>(options, budget, model, decoder, clock);
 }
 

@@ -32,8 +32,9 @@ class Trainer {
     // Where the engine checkpoints durable steps; empty = durable is refused.
     std::string step_log_dir;
   };
-  // Borrows model, decoder and clock. Gradients are allocated at the first ForwardBackward,
-  // optimizer state at the first OptimStep.
+  // Borrows model, decoder and clock. INVALID_ARGUMENT or RESOURCE_EXHAUSTED for options that
+  // cannot work. Gradients are allocated at the first ForwardBackward, optimizer state at the first
+  // OptimStep.
   static absl::StatusOr<std::unique_ptr<Trainer>> Create(const Options& options, Model& model,
                                                          const Decoder& decoder,
                                                          const Clock& clock);
