@@ -47,10 +47,12 @@ class Filler {
   }
 
   absl::Status Run() {
-    const size_t num_threads = std::clamp<size_t>(std::thread::hardware_concurrency(), 1,
-                                                  std::max<size_t>(1, chunks_.size()));
+    int64_t elements = 0;
+    for (const NamedTensor& t : tensors_) elements += t.view.num_elements();
+    const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+    const int64_t num_threads = std::min(cores, 1 + elements / kChunkElements);
     std::vector<std::thread> threads;
-    for (size_t i = 1; i < num_threads; ++i) threads.emplace_back([this] { Work(); });
+    for (int64_t i = 1; i < num_threads; ++i) threads.emplace_back([this] { Work(); });
     Work();
     for (std::thread& t : threads) t.join();
     absl::MutexLock lock(&mutex_);

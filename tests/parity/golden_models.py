@@ -111,7 +111,7 @@ def backward(model, golden, prompt, responses, advantages):
         picked = logprobs.gather(1, tokens[0, len(prompt):, None])[:, 0]
         loss = -advantage * picked.sum()
         loss.backward()
-        total += float(loss)
+        total += loss.item()
         golden[f"group.response.{i}"] = np.array(response, np.float32)
         golden[f"group.logprobs.{i}"] = picked.detach().numpy()
     golden["group.prompt"] = np.array(prompt, np.float32)

@@ -1,0 +1,140 @@
+#include "kernels/model/model_loader.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <limits>
+
+#include "absl/strings/str_cat.h"
+#include "tests/model/file_builders.h"
+
+namespace coppice {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+class ModelLoaderTest : public testing::Test {
+ protected:
+  // Loads a directory of this configuration and these tensors.
+  absl::StatusOr<Model> Load(const std::string& config, const std::vector<TestTensor>& tensors) {
+    directory_.Write("config.json", config);
+    directory_.Write("model.safetensors", SafetensorsBytes(tensors));
+    return LoadModel(directory_.path(), *ops_);
+  }
+  std::vector<TestTensor> Tensors(absl::string_view type) const {
+    return HfTestTensors(*ParseHfConfig(SmallConfigJson(type)));
+  }
+  void ExpectError(const std::vector<TestTensor>& tensors, absl::StatusCode code,
+                   const char* message) {
+    const auto model = Load(SmallConfigJson("llama"), tensors);
+    EXPECT_EQ(model.status().code(), code) << model.status();
+    EXPECT_THAT(std::string(model.status().message()), HasSubstr(message));
+  }
+
+  TempDirectory directory_;
+  std::unique_ptr<ops::Ops> ops_ = *ops::CreateOps("cpu");
+};
+
+TEST_F(ModelLoaderTest, PutsEveryTensorIntoItsSlice) {
+  for (const char* type : {"llama", "qwen2", "qwen3"}) {
+    const auto model = Load(SmallConfigJson(type), Tensors(type));
+    ASSERT_TRUE(model.ok()) << model.status();
+    for (const NamedTensor& t : HfTensors(model->config, model->params)) {
+      for (int64_t i = 0; i < t.view.num_elements(); ++i) {
+        ASSERT_EQ(t.view.f32()[i], static_cast<float>(i) / 1000) << t.name;
+      }
+    }
+    EXPECT_EQ(model->tokenizer, nullptr);
+  }
+}
+
+TEST_F(ModelLoaderTest, ReadsStopTokensAndChatTemplateBesideTheWeights) {
+  directory_.Write("generation_config.json", R"({"eos_token_id": [3, 5]})");
+  directory_.Write("tokenizer_config.json", R"({"chat_template": [{"name": "tool", "template": "T"},
+                                                {"name": "default", "template": "D"}]})");
+  const auto model = Load(SmallConfigJson("llama"), Tensors("llama"));
+  ASSERT_TRUE(model.ok()) << model.status();
+  EXPECT_THAT(model->config.eos_tokens, ElementsAre(2, 3, 5));
+  EXPECT_EQ(model->chat_template, "D");
+  directory_.Write("chat_template.jinja", "J");
+  EXPECT_EQ(LoadModel(directory_.path(), *ops_)->chat_template, "J");
+}
+
+TEST_F(ModelLoaderTest, WeightsOfAnotherModelAreRefusedByName) {
+  std::vector<TestTensor> tensors = Tensors("llama");
+  std::vector<TestTensor> missing(tensors.begin() + 1, tensors.end());
+  ExpectError(missing, absl::StatusCode::kNotFound, "model.embed_tokens.weight");
+  std::vector<TestTensor> extra = tensors;
+  extra.push_back({.name = "model.layers.0.self_attn.q_proj.bias",
+                   .type = "F32",
+                   .shape = {1},
+                   .data = FloatBytes({0})});
+  ExpectError(extra, absl::StatusCode::kInvalidArgument, "q_proj.bias");
+  std::swap(tensors[0].shape[0], tensors[0].shape[1]);
+  ExpectError(tensors, absl::StatusCode::kInvalidArgument, "want shape [11, 32], got [32, 11]");
+}
+
+TEST_F(ModelLoaderTest, WeightsThatAreNotFiniteAreDataLoss) {
+  for (const float bad :
+       {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+    std::vector<TestTensor> tensors = Tensors("llama");
+    tensors[3].data.replace(40, 4, FloatBytes({bad}));
+    ExpectError(tensors, absl::StatusCode::kDataLoss, "want finite weights");
+  }
+}
+
+TEST_F(ModelLoaderTest, LoadsAWholeGguf) {
+  const auto model = LoadModel(directory_.Write("m.gguf", SmallLlamaGguf().Build()), *ops_);
+  ASSERT_TRUE(model.ok()) << model.status();
+  EXPECT_TRUE(model->config.tied_head);
+  EXPECT_EQ(model->config.vocab, 4);
+  EXPECT_THAT(model->config.eos_tokens, ElementsAre(0));
+  EXPECT_EQ(model->chat_template, "{{ messages }}");
+  ASSERT_NE(model->tokenizer, nullptr);
+  EXPECT_THAT(model->tokenizer->Encode("ab<s>ba", true), ElementsAre(3, 0, 2, 1));
+}
+
+TEST_F(ModelLoaderTest, MissingFilesAreNotFound) {
+  EXPECT_EQ(LoadModel("/no/such/model", *ops_).status().code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(LoadModel(directory_.path(), *ops_).status().code(), absl::StatusCode::kNotFound);
+  directory_.Write("config.json", SmallConfigJson("llama"));
+  EXPECT_EQ(LoadModel(directory_.path(), *ops_).status().code(), absl::StatusCode::kNotFound);
+}
+
+TEST_F(ModelLoaderTest, UnknownArchitecturesAreUnimplemented) {
+  EXPECT_EQ(Load(SmallConfigJson("mamba"), Tensors("llama")).status().code(),
+            absl::StatusCode::kUnimplemented);
+  const std::string gguf = GgufBuilder().String("general.architecture", "rwkv").Build();
+  const auto model = LoadModel(directory_.Write("m.gguf", gguf), *ops_);
+  EXPECT_EQ(model.status().code(), absl::StatusCode::kUnimplemented);
+  EXPECT_THAT(std::string(model.status().message()), HasSubstr("rwkv"));
+}
+
+TEST_F(ModelLoaderTest, RandomWeightsDependOnTheSeedAlone) {
+  const ModelConfig config = *NamedGeometry("tiny-qwen3");
+  const auto a = RandomModel(config, 7, *ops_), b = RandomModel(config, 7, *ops_),
+             c = RandomModel(config, 8, *ops_);
+  ASSERT_TRUE(a.ok() && b.ok() && c.ok());
+  const auto values = [](const Model& m) {
+    return std::vector<float>(m.params.flat.f32(),
+                              m.params.flat.f32() + m.params.flat.num_elements());
+  };
+  EXPECT_EQ(values(*a), values(*b));
+  EXPECT_NE(values(*a), values(*c));
+  // Mean 0 and deviation 0.02 within five standard errors of 19,200 draws.
+  double sum = 0, square = 0;
+  const TensorView table = a->params.embedding;
+  const double n = static_cast<double>(table.num_elements());
+  for (int64_t i = 0; i < table.num_elements(); ++i) {
+    sum += table.f32()[i];
+    square += static_cast<double>(table.f32()[i]) * table.f32()[i];
+  }
+  EXPECT_LT(std::abs(sum / n), 5 * 0.02 / std::sqrt(n));
+  EXPECT_LT(std::abs(std::sqrt(square / n) / 0.02 - 1), 5 / std::sqrt(2 * n));
+  EXPECT_EQ(a->params.final_norm.f32()[5], 1.0f);
+}
+
+}  // namespace
+}  // namespace coppice
