@@ -1,8 +1,9 @@
-// Engine: the one thread that owns everything mutable - scheduler, radix cache, running requests, policy, trainer. RPC reactors
-// talk to it through bounded queues and never block; answers come back by callback on the engine thread.
+// Engine: the one thread that owns everything mutable - scheduler, radix cache, running requests,
+// policy, trainer. RPC reactors talk to it through bounded queues and never block; answers come
+// back by callback on the engine thread.
 //
-// One step reads as: admit arrivals and commands; plan (a pure function); match, allocate, publish; build the TokenBatch;
-// run the decoder; sample; append, stream out, retire.
+// One step reads as: admit arrivals and commands; plan (a pure function); match, allocate, publish;
+// build the TokenBatch; run the decoder; sample; append, stream out, retire.
 #pragma once
 
 #include <functional>
@@ -22,7 +23,8 @@
 
 namespace coppice {
 
-// A command's answer; called exactly once, on the engine thread (or the caller's, if refused at once). Must not block.
+// A command's answer; called exactly once, on the engine thread (or the caller's, if refused at
+// once). Must not block.
 template <typename T>
 using Reply = std::function<void(absl::StatusOr<T>)>;
 
@@ -35,10 +37,10 @@ struct RolloutRef {
 };
 
 struct TrainStepRequest {
-  std::string step_id;                        // required, at most 256 bytes; a repeat returns the first answer
+  std::string step_id;  // required, at most 256 bytes; a repeat returns the first answer
   ForwardBackwardRequest batch;
-  // Parallel to batch.groups: non-empty rollout_id = prompt, tokens, sampler and old log-probs come from the rollout, and
-  // sample i of the group takes rollout_samples[group][i].
+  // Parallel to batch.groups: non-empty rollout_id = prompt, tokens, sampler and old log-probs come
+  // from the rollout, and sample i of the group takes rollout_samples[group][i].
   std::vector<std::string> rollout_ids;
   std::vector<std::vector<int32_t>> rollout_samples;
   AdamConfig optim;
@@ -53,12 +55,12 @@ struct TrainStepResult {
   bool skipped = false;
   std::string skip_reason;
   double grad_norm = 0;
-  ForwardBackwardResult batch;                // phases include optimizer
-  bool repeated = false;                      // answered from the idempotency record
+  ForwardBackwardResult batch;  // phases include optimizer
+  bool repeated = false;        // answered from the idempotency record
 };
 
 struct AbortResult {
-  int32_t aborted = 0;                        // requests; their blocks are free when this arrives
+  int32_t aborted = 0;  // requests; their blocks are free when this arrives
 };
 
 struct WarmResult {
@@ -82,27 +84,28 @@ struct EngineStatus {
 
 struct EngineOptions {
   int64_t block_tokens = 16;
-  int64_t num_blocks = 0;                     // KV pool
-  int64_t max_batch_rows = 512;               // tokens of one step, prefill chunks included
+  int64_t num_blocks = 0;        // KV pool
+  int64_t max_batch_rows = 512;  // tokens of one step, prefill chunks included
   int64_t max_running_samples = 256;
-  int64_t max_queued_requests = 1024;         // full -> RESOURCE_EXHAUSTED at once
+  int64_t max_queued_requests = 1024;  // full -> RESOURCE_EXHAUSTED at once
   int64_t max_group_size = 256;
-  int64_t max_context = 0;                    // 0 = the model's
-  int64_t max_rollouts = 4096;                // retained; the oldest goes first
-  int64_t max_step_records = 1024;            // idempotency answers kept
-  uint64_t seed = 0;                          // of drawn seeds; 0 = from the OS
+  int64_t max_context = 0;          // 0 = the model's
+  int64_t max_rollouts = 4096;      // retained; the oldest goes first
+  int64_t max_step_records = 1024;  // idempotency answers kept
+  uint64_t seed = 0;                // of drawn seeds; 0 = from the OS
   Trainer::Options trainer;
 };
 
 class Engine {
  public:
   // Borrows model, decoder, metrics, clock; allocates the KV pool. Starts no thread.
-  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options, Model& model, const Decoder& decoder,
-                                                        Metrics& metrics, const Clock& clock);
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const EngineOptions& options, Model& model,
+                                                        const Decoder& decoder, Metrics& metrics,
+                                                        const Clock& clock);
   virtual ~Engine() = default;
 
-  // Runs the loop until Stop(), on the calling thread. Returns the device error that made it stop early, if any; every
-  // open request has then been answered.
+  // Runs the loop until Stop(), on the calling thread. Returns the device error that made it stop
+  // early, if any; every open request has then been answered.
   virtual absl::Status Run() = 0;
   // Any thread. Ends the loop after the current step; open requests end with UNAVAILABLE.
   virtual void Stop() = 0;
@@ -112,8 +115,8 @@ class Engine {
   // The version of the weights as of the last committed update. Any thread.
   virtual PolicyVersion policy_version() const = 0;
 
-  // ---- Any thread, never block. A refused call's sink or reply is not called; the Status says why.
-  // INVALID_ARGUMENT (bad request), RESOURCE_EXHAUSTED (queue full), UNAVAILABLE (draining).
+  // ---- Any thread, never block. A refused call's sink or reply is not called; the Status says
+  // why. INVALID_ARGUMENT (bad request), RESOURCE_EXHAUSTED (queue full), UNAVAILABLE (draining).
   virtual absl::Status Submit(GenerateRequest request, std::shared_ptr<GenerateSink> sink) = 0;
   // Wakes the loop: a sink has room again or was cancelled.
   virtual void Wake() = 0;
@@ -122,13 +125,16 @@ class Engine {
   virtual void Score(std::vector<TrainGroup> groups, float temperature,
                      Reply<std::pair<std::vector<SampleResult>, PolicyVersion>> reply) = 0;
   virtual void TrainStep(TrainStepRequest request, Reply<TrainStepResult> reply) = 0;
-  virtual void ForwardBackward(TrainStepRequest request, Reply<TrainStepResult> reply) = 0;  // optim is ignored
-  virtual void OptimStep(TrainStepRequest request, Reply<TrainStepResult> reply) = 0;        // batch is ignored
+  virtual void ForwardBackward(TrainStepRequest request,
+                               Reply<TrainStepResult> reply) = 0;  // optim is ignored
+  virtual void OptimStep(TrainStepRequest request,
+                         Reply<TrainStepResult> reply) = 0;  // batch is ignored
   virtual void SaveCheckpoint(std::string directory, Reply<PolicyVersion> reply) = 0;
   virtual void LoadCheckpoint(std::string directory, Reply<PolicyVersion> reply) = 0;
   virtual void GetStatus(Reply<EngineStatus> reply) = 0;
-  virtual void FlushCache(Reply<int64_t> reply) = 0;                                         // blocks freed
-  virtual void Pause(RunningRequests running, bool abort, Reply<int64_t> reply) = 0;         // requests affected
+  virtual void FlushCache(Reply<int64_t> reply) = 0;  // blocks freed
+  virtual void Pause(RunningRequests running, bool abort,
+                     Reply<int64_t> reply) = 0;  // requests affected
   virtual void Resume(Reply<int64_t> reply) = 0;
   // Refuses new work from now on; replies when nothing runs or waits.
   virtual void Drain(Reply<int64_t> reply) = 0;

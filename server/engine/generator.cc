@@ -140,8 +140,7 @@ void Generator::Retract(const SampleKey& key) {
   if (sample.state == Sample::State::kSprouting) {
     DropStem(roster_.StemOf(*group, key.sample));
   } else if (sample.state == Sample::State::kDecoding) {
-    group->usage.written_tokens +=
-        static_cast<int32_t>(kv_->Release(*group, key.sample, clock_.Now()));
+    CountWritten(kv_->Release(*group, key.sample, clock_.Now()), *group);
     sample.state = Sample::State::kIdle;
   }
 }

@@ -97,6 +97,9 @@ class Generator {
   Batch Build(const RowPlan& plan);
   void AddDecode(Group& group, int32_t sample, Batch& batch);
   void AddPrefill(const std::shared_ptr<Stem>& stem, int64_t rows, Batch& batch);
+  // Sprouts whose reader has no room for the first token try again later; the others do not wait
+  // for them.
+  void SetAsideSlowReaders(Stem& stem);
   void AddDraw(const Sprout& drawer, Batch& batch);
 
   // ---- After the batch
@@ -104,6 +107,7 @@ class Generator {
   // Settles the usage of requests whose prompt is complete and starts their streams.
   void StartStreams(const Stem& stem);
   void SettleUsage(const Stem& stem, bool pays, Group& group);
+  void CountWritten(int64_t tokens, Group& group);
   absl::Status ForkUnfinished(const std::shared_ptr<Stem>& stem);
   bool FinishWarmStems();
   void FinishWarm(Group& group);

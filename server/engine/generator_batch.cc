@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
 #include "server/engine/batch_builder.h"
 #include "server/engine/generator.h"
@@ -41,10 +42,24 @@ void Generator::AddPrefill(const std::shared_ptr<Stem>& stem, int64_t rows, Batc
                             .wants_logits = ends});
   batch.prefill.emplace_back(stem, rows);
   if (ends) {
+    SetAsideSlowReaders(*stem);
     for (const Sprout& sprout : stem->sprouts) AddDraw(sprout, batch);
     ++batch.head_rows;
   }
   tenants_.Charge(stem->sprouts.front().group->request.tenant_salt, static_cast<double>(rows));
+}
+
+void Generator::SetAsideSlowReaders(Stem& stem) {
+  std::vector<Sprout> kept;
+  for (const Sprout& s : stem.sprouts) {
+    if (HasReader(*s.group)) {
+      kept.push_back(s);
+    } else {
+      s.group->samples[s.sample].state = Sample::State::kIdle;
+    }
+  }
+  CHECK(!kept.empty());  // RowView saw a reader, and only this thread fills one
+  stem.sprouts = std::move(kept);
 }
 
 void Generator::AddDraw(const Sprout& drawer, Batch& batch) {
@@ -91,7 +106,7 @@ void Generator::SettleUsage(const Stem& stem, bool pays, Group& group) {
   usage.cached_device_tokens = static_cast<int32_t>(stem.cached_tokens);
   usage.computed_tokens = pays ? static_cast<int32_t>(stem.computed_tokens) : 0;
   usage.joined_tokens = usage.prompt_tokens - usage.cached_device_tokens - usage.computed_tokens;
-  if (pays) usage.written_tokens += static_cast<int32_t>(stem.written_tokens);
+  if (pays) CountWritten(stem.written_tokens, group);
   usage.miss_reason = stem.miss_reason;
   metrics_.prompt_tokens_queried.Increment(usage.prompt_tokens);
   metrics_.prompt_tokens_hit_device.Increment(usage.cached_device_tokens);
@@ -101,6 +116,11 @@ void Generator::SettleUsage(const Stem& stem, bool pays, Group& group) {
     const size_t reason = static_cast<size_t>(usage.miss_reason) - 1;
     metrics_.prompt_tokens_missed[reason]->Increment(usage.computed_tokens);
   }
+}
+
+void Generator::CountWritten(int64_t tokens, Group& group) {
+  group.usage.written_tokens += static_cast<int32_t>(tokens);
+  metrics_.prompt_tokens_written.Increment(static_cast<double>(tokens));
 }
 
 absl::Status Generator::ForkUnfinished(const std::shared_ptr<Stem>& stem) {
@@ -113,7 +133,8 @@ absl::Status Generator::ForkUnfinished(const std::shared_ptr<Stem>& stem) {
     if (s.group->samples[s.sample].state == Sample::State::kIdle) metrics_.preemptions.Increment();
   }
   if (unfinished.empty()) {
-    kv_->PublishLate(*stem, stem->sprouts.front().group->request, clock_.Now());
+    Group& first = *stem->sprouts.front().group;
+    CountWritten(kv_->PublishLate(*stem, first.request, clock_.Now()), first);
   }
   roster_.RemoveStem(stem.get());
   return absl::OkStatus();

@@ -75,7 +75,7 @@ std::optional<FinishReason> Generator::ReasonToFinish(const Group& group, int32_
 void Generator::FinishSample(Group& group, int32_t index, FinishReason reason) {
   Sample& sample = group.samples[index];
   if (sample.state == Sample::State::kDecoding) {
-    group.usage.written_tokens += static_cast<int32_t>(kv_->Release(group, index, clock_.Now()));
+    CountWritten(kv_->Release(group, index, clock_.Now()), group);
   }
   sample.state = Sample::State::kFinished;
   metrics_.samples_finished[static_cast<size_t>(reason)]->Increment();
@@ -160,7 +160,7 @@ void Generator::EndWithStatus(Group& group, const absl::Status& status) {
     if (!group.is_warm() && group.samples[i].state != Sample::State::kFinished) {
       metrics_.samples_finished[static_cast<size_t>(FinishReason::kAborted)]->Increment();
     }
-    kv_->Release(group, i, clock_.Now());
+    CountWritten(kv_->Release(group, i, clock_.Now()), group);
   }
   if (group.is_warm()) {
     group.warm(status);

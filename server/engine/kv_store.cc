@@ -133,10 +133,10 @@ void KvStore::Advance(Stem& stem, int64_t rows) {
   cache_.Commit(stem.lease, stem.ready_tokens);
 }
 
-void KvStore::PublishLate(Stem& stem, const GenerateRequest& request, absl::Duration now) {
+int64_t KvStore::PublishLate(Stem& stem, const GenerateRequest& request, absl::Duration now) {
   if (request.cache_skip_write || stem.joinable || !stem.complete() ||
       stem.ns != NamespaceOf(request.tenant_salt)) {
-    return;
+    return 0;
   }
   const int64_t blocks =
       stem.num_tokens() / block_tokens() - stem.lease.num_tokens() / block_tokens();
@@ -144,8 +144,8 @@ void KvStore::PublishLate(Stem& stem, const GenerateRequest& request, absl::Dura
   const int64_t entered =
       cache_.Publish(stem.ns, absl::MakeConstSpan(stem.tokens).first(tokens), stem.lease,
                      stem.own.TakeFront(blocks), PublishAs(request, tokens, now));
-  stem.written_tokens = entered * block_tokens();
   stem.lease.Release();
+  return entered * block_tokens();
 }
 
 absl::Status KvStore::CopyBlock(const std::vector<BlockId>& src, const std::vector<BlockId>& dst) {
@@ -208,8 +208,7 @@ int64_t KvStore::Release(Group& group, int32_t sample_index, absl::Duration now)
   BlockSet own = std::exchange(sample.own, BlockSet());
   const int64_t kv_tokens = std::exchange(sample.kv_tokens, 0);
   if (!stem->joinable) {
-    if (stem.use_count() == 1) PublishLate(*stem, group.request, now);
-    return 0;
+    return stem.use_count() == 1 ? PublishLate(*stem, group.request, now) : 0;
   }
   const int64_t whole = kv_tokens / block_tokens();
   const int64_t blocks = whole - stem->num_tokens() / block_tokens();

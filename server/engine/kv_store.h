@@ -48,8 +48,8 @@ class KvStore {
   // Rows [next_row, next_row + rows) have run: their KV is committed.
   void Advance(Stem& stem, int64_t rows);
   // Publishes the whole blocks of a complete stem that has not done so on schedule, then drops its
-  // KV.
-  void PublishLate(Stem& stem, const GenerateRequest& request, absl::Duration now);
+  // KV. Returns the tokens newly published.
+  int64_t PublishLate(Stem& stem, const GenerateRequest& request, absl::Duration now);
 
   // ---- Samples
   // Gives each sprout its own copy of the stem's partial last block; the last one takes the block

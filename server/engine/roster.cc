@@ -12,8 +12,10 @@ constexpr int kRefreshedPerStep = 8;
 
 }  // namespace
 
+bool HasReader(const Group& group) { return group.is_warm() || group.sink->HasRoom(); }
+
 bool CanDecode(const Group& group, const Sample& sample) {
-  return sample.state == Sample::State::kDecoding && group.sink->HasRoom();
+  return sample.state == Sample::State::kDecoding && HasReader(group);
 }
 
 void Roster::AddWaiting(std::unique_ptr<Group> group, const KvStore& kv, absl::Duration now) {
@@ -148,7 +150,7 @@ void Roster::ViewRunning(const Group& group, const KvStore& kv, absl::Duration n
                               (last ? static_cast<int64_t>(sample.stem->lease.blocks().size()) : 0),
            .needs_block = CanDecode(group, sample) && kv.NeedsBlock(sample)});
     }
-    if (sample.state != Sample::State::kIdle) continue;
+    if (sample.state != Sample::State::kIdle || !HasReader(group)) continue;
     if (sample.tokens.empty() && fresh >= 0) {
       ++input.idle[fresh].blocks;
       continue;
@@ -184,7 +186,9 @@ RowInput Roster::RowView(KvStore& kv, int64_t max_rows) const {
     }
   }
   for (const std::shared_ptr<Stem>& stem : stems_) {
-    if (!kv.Refresh(*stem)) continue;
+    const bool wanted = std::any_of(stem->sprouts.begin(), stem->sprouts.end(),
+                                    [](const Sprout& s) { return HasReader(*s.group); });
+    if (!kv.Refresh(*stem) || !wanted) continue;
     input.prefill.push_back({.stem = stem->id,
                              .priority = stem->priority,
                              .first_row = stem->next_row,

@@ -63,7 +63,8 @@ class Roster {
   RequestId last_refreshed_{0};
 };
 
-// A sample whose reader keeps up.
+// The reader keeps up: there is room for another token.
+bool HasReader(const Group& group);
 bool CanDecode(const Group& group, const Sample& sample);
 
 }  // namespace coppice

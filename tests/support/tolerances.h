@@ -33,6 +33,13 @@ inline constexpr double kModelDifference = 2e-3;
 // different orders of summation over the depth of a model.
 inline constexpr double kParity = 1e-4;
 
+// Log-probs of a sampled token from the decode path against the trainer's forward: the same sums in
+// another order and batch, over the depth of a tiny model.
+inline constexpr double kSamplerVersusTrainer = 1e-4;
+// Share of samples that may differ between batches because the two best candidates of a draw are
+// closer than the rounding error.
+inline constexpr double kNearTieFraction = 0.05;
+
 // Chi-square tests: the probability that a correct sampler fails. Seeds are fixed, so a pass stays
 // a pass.
 inline constexpr double kChiSquareSignificance = 1e-4;

@@ -18,6 +18,7 @@
 #include "server/engine/engine.h"
 #include "server/metrics/metrics.h"
 #include "tests/support/byte_tokenizer.h"
+#include "tests/support/failing_ops.h"
 #include "tests/support/fake_clock.h"
 
 namespace coppice {
@@ -129,7 +130,7 @@ class EngineUnderTest {
  public:
   explicit EngineUnderTest(EngineOptions options = {}, ModelConfig config = TinyEngineModel()) {
     SetMinLogSeverity(LogSeverity::kError);
-    ops_ = std::move(ops::CreateOps("cpu", 1)).value();
+    ops_ = std::make_unique<FailingOps>(std::move(ops::CreateOps("cpu", 1)).value());
     model_ = std::move(RandomModel(config, 7, *ops_)).value();
     model_.tokenizer = std::make_unique<ByteTokenizer>();
     Perturb();
@@ -142,7 +143,7 @@ class EngineUnderTest {
   Engine& engine() { return *engine_; }
   Metrics& metrics() { return metrics_; }
   FakeClock& clock() { return clock_; }
-  Model& model() { return model_; }
+  FailingOps& device() { return *ops_; }
 
   std::shared_ptr<RecordingSink> Submit(GenerateRequest request) {
     auto sink = std::make_shared<RecordingSink>();
@@ -198,7 +199,7 @@ class EngineUnderTest {
 
   FakeClock clock_;
   Metrics metrics_;
-  std::unique_ptr<ops::Ops> ops_;
+  std::unique_ptr<FailingOps> ops_;
   Model model_;
   std::unique_ptr<Decoder> decoder_;
   std::unique_ptr<Engine> engine_;

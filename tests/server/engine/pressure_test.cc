@@ -1,0 +1,129 @@
+// Too few blocks, too many requests, readers that leave: nothing leaks and no answer changes.
+#include <random>
+
+#include "tests/server/engine/engine_fixture.h"
+
+namespace coppice {
+namespace {
+
+// Six groups over a pool that holds about one and a half of them.
+TEST(PressureTest, PreemptionDoesNotChangeTheTokens) {
+  EngineOptions tiny;
+  tiny.num_blocks = 14;
+  tiny.block_tokens = 4;
+  EngineOptions large = tiny;
+  large.num_blocks = 512;
+  EngineUnderTest under_pressure(tiny), at_ease(large);
+  std::vector<std::shared_ptr<RecordingSink>> got, want;
+  for (uint64_t i = 0; i < 6; ++i) {
+    const GenerateRequest request =
+        Request(RandomPrompt(9 + static_cast<int64_t>(i), i), 30, 2, 70 + i);
+    got.push_back(under_pressure.Submit(request));
+    want.push_back(at_ease.Submit(request));
+  }
+  under_pressure.RunAll();
+  at_ease.RunAll();
+  EXPECT_GT(under_pressure.metrics().preemptions.Value(), 0);
+  EXPECT_EQ(at_ease.metrics().preemptions.Value(), 0);
+  for (size_t i = 0; i < got.size(); ++i) {
+    EXPECT_TRUE(got[i]->status.ok()) << got[i]->status;
+    EXPECT_EQ(got[i]->tokens, want[i]->tokens) << "request " << i;
+    EXPECT_EQ(got[i]->usage.prompt_tokens, 9 + static_cast<int32_t>(i));
+  }
+  under_pressure.ExpectNothingLeaked();
+}
+
+// One sample needs the whole pool.
+TEST(PressureTest, ARequestThatJustFitsRuns) {
+  EngineOptions options;
+  options.num_blocks = 10;
+  options.block_tokens = 4;
+  EngineUnderTest test(options);
+  const auto one = test.Submit(Request(RandomPrompt(20, 1), 20, 4));
+  const auto other = test.Submit(Request(RandomPrompt(30, 2), 10, 1));
+  test.RunAll();
+  EXPECT_TRUE(one->done && one->status.ok());
+  EXPECT_TRUE(other->done && other->status.ok());
+  const auto sink = std::make_shared<RecordingSink>();
+  EXPECT_EQ(test.engine().Submit(Request(RandomPrompt(20, 1), 21), sink).code(),
+            absl::StatusCode::kInvalidArgument);
+  test.ExpectNothingLeaked();
+}
+
+TEST(PressureTest, MoreSamplesThanRowsTakeTurns) {
+  EngineOptions options;
+  options.max_batch_rows = 8;
+  options.max_running_samples = 32;
+  EngineUnderTest test(options), wide;
+  const GenerateRequest request = Request(RandomPrompt(20, 1), 10, 32);
+  const auto narrow = test.Generate(request);
+  EXPECT_EQ(narrow->tokens, wide.Generate(request)->tokens);
+  test.ExpectNothingLeaked();
+}
+
+// Point 5: a thousand requests that end by cancel, deadline, abort, disconnect of a slow reader or
+// at their last token, in a pool that is too small for them.
+TEST(PressureTest, AThousandRandomEndsLeakNothing) {
+  constexpr uint64_t kSeed = 20261121;
+  SCOPED_TRACE(kSeed);
+  std::mt19937_64 random(kSeed);
+  EngineOptions options;
+  options.num_blocks = 48;
+  options.block_tokens = 4;
+  options.max_batch_rows = 32;
+  EngineUnderTest test(options);
+  std::vector<std::shared_ptr<RecordingSink>> sinks;
+  for (int i = 0; i < 1000; ++i) {
+    std::vector<int32_t> prompt = RandomPrompt(40, random() % 4);  // few prompts: much sharing
+    prompt.resize(1 + random() % 40);
+    GenerateRequest request = Request(prompt, 1 + static_cast<int32_t>(random() % 12),
+                                      1 + static_cast<int32_t>(random() % 4), random());
+    request.request_id = std::to_string(i);
+    request.priority = static_cast<int32_t>(random() % 2);
+    request.cache_skip_read = random() % 8 == 0;
+    request.cache_skip_write = random() % 8 == 0;
+    if (random() % 4 == 0) {
+      request.deadline =
+          test.clock().Now() + absl::Milliseconds(static_cast<int64_t>(random() % 60));
+    }
+    sinks.push_back(test.Submit(request));
+    RecordingSink& victim = *sinks[random() % sinks.size()];
+    switch (random() % 4) {
+      case 0:
+        victim.cancelled = true;
+        break;
+      case 1:
+        victim.room = !victim.room;
+        break;
+      case 2:
+        test.engine().Abort(std::to_string(random() % (i + 1)), "", [](auto) {});
+        break;
+      default:
+        break;
+    }
+    test.clock().Advance(absl::Milliseconds(5));
+    test.Steps(static_cast<int>(random() % 4));
+  }
+  for (const auto& sink : sinks) {
+    if (!sink->room) sink->cancelled = true;
+  }
+  test.RunAll();
+  for (const auto& sink : sinks) EXPECT_TRUE(sink->done);
+  EXPECT_GT(test.metrics().preemptions.Value(), 0);
+  test.ExpectNothingLeaked();
+}
+
+TEST(PressureTest, FlushFreesWhatIsCachedOnly) {
+  EngineUnderTest test;
+  test.Generate(Request(RandomPrompt(100, 1), 10));
+  const int64_t cached = test.Status().cache.cached_only_blocks;
+  Answer<int64_t> freed;
+  test.engine().FlushCache(freed.reply());
+  test.RunAll();
+  EXPECT_GT(cached, 0);
+  EXPECT_EQ(freed.get().value(), cached);
+  EXPECT_EQ(test.Status().cache.free_blocks, test.Status().cache.total_blocks);
+}
+
+}  // namespace
+}  // namespace coppice
