@@ -48,7 +48,7 @@ void StartFrom(Context& context, const ops::MatMulParams& p) {
 // One k range of A B^T, by items of rows and columns that share what they read: a block of A stays
 // in the L2 cache while B passes through L1.
 void DotGemmInParallel(Context& context, const DotGemmArgs& g) {
-  int64_t rows = 192, cols = 384;
+  int64_t rows = 96, cols = 96;
   const auto num_items = [&] { return ((g.m + rows - 1) / rows) * ((g.n + cols - 1) / cols); };
   while (num_items() < 4 * context.num_threads() && cols > 24) cols /= 2;
   while (num_items() < 4 * context.num_threads() && rows > 24) rows /= 2;

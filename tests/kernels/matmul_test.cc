@@ -71,6 +71,34 @@ TEST(MatMulTest, MatchesReferenceForFewRows) {
   }
 }
 
+// x W^T, the product of every forward pass: a row gets the same bits whatever the other rows and
+// the number of threads. A decoded token then cannot depend on its batch, nor a prompt on how it
+// was cut into chunks.
+TEST(MatMulTest, RowsDoNotDependOnTheirBatch) {
+  std::mt19937_64 random(4);
+  const int64_t rows = 150, n = 203;
+  for (const int64_t k : {5, 64, 576, 1536, 1700}) {
+    GuardedTensor a({rows, k}), b({n, k}), whole({rows, n});
+    a.FillNormal(random);
+    b.FillNormal(random);
+    const auto product = [&](int threads, int64_t begin, int64_t end, GuardedTensor& c) {
+      const auto ops = std::move(ops::CreateOps("cpu", threads)).value();
+      ASSERT_TRUE(
+          ops->MatMul(
+                 {.a = a.view().Rows(begin, end), .b = b.view(), .trans_b = true, .c = c.view()})
+              .ok());
+    };
+    product(2, 0, rows, whole);
+    for (const auto& [begin, end] : {std::pair{0, 1}, {149, 150}, {3, 5}, {17, 24}, {50, 147}}) {
+      for (const int threads : {1, 3}) {
+        GuardedTensor part({end - begin, n});
+        product(threads, begin, end, part);
+        for (int64_t i = 0; i < part.size(); ++i) ASSERT_EQ(part[i], whole[begin * n + i]);
+      }
+    }
+  }
+}
+
 TEST(MatMulTest, EqualInputsGiveEqualBits) {
   const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
   std::mt19937_64 random(3);

@@ -352,6 +352,17 @@ TEST_F(RowOpsTest, CopyConvertsAndKeepsStrides) {
   }
 }
 
+TEST_F(RowOpsTest, CopyRepeatsARowOfStrideZero) {
+  GuardedTensor src({1, 9}), dst({4, 9}, 2);
+  src.FillNormal(random_);
+  TensorView repeated = src.view();
+  repeated.shape[0] = 4;
+  repeated.stride[0] = 0;
+  ASSERT_TRUE(ops_->Copy(repeated, dst.view()).ok());
+  for (int64_t i = 0; i < 36; ++i) ASSERT_EQ(dst[i], src[i % 9]);
+  dst.ExpectGuardsIntact("dst");
+}
+
 TEST_F(RowOpsTest, EveryF16ValueSurvivesTheRoundTrip) {
   std::vector<uint16_t> bits(1 << 16), back(1 << 16);
   for (size_t i = 0; i < bits.size(); ++i) bits[i] = static_cast<uint16_t>(i);

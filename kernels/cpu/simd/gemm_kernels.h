@@ -41,8 +41,14 @@ void DotBlock(const DotGemmArgs& g, int64_t row, int64_t col) {
   Vec sums[kGroups * kLanes] = {};
   const float* a = g.a + row * g.a_row;
   const float* b = g.b + col * g.b_row;
+  // The first rows of A meet each row of B while it comes from memory: ask for the next rows in
+  // time.
+  const int64_t ahead = row == 0 ? kCols * g.b_row : 0;
   int64_t p = 0;
   for (; p + kLanes <= g.k; p += kLanes) {
+    if (ahead > 0) {
+      for (int64_t j = 0; j < kCols; ++j) __builtin_prefetch(b + ahead + j * g.b_row + p);
+    }
     DotStep<kRows, kCols>(a + p, g.a_row, b + p, g.b_row, kLanes, sums);
   }
   if (p < g.k) DotStep<kRows, kCols>(a + p, g.a_row, b + p, g.b_row, g.k - p, sums);

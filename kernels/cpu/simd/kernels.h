@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace coppice::cpu {
 
@@ -132,7 +133,10 @@ struct Kernels {
 // head_dim rounded up to what the attention kernels want.
 inline int64_t PadHeadDim(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
 
-// The table for this processor. The first call chooses.
+// The tables that this processor can run, widest vectors first.
+std::vector<const Kernels*> SupportedKernels();
+
+// The first of them; chosen at the first call.
 const Kernels& SimdKernels();
 
 }  // namespace coppice::cpu

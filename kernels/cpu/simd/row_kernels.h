@@ -129,16 +129,23 @@ void SoftmaxBackward(float* x, float scale, float lse, float entropy, float coef
   });
 }
 
-// Lanes are summed apart in double precision, then in order.
+// Four vectors of partial sums in double precision, so that additions need not wait for each other;
+// then in order.
 double SumOfSquares(const float* x, int64_t n) {
   typedef double Wide __attribute__((vector_size(8 * COPPICE_LANES)));
-  Wide squares = {};
-  ForLanes(n, [&](int64_t i, int64_t c) {
-    const Wide v = __builtin_convertvector(Load(x + i, c), Wide);
-    squares += v * v;
-  });
+  Wide squares[4] = {};
+  const auto add = [&](Wide& sum, int64_t i, int64_t count) {
+    const Wide v = __builtin_convertvector(Load(x + i, count), Wide);
+    sum += v * v;
+  };
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    for (int64_t j = 0; j < 4; ++j) add(squares[j], i + j * kLanes, kLanes);
+  }
+  for (; i < n; i += kLanes) add(squares[0], i, n - i < kLanes ? n - i : kLanes);
+  const Wide total = (squares[0] + squares[1]) + (squares[2] + squares[3]);
   double sum = 0;
-  for (int64_t i = 0; i < kLanes; ++i) sum += squares[i];
+  for (int64_t lane = 0; lane < kLanes; ++lane) sum += total[lane];
   return sum;
 }
 

@@ -7,6 +7,8 @@ namespace baseline {
 extern const Kernels kKernels;
 }
 
+std::vector<const Kernels*> SupportedKernels() { return {&baseline::kKernels}; }
+
 const Kernels& SimdKernels() { return baseline::kKernels; }
 
 }  // namespace coppice::cpu

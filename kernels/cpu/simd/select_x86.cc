@@ -1,4 +1,4 @@
-// The widest table that this x86-64 processor can run.
+// The tables for x86-64: baseline (SSE2), v3 (AVX2, FMA) and v4 (AVX-512), as the psABI names them.
 #include "kernels/cpu/simd/kernels.h"
 
 namespace coppice::cpu {
@@ -13,10 +13,16 @@ namespace x86_64_v4 {
 extern const Kernels kKernels;
 }
 
+std::vector<const Kernels*> SupportedKernels() {
+  std::vector<const Kernels*> tables;
+  if (__builtin_cpu_supports("x86-64-v4")) tables.push_back(&x86_64_v4::kKernels);
+  if (__builtin_cpu_supports("x86-64-v3")) tables.push_back(&x86_64_v3::kKernels);
+  tables.push_back(&baseline::kKernels);
+  return tables;
+}
+
 const Kernels& SimdKernels() {
-  static const Kernels& chosen = __builtin_cpu_supports("x86-64-v4")   ? x86_64_v4::kKernels
-                                 : __builtin_cpu_supports("x86-64-v3") ? x86_64_v3::kKernels
-                                                                       : baseline::kKernels;
+  static const Kernels& chosen = *SupportedKernels().front();
   return chosen;
 }
 
