@@ -17,7 +17,7 @@ namespace coppice {
 namespace {
 
 constexpr absl::Duration kStopGrace = absl::Seconds(5);   // for the step in progress
-constexpr absl::Duration kFlushGrace = absl::Seconds(2);  // for answers on their way out
+constexpr absl::Duration kFlushGrace = absl::Seconds(1);  // for answers on their way out
 
 ExitCode Fail(ExitCode code, absl::string_view event, const absl::Status& status) {
   LOG(ERROR) << event << " exit_code=" << static_cast<int>(code) << ' ' << status.message();

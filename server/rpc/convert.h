@@ -1,7 +1,10 @@
-// The only translation between proto/coppice/v1 and the native types. From-functions check every
-// byte that a client controls and answer INVALID_ARGUMENT naming field, want and got; they depend
-// on nothing that changes, so a request that passes here can still be refused by the engine (queue,
-// policy version, rollouts). Pure functions; any thread.
+// The only translation between proto/coppice/v1 and the native types. Pure functions; any thread.
+//
+// From-functions answer INVALID_ARGUMENT naming field, want and got for what the wire can say and
+// the native types cannot (unknown enum values, contradicting fields, names unfit for a log) and
+// for training requests as a whole, so that a bad one is refused before running requests are
+// drained for it. The ranges of a Generate request are checked by Engine::Submit, on the same
+// thread (server/engine/validate.h).
 #pragma once
 
 #include <cstdint>
@@ -27,7 +30,6 @@ namespace coppice {
 struct RequestLimits {
   int64_t vocab = 0;
   int64_t max_context = 0;
-  int64_t max_group_size = 0;
   const Tokenizer* tokenizer = nullptr;  // null: text is refused with FAILED_PRECONDITION
 };
 

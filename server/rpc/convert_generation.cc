@@ -1,4 +1,3 @@
-#include <algorithm>
 #include <cmath>
 #include <utility>
 
@@ -9,11 +8,6 @@
 namespace coppice {
 namespace {
 
-constexpr int64_t kMaxStopTokens = 64;
-constexpr int64_t kMaxStopStrings = 16;
-constexpr int64_t kMaxStopStringBytes = 256;
-constexpr int64_t kMaxLogitBias = 1024;
-constexpr int64_t kMaxTopLogprobs = 20;
 constexpr int64_t kMaxPriority = 1000;
 constexpr int64_t kMaxTtlSeconds = int64_t{10} * 365 * 24 * 3600;
 // No tokenizer's average token is longer: more text cannot fit the context and is refused before it
@@ -44,69 +38,17 @@ absl::Status AppendText(const std::string& text, const RequestLimits& limits,
   return absl::OkStatus();
 }
 
-// The prompt's token ids: at least one, at most max_tokens.
-absl::StatusOr<std::vector<int32_t>> PromptTokens(const v1::Prompt& prompt, int64_t max_tokens,
+// The prompt's token ids; whether they fit vocabulary and context is the engine's question.
+absl::StatusOr<std::vector<int32_t>> PromptTokens(const v1::Prompt& prompt,
                                                   const RequestLimits& limits) {
   std::vector<int32_t> tokens;
   if (prompt.has_tokens()) Append(Ids(prompt.tokens()), tokens);
   if (prompt.has_text()) RETURN_IF_ERROR(AppendText(prompt.text(), limits, tokens));
   Append(Ids(prompt.suffix()), tokens);
-  if (tokens.empty()) return InvalidField("prompt", "at least one token", "none");
-  if (static_cast<int64_t>(tokens.size()) > max_tokens) {
-    return InvalidField(
-        "prompt",
-        absl::StrCat("at most ", max_tokens, " tokens (max_context=", limits.max_context, ")"),
-        tokens.size());
-  }
-  RETURN_IF_ERROR(CheckTokenIds("prompt.tokens", tokens, limits.vocab));
   return tokens;
 }
 
-absl::Status CheckTemperatureAndCuts(const SamplingOptions& o) {
-  if (!std::isfinite(o.temperature) || o.temperature < 0) {
-    return InvalidField("sampling.temperature", "a finite number >= 0", o.temperature);
-  }
-  if (o.top_k < 0) return InvalidField("sampling.top_k", "an integer >= 0", o.top_k);
-  if (!(o.top_p > 0 && o.top_p <= 1)) {
-    return InvalidField("sampling.top_p", "a number in (0, 1]", o.top_p);
-  }
-  if (!(o.min_p >= 0 && o.min_p < 1)) {
-    return InvalidField("sampling.min_p", "a number in [0, 1)", o.min_p);
-  }
-  if (o.max_tokens <= 0) return InvalidField("sampling.max_tokens", "> 0", o.max_tokens);
-  return absl::OkStatus();
-}
-
-absl::Status CheckStops(const v1::SamplingParams& proto, const RequestLimits& limits) {
-  RETURN_IF_ERROR(
-      CheckRange("sampling.stop_token_ids.size", proto.stop_token_ids_size(), 0, kMaxStopTokens));
-  RETURN_IF_ERROR(
-      CheckTokenIds("sampling.stop_token_ids",
-                    absl::MakeConstSpan(proto.stop_token_ids().data(), proto.stop_token_ids_size()),
-                    limits.vocab));
-  RETURN_IF_ERROR(
-      CheckRange("sampling.stop_strings.size", proto.stop_strings_size(), 0, kMaxStopStrings));
-  if (proto.stop_strings_size() > 0 && limits.tokenizer == nullptr) {
-    return NoTokenizer("sampling.stop_strings");
-  }
-  for (const std::string& stop : proto.stop_strings()) {
-    RETURN_IF_ERROR(CheckRange("sampling.stop_strings.bytes", stop.size(), 1, kMaxStopStringBytes));
-  }
-  return absl::OkStatus();
-}
-
-absl::Status CheckLogitBias(const v1::SamplingParams& proto, const RequestLimits& limits) {
-  RETURN_IF_ERROR(
-      CheckRange("sampling.logit_bias.size", proto.logit_bias_size(), 0, kMaxLogitBias));
-  for (const auto& [token, bias] : proto.logit_bias()) {
-    RETURN_IF_ERROR(CheckTokenIds("sampling.logit_bias.key", {token}, limits.vocab));
-    RETURN_IF_ERROR(CheckFinite("sampling.logit_bias.value", {bias}));
-  }
-  return absl::OkStatus();
-}
-
-absl::StatusOr<SamplingOptions> Sampling(const v1::SamplingParams& proto,
-                                         const RequestLimits& limits) {
+SamplingOptions Sampling(const v1::SamplingParams& proto) {
   SamplingOptions o;
   if (proto.has_temperature()) o.temperature = proto.temperature();
   if (proto.has_top_p()) o.top_p = proto.top_p();
@@ -115,9 +57,6 @@ absl::StatusOr<SamplingOptions> Sampling(const v1::SamplingParams& proto,
   if (proto.has_seed()) o.seed = proto.seed();
   o.max_tokens = proto.max_tokens();
   o.ignore_eos = proto.ignore_eos();
-  RETURN_IF_ERROR(CheckTemperatureAndCuts(o));
-  RETURN_IF_ERROR(CheckStops(proto, limits));
-  RETURN_IF_ERROR(CheckLogitBias(proto, limits));
   o.stop_token_ids.assign(proto.stop_token_ids().begin(), proto.stop_token_ids().end());
   o.stop_strings.assign(proto.stop_strings().begin(), proto.stop_strings().end());
   o.logit_bias.insert(proto.logit_bias().begin(), proto.logit_bias().end());
@@ -142,10 +81,7 @@ absl::Status SetCacheControl(const v1::CacheControl& proto, GenerateRequest& out
   RETURN_IF_ERROR(CheckName("cache.key", proto.key()));
   out.cache_skip_read = proto.skip_read();
   out.cache_skip_write = proto.skip_write();
-  if (proto.has_priority()) {
-    RETURN_IF_ERROR(CheckRange("cache.priority", proto.priority(), 0, 100));
-    out.cache_priority = proto.priority();
-  }
+  if (proto.has_priority()) out.cache_priority = proto.priority();
   if (proto.has_ttl()) {
     const int64_t seconds = proto.ttl().seconds(), nanos = proto.ttl().nanos();
     RETURN_IF_ERROR(CheckRange("cache.ttl.seconds", seconds, 0, kMaxTtlSeconds));
@@ -162,18 +98,6 @@ absl::Status SetNames(const std::string& request_id, const std::string& session_
   if (!request_id.empty()) out.request_id = tenant.prefix + request_id;
   if (!session_id.empty()) out.session_id = tenant.prefix + session_id;
   out.tenant_salt = tenant.salt;
-  return absl::OkStatus();
-}
-
-absl::Status SetLogprobs(const v1::GenerateRequest& proto, const RequestLimits& limits,
-                         GenerateRequest& out) {
-  ASSIGN_OR_RETURN(out.logprobs, Logprobs(proto.logprobs()));
-  RETURN_IF_ERROR(
-      CheckRange("top_logprobs", proto.top_logprobs(), 0, std::min(kMaxTopLogprobs, limits.vocab)));
-  if (proto.top_logprobs() > 0 && out.logprobs == LogprobMode::kNone) {
-    return InvalidField("logprobs", "RAW or AS_SAMPLED with top_logprobs", "NONE");
-  }
-  out.top_logprobs = proto.top_logprobs();
   return absl::OkStatus();
 }
 
@@ -200,20 +124,19 @@ absl::StatusOr<GenerateRequest> FromProto(const v1::GenerateRequest& proto, cons
                                           const RequestLimits& limits) {
   GenerateRequest out;
   RETURN_IF_ERROR(SetNames(proto.request_id(), proto.session_id(), tenant, out));
-  // The cheap checks first: text is tokenized last.
-  if (proto.has_n()) {
-    RETURN_IF_ERROR(CheckRange("n", proto.n(), 1, limits.max_group_size));
-    out.n = proto.n();
+  if (proto.has_n()) out.n = proto.n();
+  out.sampling = Sampling(proto.sampling());
+  ASSIGN_OR_RETURN(out.logprobs, Logprobs(proto.logprobs()));
+  if (proto.top_logprobs() > 0 && out.logprobs == LogprobMode::kNone) {
+    return InvalidField("logprobs", "RAW or AS_SAMPLED with top_logprobs", "NONE");
   }
-  ASSIGN_OR_RETURN(out.sampling, Sampling(proto.sampling(), limits));
-  RETURN_IF_ERROR(SetLogprobs(proto, limits, out));
+  out.top_logprobs = proto.top_logprobs();
   RETURN_IF_ERROR(SetCacheControl(proto.cache(), out));
   RETURN_IF_ERROR(CheckRange("priority", proto.priority(), -kMaxPriority, kMaxPriority));
-  if (proto.return_text() && limits.tokenizer == nullptr) return NoTokenizer("return_text");
   out.priority = proto.priority();
   out.retain = proto.retain();
   out.return_text = proto.return_text();
-  ASSIGN_OR_RETURN(out.prompt, PromptTokens(proto.prompt(), limits.max_context - 1, limits));
+  ASSIGN_OR_RETURN(out.prompt, PromptTokens(proto.prompt(), limits));
   return out;
 }
 
@@ -223,7 +146,7 @@ absl::StatusOr<GenerateRequest> FromProto(const v1::WarmRequest& proto, const Te
   RETURN_IF_ERROR(SetNames(proto.request_id(), proto.session_id(), tenant, out));
   RETURN_IF_ERROR(SetCacheControl(proto.cache(), out));
   if (proto.cache().skip_write()) return InvalidField("cache.skip_write", "false", "true");
-  ASSIGN_OR_RETURN(out.prompt, PromptTokens(proto.prompt(), limits.max_context, limits));
+  ASSIGN_OR_RETURN(out.prompt, PromptTokens(proto.prompt(), limits));
   out.sampling.max_tokens = 1;  // never drawn: warming ends with the prompt
   return out;
 }

@@ -74,7 +74,8 @@ class GrpcServer final : public RpcServer {
 
 absl::StatusOr<std::unique_ptr<RpcServer>> RpcServer::Start(const Options& options,
                                                             RpcContext context) {
-  // A client whose bytes do not parse is answered by gRPC; protobuf's lines would let it fill the log.
+  // A client whose bytes do not parse is answered by gRPC; protobuf's lines would let it fill the
+  // log.
   google::protobuf::SetLogHandler(nullptr);
   grpc::EnableDefaultHealthCheckService(true);
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();

@@ -28,6 +28,7 @@ class ServingStack {
     EngineOptions engine{.num_blocks = 256, .max_context = 256, .seed = 1};
     int64_t stream_capacity = 256;
     bool trust_tenant_header = false;
+    bool small_windows = false;  // the connection itself buffers a few kB only
   };
 
   ServingStack() : ServingStack(Options()) {}
@@ -49,8 +50,13 @@ class ServingStack {
     auto server = RpcServer::Start({}, std::move(context));
     CHECK_OK(server.status());
     server_ = *std::move(server);
-    const auto channel = grpc::CreateChannel(absl::StrCat("127.0.0.1:", server_->port()),
-                                             grpc::InsecureChannelCredentials());
+    grpc::ChannelArguments args;
+    if (options.small_windows) {
+      args.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+      args.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 8192);
+    }
+    const auto channel = grpc::CreateCustomChannel(absl::StrCat("127.0.0.1:", server_->port()),
+                                                   grpc::InsecureChannelCredentials(), args);
     generation = v1::Generation::NewStub(channel);
     training = v1::Training::NewStub(channel);
     cache = v1::Cache::NewStub(channel);

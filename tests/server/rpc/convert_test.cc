@@ -1,6 +1,5 @@
 #include "server/rpc/convert.h"
 
-#include <cmath>
 #include <limits>
 #include <random>
 #include <string>
@@ -8,7 +7,7 @@
 #include "gmock/gmock.h"
 #include "google/protobuf/stubs/logging.h"
 #include "gtest/gtest.h"
-#include "server/rpc/field_check.h"
+#include "server/engine/validate.h"
 #include "tests/support/byte_tokenizer.h"
 
 namespace coppice {
@@ -69,8 +68,7 @@ class ConvertTest : public ::testing::Test {
   }
 
   ByteTokenizer tokenizer_;
-  RequestLimits limits_{
-      .vocab = 257, .max_context = 64, .max_group_size = 16, .tokenizer = &tokenizer_};
+  RequestLimits limits_{.vocab = 257, .max_context = 64, .tokenizer = &tokenizer_};
   Tenant tenant_{.salt = "tenant:a", .prefix = "a/"};
 };
 
@@ -148,69 +146,12 @@ TEST_F(ConvertTest, TextPromptsAreTokenizedAndContinued) {
               ElementsAre(ByteTokenizer::kBos, 'a', 'b', 7));
 }
 
-TEST_F(ConvertTest, BadPromptsAreRefused) {
+TEST_F(ConvertTest, TextIsRefusedBeforeItIsTokenized) {
   v1::GenerateRequest proto = Generate();
-  proto.mutable_prompt()->Clear();
-  ExpectRefused(proto, "prompt: want at least one token");
-  proto.mutable_prompt()->set_text("");
-  ExpectRefused(proto, "prompt: want at least one token");
-  proto = Generate();
-  proto.mutable_prompt()->mutable_tokens()->set_ids(1, 257);
-  ExpectRefused(proto, "prompt.tokens[1]");
-  proto.mutable_prompt()->mutable_tokens()->set_ids(1, -1);
-  ExpectRefused(proto, "prompt.tokens[1]");
-  proto = Generate();
-  while (proto.prompt().tokens().ids_size() < 64)
-    proto.mutable_prompt()->mutable_tokens()->add_ids(1);
-  ExpectRefused(proto, "prompt: want at most 63 tokens");
   proto.mutable_prompt()->set_text(std::string(1'000'000, 'x'));
-  ExpectRefused(proto, "prompt.text");
-}
-
-TEST_F(ConvertTest, TextNeedsATokenizer) {
+  ExpectRefused(proto, "prompt.text: want at most");
   limits_.tokenizer = nullptr;
-  v1::GenerateRequest proto = Generate();
-  proto.mutable_prompt()->set_text("ab");
   ExpectRefused(proto, "prompt.text", absl::StatusCode::kFailedPrecondition);
-  proto = Generate();
-  proto.set_return_text(true);
-  ExpectRefused(proto, "return_text", absl::StatusCode::kFailedPrecondition);
-  proto = Generate();
-  proto.mutable_sampling()->add_stop_strings("x");
-  ExpectRefused(proto, "sampling.stop_strings", absl::StatusCode::kFailedPrecondition);
-}
-
-TEST_F(ConvertTest, BadGroupSizesAreRefused) {
-  v1::GenerateRequest proto = Generate();
-  for (const int n : {0, -1, 17}) {
-    proto.set_n(n);
-    ExpectRefused(proto, "n: want an integer in [1, 16]");
-  }
-}
-
-TEST_F(ConvertTest, BadSamplingIsRefused) {
-  const auto refuse = [this](const std::string& field, auto set) {
-    v1::GenerateRequest proto = Generate();
-    set(*proto.mutable_sampling());
-    ExpectRefused(proto, "sampling." + field);
-  };
-  for (const float t : {kNan, -1.0f, kInf}) {
-    refuse("temperature", [t](v1::SamplingParams& p) { p.set_temperature(t); });
-  }
-  refuse("top_k", [](v1::SamplingParams& p) { p.set_top_k(-1); });
-  for (const float p : {0.0f, 1.5f, kNan}) {
-    refuse("top_p", [p](v1::SamplingParams& s) { s.set_top_p(p); });
-  }
-  for (const float p : {-0.1f, 1.0f, kNan}) {
-    refuse("min_p", [p](v1::SamplingParams& s) { s.set_min_p(p); });
-  }
-  refuse("max_tokens", [](v1::SamplingParams& p) { p.clear_max_tokens(); });
-  refuse("max_tokens", [](v1::SamplingParams& p) { p.set_max_tokens(-5); });
-  refuse("stop_token_ids[0]", [](v1::SamplingParams& p) { p.add_stop_token_ids(300); });
-  refuse("stop_strings", [](v1::SamplingParams& p) { p.add_stop_strings(""); });
-  refuse("stop_strings", [](v1::SamplingParams& p) { p.add_stop_strings(std::string(300, 'x')); });
-  refuse("logit_bias.key", [](v1::SamplingParams& p) { (*p.mutable_logit_bias())[-4] = 1; });
-  refuse("logit_bias.value", [](v1::SamplingParams& p) { (*p.mutable_logit_bias())[4] = kInf; });
 }
 
 TEST_F(ConvertTest, BadNamesAndCacheFieldsAreRefused) {
@@ -221,8 +162,8 @@ TEST_F(ConvertTest, BadNamesAndCacheFieldsAreRefused) {
   proto.set_session_id(std::string(257, 'x'));
   ExpectRefused(proto, "session_id");
   proto = Generate();
-  proto.mutable_cache()->set_priority(101);
-  ExpectRefused(proto, "cache.priority");
+  proto.set_priority(1001);
+  ExpectRefused(proto, "priority");
   proto = Generate();
   proto.mutable_cache()->mutable_ttl()->set_seconds(0);
   ExpectRefused(proto, "cache.ttl");
@@ -439,7 +380,13 @@ TEST_F(ConvertTest, MutatedRequestsNeverCrash) {
   v1::TrainStepRequest step = StepWithAdvantages({1, 2, 3});
   step.mutable_loss()->mutable_clip()->set_dual(3);
   const std::string seeds[2] = {generate.SerializeAsString(), step.SerializeAsString()};
-  int64_t parsed = 0, passed = 0;
+  int64_t parsed = 0, passed = 0, valid = 0;
+  const GenerateLimits engine_limits{.vocab = limits_.vocab,
+                                     .max_context = 64,
+                                     .max_group_size = 16,
+                                     .num_blocks = 4,
+                                     .block_tokens = 16,
+                                     .has_tokenizer = true};
   for (int i = 0; i < 200'000; ++i) {
     std::string bytes = seeds[i % 2];
     for (int flips = 1 + static_cast<int>(random() % 3); flips > 0; --flips) {
@@ -453,10 +400,7 @@ TEST_F(ConvertTest, MutatedRequestsNeverCrash) {
       const auto request = FromProto(proto, tenant_, limits_);
       if (!request.ok()) continue;
       ++passed;
-      ASSERT_GE(request->n, 1);
-      ASSERT_LE(request->prompt.size(), 63u);
-      ASSERT_TRUE(CheckTokenIds("", request->prompt, limits_.vocab).ok());
-      ASSERT_TRUE(std::isfinite(request->sampling.temperature));
+      if (ValidateGenerate(*request, engine_limits).ok()) ++valid;
     } else {
       v1::TrainStepRequest proto;
       if (!proto.ParseFromString(bytes)) continue;
@@ -469,6 +413,7 @@ TEST_F(ConvertTest, MutatedRequestsNeverCrash) {
   }
   EXPECT_GT(parsed, 10'000);
   EXPECT_GT(passed, 1'000);
+  EXPECT_GT(valid, 1'000);
 }
 
 }  // namespace

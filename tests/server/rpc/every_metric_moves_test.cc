@@ -111,6 +111,7 @@ void EveryMetricMovesTest::JoinedPrefillAndPreemption() {
   auto first = stack_.generation->Generate(&first_context, TestRequest(100, 2, 9));
   auto second = stack_.generation->Generate(&second_context, TestRequest(100, 2, 9));
   stack_.AwaitStatus([](const auto& status) { return status.queued_requests() == 2; });
+  stack_.Status();  // gauges are set at the end of a turn
   Look();
   const Completion refused = Run(TestRequest(20, 2));
   EXPECT_EQ(refused.status.error_code(), grpc::StatusCode::RESOURCE_EXHAUSTED);
@@ -132,6 +133,7 @@ void EveryMetricMovesTest::QueueFullAndAborted() {
   context.TryCancel();
   ReadAll(*reader);
   stack_.AwaitIdle();
+  stack_.Status();
   Look();
 }
 

@@ -191,13 +191,15 @@ TEST_F(RpcServerTest, RefusalsAreAnsweredAtOnce) {
   {
     grpc::ClientContext context;
     v1::GenerateRequest request = Request();
-    request.set_n(0);
+    request.set_priority(-5000);
     auto reader = generation_->Generate(&context, request);
     EXPECT_FALSE(reader->Read(&event));
     const grpc::Status status = reader->Finish();
     EXPECT_EQ(status.error_code(), StatusCode::INVALID_ARGUMENT);
-    EXPECT_EQ(status.error_message(),
-              "generate refused: n: want an integer in [1, 8], got 0; correct the request");
+    EXPECT_EQ(
+        status.error_message(),
+        "generate refused: priority: want an integer in [-1000, 1000], got -5000; correct the "
+        "request");
   }
   engine_.submit_status = absl::ResourceExhaustedError("queue full: want 1 place, got 0; retry");
   {

@@ -104,11 +104,12 @@ TEST(ServingTest, DeadlinesEndWaitingAndRunningRequests) {
 
 TEST(ServingTest, SlowReaderPausesItselfOnly) {
   ServingStack::Options options;
-  options.engine.num_blocks = 4096;
-  options.engine.max_context = 2048;
+  options.engine.num_blocks = 512;
+  options.engine.max_context = 1024;
   options.stream_capacity = 8;
+  options.small_windows = true;
   ServingStack stack(options);
-  v1::GenerateRequest large = TestRequest(20, 2000);
+  v1::GenerateRequest large = TestRequest(20, 800);
   large.set_n(4);
   grpc::ClientContext context;
   auto slow = stack.generation->Generate(&context, large);
@@ -116,10 +117,10 @@ TEST(ServingTest, SlowReaderPausesItselfOnly) {
   ASSERT_TRUE(slow->Read(&event));
 
   // Another caller is served meanwhile, for longer than the slow one's buffers could have lasted.
-  const Completion other = Generate(stack, TestRequest(20, 1900, 3));
+  const Completion other = Generate(stack, TestRequest(20, 700, 3));
   ASSERT_TRUE(other.status.ok()) << other.status.error_message();
-  EXPECT_EQ(other.tokens[0].size(), 1900u);
-  EXPECT_LT(stack.metrics.generation_tokens.Value(), 1900 + 4 * 1200);
+  EXPECT_EQ(other.tokens[0].size(), 700u);
+  EXPECT_LT(stack.metrics.generation_tokens.Value(), 700 + 4 * 500);
 
   Completion late;
   Add(event, late);
