@@ -364,7 +364,7 @@ void EngineImpl::Resume(Reply<int64_t> reply) {
     for (const Reply<int64_t>& pause : std::exchange(pause_replies_, {})) {
       pause(absl::AbortedError("pause: resumed before the running requests had finished"));
     }
-    LOG(INFO) << "resumed running=" << generator_->num_running();
+    LOG(INFO) << "unpaused running=" << generator_->num_running();
     answer(generator_->num_running() + generator_->num_waiting());
   });
 }

@@ -10,6 +10,8 @@
 namespace coppice {
 namespace {
 
+constexpr size_t kMaxNamespaces = 4096;  // remembered
+
 // The row that is run whatever the cache holds: the last token's, for its logits, which no cache
 // keeps.
 int64_t LastNeededRow(const Stem& stem) { return stem.num_tokens() - (stem.wants_logits ? 1 : 0); }
@@ -38,14 +40,20 @@ void KvStore::SetPolicy(PolicyVersion version, bool replaced) {
   if (version == version_ && !replaced) return;
   version_ = version;
   if (replaced) ++replaced_;
+  namespaces_.clear();
   cache_.RetireAll();
 }
 
-Namespace KvStore::NamespaceOf(const std::string& tenant_salt) const {
-  return MakeNamespace({.model = absl::StrCat(options_.model, "#", replaced_),
-                        .policy_version = version_,
-                        .kv_layout = kv_layout_,
-                        .tenant_salt = tenant_salt});
+const Namespace& KvStore::NamespaceOf(const std::string& tenant_salt) const {
+  if (namespaces_.size() >= kMaxNamespaces) namespaces_.clear();
+  const auto [it, is_new] = namespaces_.try_emplace(tenant_salt);
+  if (is_new) {
+    it->second = MakeNamespace({.model = absl::StrCat(options_.model, "#", replaced_),
+                                .policy_version = version_,
+                                .kv_layout = kv_layout_,
+                                .tenant_salt = tenant_salt});
+  }
+  return it->second;
 }
 
 PeekResult KvStore::Peek(const Group& group, absl::Duration now) const {

@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "cache/radix_cache.h"
 #include "kernels/model/decoder.h"
@@ -68,7 +69,7 @@ class KvStore {
   // into later.
   int64_t BlocksFor(int64_t num_tokens, int64_t leased_tokens, int64_t samples) const;
   PeekResult Peek(const Group& group, absl::Duration now) const;
-  Namespace NamespaceOf(const std::string& tenant_salt) const;
+  const Namespace& NamespaceOf(const std::string& tenant_salt) const;
 
   RadixCache& cache() { return cache_; }
   const RadixCache& cache() const { return cache_; }
@@ -91,6 +92,8 @@ class KvStore {
   uint64_t replaced_ = 0;  // how often SetPolicy replaced the weights
   uint64_t next_stem_ = 1;
   std::string kv_layout_;
+  // Of the current policy; a hash each, asked for often.
+  mutable absl::flat_hash_map<std::string, Namespace> namespaces_;
 };
 
 }  // namespace coppice

@@ -4,6 +4,7 @@
 
 #include <iostream>
 #include <set>
+#include <thread>
 
 #include "tests/server/engine/engine_fixture.h"
 #include "tests/support/tolerances.h"
@@ -326,6 +327,34 @@ TEST(GenerateTest, AfterTheEndEverybodyIsAnswered) {
   test.engine().GetStatus(status.reply());
   EXPECT_EQ(status.get().status().code(), absl::StatusCode::kUnavailable);
   EXPECT_EQ(test.engine().Submit(Request({1}, 1), queued).code(), absl::StatusCode::kUnavailable);
+}
+
+// Callers on four threads while the loop runs on a fifth; then a drain from outside.
+TEST(GenerateTest, ManyThreadsMaySubmitWhileTheLoopRuns) {
+  EngineUnderTest test;
+  std::thread loop([&test] { EXPECT_TRUE(test.engine().Run().ok()); });
+  std::vector<std::vector<std::shared_ptr<RecordingSink>>> sinks(4);
+  std::vector<std::thread> callers;
+  for (uint64_t t = 0; t < 4; ++t) {
+    callers.emplace_back([&test, &sinks, t] {
+      for (uint64_t i = 0; i < 25; ++i) {
+        sinks[t].push_back(test.Submit(Request(RandomPrompt(20, i % 3), 4, 2, i)));
+        test.engine().Abort("nobody", "", [](auto) {});
+      }
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  test.engine().Drain([&test](const absl::StatusOr<int64_t>& drained) {
+    EXPECT_TRUE(drained.ok());
+    test.engine().Stop();
+  });
+  loop.join();
+  for (const auto& of_thread : sinks) {
+    for (size_t i = 0; i < of_thread.size(); ++i) {
+      EXPECT_TRUE(of_thread[i]->done && of_thread[i]->status.ok());
+      EXPECT_EQ(of_thread[i]->tokens, sinks[0][i]->tokens);
+    }
+  }
 }
 
 TEST(GenerateTest, ADeviceErrorEndsEveryStreamAndTheLoop) {

@@ -103,6 +103,9 @@ TEST(PressureTest, AThousandRandomEndsLeakNothing) {
     }
     test.clock().Advance(absl::Milliseconds(5));
     test.Steps(static_cast<int>(random() % 4));
+    const CacheStats stats = test.Status().cache;
+    ASSERT_EQ(stats.free_blocks + stats.leased_blocks + stats.cached_only_blocks,
+              stats.total_blocks);
   }
   for (const auto& sink : sinks) {
     if (!sink->room) sink->cancelled = true;
