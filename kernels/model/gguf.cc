@@ -174,8 +174,7 @@ class GgufFile::Parser {
         return Take<uint32_t>();
       case kInt32:
         return Take<int32_t>();
-      case kUint64:  // sizes above 2^63 have no meaning here; they saturate and fail their range
-                     // checks
+      case kUint64:  // sizes above 2^63 saturate and fail their range checks
         return static_cast<int64_t>(std::min<uint64_t>(Take<uint64_t>(), INT64_MAX));
       default:
         return Take<int64_t>();

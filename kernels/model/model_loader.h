@@ -1,4 +1,5 @@
-// Loads a model for serving and training: configuration, weights into one arena on the device, tokenizer.
+// Loads a model for serving and training: configuration, weights into one arena on the device,
+// tokenizer.
 #pragma once
 
 #include <memory>
@@ -19,12 +20,13 @@ struct Model {
   ModelConfig config;
   DeviceBuffer arena;
   Parameters params;
-  std::unique_ptr<Tokenizer> tokenizer;  // null for random models and directories without tokenizer.json
-  std::string chat_template;             // jinja2 source, empty if the model ships none; applied by clients
+  std::unique_ptr<Tokenizer> tokenizer;  // null if random or without tokenizer.json
+  std::string chat_template;  // jinja2 source, empty if the model ships none; applied by clients
 };
 
-// `path`: a GGUF file, or a Hugging Face directory (config.json + *.safetensors [+ tokenizer.json, tokenizer_config.json]).
-// NOT_FOUND, DATA_LOSS, UNIMPLEMENTED (architecture) and INVALID_ARGUMENT (shape: tensor, want, got).
+// `path`: a GGUF file, or a Hugging Face directory (config.json + *.safetensors [+ tokenizer.json,
+// tokenizer_config.json]). NOT_FOUND, DATA_LOSS, UNIMPLEMENTED (architecture) and INVALID_ARGUMENT
+// (shape: tensor, want, got).
 absl::StatusOr<Model> LoadModel(absl::string_view path, ops::Ops& ops);
 
 // Random weights, normal(0, 0.02), norms 1, seeded. For benchmarks and tests; no tokenizer.

@@ -27,8 +27,7 @@ namespace {
 constexpr absl::string_view kSpaces =
     R"(\x{09}-\x{0d}\x{20}\x{85}\x{a0}\x{1680}\x{2000}-\x{200a}\x{2028}\x{2029}\x{202f}\x{205f}\x{3000})";
 
-// PCRE2 10.42 knows Unicode 14; the patterns of tokenizers mean Unicode 16. What those versions
-// added:
+// PCRE2 10.42 knows Unicode 14, tokenizers' patterns mean Unicode 16: what was added in between.
 constexpr absl::string_view kLetters =
     R"(\p{L})"
     R"(\x{1C89}-\x{1C8A}\x{A7CB}-\x{A7CD}\x{A7DA}-\x{A7DC}\x{105C0}-\x{105F3})"
