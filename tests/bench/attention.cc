@@ -65,7 +65,7 @@ class Attention {
       if (!fill) return absl::OkStatus();
       std::vector<float> values(n);
       std::normal_distribution<float> normal;
-      for (float& v : values) v = normal(rng);
+      for (float& value : values) value = normal(rng);
       ASSIGN_OR_RETURN(const DeviceBuffer staging, ops.Allocate(n * 4, "attention staging"));
       const TensorView f32 = View3D(staging.data(), DType::kF32, rows, heads, config.head_dim);
       RETURN_IF_ERROR(ops.Upload(values.data(), f32));
