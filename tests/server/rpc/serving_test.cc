@@ -1,6 +1,7 @@
 // The whole serving path over real sockets with a tiny random model: what a caller does to a
 // running stream, and that nothing leaks.
 #include <atomic>
+#include <cmath>
 #include <random>
 #include <thread>
 
@@ -237,6 +238,49 @@ TEST(ServingTest, BadCallsChangeNothing) {
   }
   EXPECT_EQ(stack.Status().cache().ShortDebugString(), policy_before);
   EXPECT_EQ(Generate(stack, TestRequest(20, 8)).tokens, before.tokens);
+}
+
+TEST(ServingTest, BadStepsChangeNothing) {
+  ServingStack stack;
+  const Completion before = Generate(stack, TestRequest(20, 8));
+  v1::TrainStepRequest good;
+  good.set_step_id("bad");  // a refused step leaves no record: the id can be used again
+  good.mutable_optim()->set_learning_rate(0.01f);
+  for (const int id : {1, 2, 3}) good.add_groups()->mutable_prompt()->add_ids(id);
+  for (v1::Group& group : *good.mutable_groups()) {
+    v1::Sample* sample = group.add_samples();
+    for (const int id : {4, 5, 6}) sample->mutable_token_ids()->add_ids(id);
+    sample->add_advantages(1);
+  }
+  const auto expect = [&](StatusCode code, auto spoil) {
+    v1::TrainStepRequest request = good;
+    spoil(request, *request.mutable_groups(1)->mutable_samples(0));
+    grpc::ClientContext context;
+    v1::TrainStepResponse response;
+    const grpc::Status status = stack.training->TrainStep(&context, request, &response);
+    EXPECT_EQ(status.error_code(), code) << status.error_message();
+  };
+  expect(StatusCode::INVALID_ARGUMENT, [](auto&, auto& sample) { sample.add_advantages(1); });
+  expect(StatusCode::INVALID_ARGUMENT,
+         [](auto&, auto& sample) { sample.set_advantages(0, std::nanf("")); });
+  expect(StatusCode::INVALID_ARGUMENT,
+         [](auto&, auto& sample) { sample.mutable_token_ids()->clear_ids(); });
+  expect(StatusCode::INVALID_ARGUMENT,
+         [](auto&, auto& sample) { sample.mutable_token_ids()->set_ids(0, 300); });
+  expect(StatusCode::NOT_FOUND, [](auto& request, auto& sample) {
+    request.mutable_groups(1)->set_rollout_id("no-such-rollout");
+    sample.set_rollout_sample(0);
+  });
+  expect(StatusCode::FAILED_PRECONDITION,
+         [](auto& request, auto&) { request.set_expected_policy_version(9); });
+  expect(StatusCode::FAILED_PRECONDITION, [](auto& request, auto&) { request.set_durable(true); });
+
+  const v1::GetStatusResponse status = stack.Status();
+  EXPECT_EQ(status.policy_version(), 0u);
+  EXPECT_FALSE(status.pending_gradients());
+  EXPECT_EQ(Generate(stack, TestRequest(20, 8)).tokens, before.tokens);
+  expect(StatusCode::OK, [](auto&, auto&) {});
+  EXPECT_EQ(stack.Status().policy_version(), 1u);
 }
 
 // A caller that behaves at random: reads a few events, then reads on, cancels, hangs up or runs
