@@ -29,6 +29,8 @@ MAY_INCLUDE = {
                "kernels/ops", "kernels/base"],
     "proto": [],
 }
+# The one place that knows every backend: CreateOps.
+FACTORY_PREFIX = "kernels/ops/ops_factory"
 TOP_LEVEL = {"CMakeLists.txt", "README.md", "CONTRIBUTING.md", "LICENSE", "proto", "server", "cache", "kernels", "trainer",
              "client", "deploy", "tests"}
 SOURCE_SUFFIXES = {".h", ".cc", ".cu", ".cuh"}
@@ -55,6 +57,8 @@ def owner_of(path):
 def check_includes(files):
     for f in sources(files):
         owner = owner_of(f)
+        if str(f).startswith(FACTORY_PREFIX):
+            continue
         for n, line in lines_of(f):
             m = re.match(r'\s*#\s*include\s+"([^"]+)"', line)
             if not m or owner is None:
@@ -115,7 +119,7 @@ def check_sizes(files):
 
 
 def check_marks(files):
-    mark = re.compile(r"DISABLED_|TODO|FIXME|XXX|not implemented|GTEST_SKIP\(\)\s*;")
+    mark = re.compile(r"DISABLED_|TODO|FIXME|\bXXX\b|not implemented|GTEST_SKIP\(\)\s*;")
     for f in files:
         if f.suffix not in SOURCE_SUFFIXES | {".py", ".sh"} or str(f).startswith("tests/lint/"):
             continue
