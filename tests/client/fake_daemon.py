@@ -7,7 +7,6 @@ from concurrent import futures
 from typing import Any
 
 import grpc
-
 from coppice.v1 import (
     admin_pb2,
     admin_pb2_grpc,
@@ -24,7 +23,7 @@ CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% en
 
 
 class FakeDaemon:
-    """Tokens are the UTF-8 bytes of the text; sample i of a prompt answers with token 65 + i, `max_tokens` times.
+    """Tokens are the UTF-8 bytes of the text; sample i answers `max_tokens` times token 65 + i.
 
     Attributes:
         requests: every request received, in order.
@@ -130,7 +129,9 @@ class _Generation(generation_pb2_grpc.GenerationServicer):
 
     def Warm(self, request: Any, context: grpc.ServicerContext) -> Any:
         self._daemon.receive(request, context)
-        return generation_pb2.WarmResponse(usage=types_pb2.Usage(prompt_tokens=3, computed_tokens=3))
+        return generation_pb2.WarmResponse(
+            usage=types_pb2.Usage(prompt_tokens=3, computed_tokens=3)
+        )
 
     def Abort(self, request: Any, context: grpc.ServicerContext) -> Any:
         self._daemon.receive(request, context)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Writes tests/client/chat_golden.json: prompts as transformers renders and tokenizes them, from the model's own template
-and from small templates that use what templates in the wild use.
+"""Writes chat_golden.json beside this file: prompts as transformers renders and tokenizes them, from
+the model's own template and from small templates that use what templates in the wild use.
 
-Usage: make_chat_golden.py MODEL.gguf      (needs transformers, torch, gguf; the versions go into the file)
+Usage: make_chat_golden.py MODEL.gguf      (needs transformers, torch, gguf; the file says which)
 """
 
 import json
@@ -23,15 +23,24 @@ CONVERSATIONS = {
 }
 TOOL = {"type": "function", "function": {"name": "add", "description": "a < b", "parameters": {}}}
 TEMPLATES = {
-    "blocks_are_trimmed": "{%- for m in messages %}\n  {% if m.role == 'user' %}\n    U: {{ m.content | trim }}\n"
-    "  {% else %}\nO: {{ m.content }}\n  {% endif %}\n{% endfor %}\nend\n",
-    "tojson": "{% for m in messages %}{{ m | tojson }}|{{ m | tojson(indent=2) }}{% endfor %}{{ tools | tojson }}",
-    "loop_controls": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}{{ loop.index }}"
-    "{{ m.content }}{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
-    "generation_block": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
-    "{% endgeneration %}{% else %}[{{ m.content }}]{% endif %}{% endfor %}",
-    "namespace_and_slices": "{% set ns = namespace(n=0) %}{% for m in messages[::-1] %}{% set ns.n = ns.n + 1 %}"
-    "{{ ns.n }}{{ m['content'][:3] }}{% endfor %}{% if add_generation_prompt %}>>{% endif %}",
+    "blocks_are_trimmed": """{%- for m in messages %}
+  {% if m.role == 'user' %}
+    U: {{ m.content | trim }}
+  {% else %}
+O: {{ m.content }}
+  {% endif %}
+{% endfor %}
+end
+""",
+    "tojson": "{% for m in messages %}{{ m | tojson }}|{{ m | tojson(indent=2) }}{% endfor %}"
+    "{{ tools | tojson }}",
+    "loop_controls": "{% for m in messages %}{% if m.role == 'system' %}{% continue %}{% endif %}"
+    "{{ loop.index }}{{ m.content }}{% if loop.index > 2 %}{% break %}{% endif %}{% endfor %}",
+    "generation_block": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}{% endgeneration %}{% else %}[{{ m.content }}]{% endif %}{% endfor %}",
+    "namespace_and_slices": "{% set ns = namespace(n=0) %}{% for m in messages[::-1] %}"
+    "{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ m['content'][:3] }}{% endfor %}"
+    "{% if add_generation_prompt %}>>{% endif %}",
 }
 
 
@@ -40,7 +49,9 @@ def model_cases(path: pathlib.Path) -> list[dict]:
     cases = []
     for name, messages in CONVERSATIONS.items():
         for prompt in (True, False):
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=prompt
+            )
             ids = tokenizer.apply_chat_template(
                 messages, tokenize=True, add_generation_prompt=prompt, return_dict=False
             )
@@ -54,7 +65,10 @@ def template_cases() -> list[dict]:
     for name, template in TEMPLATES.items():
         for conversation, messages in CONVERSATIONS.items():
             rendered, _ = render_jinja_template(
-                conversations=[messages], chat_template=template, tools=[TOOL], add_generation_prompt=True
+                conversations=[messages],
+                chat_template=template,
+                tools=[TOOL],
+                add_generation_prompt=True,
             )
             case = {"name": f"{name}/{conversation}", "template": template, "messages": messages}
             cases.append({**case, "tools": [TOOL], "text": rendered[0]})

@@ -10,7 +10,9 @@ from coppice import chat
 
 USER = [{"role": "user", "content": "hi"}]
 # Made by transformers, see make_chat_golden.py.
-GOLDEN = json.loads(pathlib.Path(__file__).with_name("chat_golden.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads(
+    pathlib.Path(__file__).with_name("chat_golden.json").read_text(encoding="utf-8")
+)
 
 
 @pytest.mark.parametrize("case", GOLDEN["templates"], ids=lambda case: case["name"])
@@ -47,7 +49,9 @@ def test_loop_controls_generation_blocks_tools_and_own_variables():
     assert chat.render(template, USER * 2, tools=[{}], thinking="on") == "hi1on"
 
 
-@pytest.mark.parametrize("template", ["{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}"])
+@pytest.mark.parametrize(
+    "template", ["{{ messages.__class__.__mro__ }}", "{{ messages.append(1) }}"]
+)
 def test_templates_run_in_a_sandbox(template):
     with pytest.raises(coppice.InvalidArgumentError):
         chat.render(template, USER)

@@ -9,7 +9,9 @@ from coppice.cli.main import EXIT_FAILED, EXIT_UNREACHABLE, main
 from coppice.cli.tasks import TASKS
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["chat"], ["train-demo"], ["status"], ["bench"]])
+@pytest.mark.parametrize(
+    "command", [[], ["generate"], ["chat"], ["train-demo"], ["status"], ["bench"]]
+)
 def test_help_of_every_command(command, capsys):
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])

@@ -72,14 +72,13 @@ LOSS = types.Loss(kind="grpo", kl="k3", kl_coef=0.0)
 
 
 def train_group(group: types.Group, rewards: Sequence[float]) -> types.TrainGroup:
-    """The kept rollout with its rewards, and the log-probs that it was drawn with."""
+    """The kept rollout with its rewards; the daemon knows the log-probs that it was drawn with."""
     return types.TrainGroup(
         rollout_id=group.rollout_id,
         samples=[
             types.TrainSample(
                 rollout_sample=sample.index,
                 reward=reward,
-                old_logprobs=sample.logprobs,
                 ref_logprobs=sample.logprobs,
             )
             for sample, reward in zip(group, rewards, strict=True)
