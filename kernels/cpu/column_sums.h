@@ -3,7 +3,7 @@
 // not depend on the number of threads.
 #pragma once
 
-#include <cstring>
+#include <algorithm>
 
 #include "kernels/cpu/context.h"
 #include "kernels/cpu/parallel.h"
@@ -22,7 +22,7 @@ void SumOverRows(Context& context, int64_t rows, int64_t n, float* out, const Ad
   float* partials = context.Scratch(groups * n);
   ParallelFor(context.num_threads(), groups, [&](int64_t group, int) {
     float* partial = partials + group * n;
-    std::memset(partial, 0, n * sizeof(float));
+    std::fill(partial, partial + n, 0.0f);
     add_rows(group * kGrainRows, std::min(rows, (group + 1) * kGrainRows), partial);
   });
   constexpr int64_t kGrainColumns = 256;

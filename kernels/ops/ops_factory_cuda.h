@@ -1,4 +1,5 @@
-// CreateCudaOps: defined by kernels/cuda when it is built, else by ops_factory_nocuda.cc. Used by CreateOps only.
+// CreateCudaOps: defined by kernels/cuda when it is built, else by ops_factory_nocuda.cc. Used by
+// CreateOps only.
 #pragma once
 
 #include <memory>

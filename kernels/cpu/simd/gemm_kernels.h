@@ -18,8 +18,12 @@ constexpr bool kManyRegisters = kLanes == 16;
 // ---- DotGemm: vectors run along k, so that A and B are both read as they lie; one sum across
 // lanes at the end.
 
+// Rows of A by rows of B in one block; up to kTallRows rows of A go into one block of their own
+// shape, so that B, which then comes from memory, is read once.
 constexpr int64_t kDotRows = kManyRegisters ? 4 : 2;
 constexpr int64_t kDotCols = kManyRegisters ? 6 : 4;
+constexpr int64_t kTallRows = 2 * kDotRows;
+constexpr int64_t kTallCols = kDotCols / 2;
 
 template <int64_t kRows, int64_t kCols>
 inline __attribute__((always_inline)) void DotStep(const float* a, int64_t a_row, const float* b,
@@ -64,24 +68,25 @@ void DotBlock(const DotGemmArgs& g, int64_t row, int64_t col) {
   }
 }
 
-// All rows of A against kCols rows of B.
-template <int64_t kCols>
-void DotPanel(const DotGemmArgs& g, int64_t col) {
-  int64_t row = 0;
-  for (; row + kDotRows <= g.m; row += kDotRows) DotBlock<kDotRows, kCols>(g, row, col);
-  if constexpr (kDotRows > 2) {
-    if (row + 2 <= g.m) {
-      DotBlock<2, kCols>(g, row, col);
-      row += 2;
-    }
+// Rows [row, m) of A against kCols rows of B, kRows at a time, then fewer.
+template <int64_t kRows, int64_t kCols>
+void DotPanel(const DotGemmArgs& g, int64_t row, int64_t col) {
+  for (; row + kRows <= g.m; row += kRows) DotBlock<kRows, kCols>(g, row, col);
+  if constexpr (kRows > 1) {
+    if (row < g.m) DotPanel<kRows / 2, kCols>(g, row, col);
   }
-  if (row < g.m) DotBlock<1, kCols>(g, row, col);
+}
+
+template <int64_t kRows, int64_t kCols>
+void DotPanels(const DotGemmArgs& g) {
+  int64_t col = 0;
+  for (; col + kCols <= g.n; col += kCols) DotPanel<kRows, kCols>(g, 0, col);
+  for (; col < g.n; ++col) DotPanel<kRows, 1>(g, 0, col);
 }
 
 void DotGemm(const DotGemmArgs& g) {
-  int64_t col = 0;
-  for (; col + kDotCols <= g.n; col += kDotCols) DotPanel<kDotCols>(g, col);
-  for (; col < g.n; ++col) DotPanel<1>(g, col);
+  if (g.m > kDotRows && g.m <= kTallRows) return DotPanels<kTallRows, kTallCols>(g);
+  DotPanels<kDotRows, kDotCols>(g);
 }
 
 // ---- TileGemm: vectors run along the columns of B and C; A is read one value at a time, so any
