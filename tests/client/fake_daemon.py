@@ -1,4 +1,4 @@
-"""An in-process gRPC server that answers like coppiced, from a script; it remembers what it was asked."""
+"""An in-process gRPC server that answers like coppiced and remembers what it was asked."""
 
 from __future__ import annotations
 

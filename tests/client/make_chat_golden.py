@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes chat_golden.json beside this file: prompts as transformers renders and tokenizes them, from
-the model's own template and from small templates that use what templates in the wild use.
+"""Writes chat_golden.json beside this file: prompts as transformers renders and tokenizes them,
+from the model's own template and from small ones that use what templates in the wild use.
 
 Usage: make_chat_golden.py MODEL.gguf      (needs transformers, torch, gguf; the file says which)
 """

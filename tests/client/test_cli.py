@@ -55,6 +55,16 @@ def test_an_absent_port_file_is_a_plain_error(capsys):
     assert "/nonexistent/ports" in capsys.readouterr().err
 
 
+def test_a_reader_that_leaves_is_no_error(daemon, capfd, monkeypatch):
+    def leave(*args, **kwargs):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", leave)
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    assert main(["status", "--address", daemon.address]) == EXIT_FAILED
+    assert capfd.readouterr().err == ""
+
+
 def test_bench_reports_percentiles(daemon, capsys):
     args = ["--requests", "5", "--rate", "1000", "--max-tokens", "3", "--n", "2", "--json"]
     assert main(["bench", "--address", daemon.address, *args]) == 0

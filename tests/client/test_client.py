@@ -98,6 +98,21 @@ def test_generate_many_keeps_order_and_spreads_the_seed(client, daemon):
     assert client.generate_many([]) == []
 
 
+def test_a_refused_prompt_cancels_the_other_calls_of_generate_many(client, daemon):
+    daemon.endless = True
+
+    class FirstThenBad(list):
+        def __iter__(self):
+            yield self[0]
+            while not daemon.requests:
+                pass
+            yield self[1]
+
+    with pytest.raises(TypeError):
+        client.generate_many(FirstThenBad(["a", 5]), max_tokens=1)
+    assert daemon.cancelled.wait(timeout=30)
+
+
 def test_score_regroups_the_flat_reply(client):
     result = client.score([([1], [[2, 3], [4]]), ([5], [[6]])])
     assert [[row.logprobs for row in group] for group in result.responses] == [

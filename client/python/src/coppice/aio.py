@@ -11,7 +11,7 @@ from typing import Any, TypeVar, Unpack
 import grpc
 import grpc.aio
 
-from coppice import _channel, _convert, chat, types
+from coppice import _channel, _replies, _requests, chat, types
 from coppice.errors import CancelledError, from_rpc_error
 from coppice.options import BatchOptions, GenerateOptions, OptimOptions, TrainOptions
 from coppice.v1 import (
@@ -36,7 +36,7 @@ class AsyncStream:
         self._call = call
         self._address = address
         self._closed = False
-        self._builder = _convert.GroupBuilder(request)
+        self._builder = _replies.GroupBuilder(request)
         self._events = self._iterate()
 
     @property
@@ -47,7 +47,7 @@ class AsyncStream:
     async def _iterate(self) -> AsyncIterator[types.Event]:
         try:
             async for message in self._call:
-                event = _convert.event(message)
+                event = _replies.event(message)
                 if event is not None:
                     self._builder.add(event)
                     yield event
@@ -99,7 +99,7 @@ class AsyncClient:
         metadata: Sequence[tuple[str, str]] = (),
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        _convert.check_timeout(timeout)
+        _requests.check_timeout(timeout)
         self.address = _channel.address_or_default(address)
         self._timeout = timeout
         self._metadata = tuple(metadata)
@@ -137,7 +137,7 @@ class AsyncClient:
         request: Any,
         timeout: float | None = None,
     ) -> Reply:
-        _convert.check_timeout(timeout)
+        _requests.check_timeout(timeout)
         try:
             return await method(request, timeout=timeout or self._timeout, metadata=self._metadata)
         except grpc.RpcError as error:
@@ -158,7 +158,7 @@ class AsyncClient:
         return chat.render(model.chat_template, messages, **(tokens | options))
 
     async def _prompt(self, prompt: types.Prompt) -> str | Sequence[int]:
-        if not _convert.is_messages(prompt):
+        if not _requests.is_messages(prompt):
             return prompt  # type: ignore[return-value]
         text = await self.render_chat(prompt)  # type: ignore[arg-type]
         return await self.tokenize(
@@ -171,7 +171,7 @@ class AsyncClient:
         """See Client.generate_stream: `async with await client.generate_stream(..) as stream: async
         for event in ..`."""
 
-        request = _convert.generate_request(await self._prompt(prompt), **options)
+        request = _requests.generate_request(await self._prompt(prompt), **options)
         call = self._generation.Generate(
             request, timeout=options.get("timeout") or self._timeout, metadata=self._metadata
         )
@@ -188,7 +188,7 @@ class AsyncClient:
         self, prompts: Sequence[types.Prompt], **options: Unpack[GenerateOptions]
     ) -> list[types.Group]:
         """See Client.generate_many."""
-        each = _convert.options_per_prompt(options, len(prompts))
+        each = _requests.options_per_prompt(options, len(prompts))
         pairs = zip(prompts, each, strict=True)
         calls = [asyncio.create_task(self.generate(p, **one)) for p, one in pairs]
         try:
@@ -205,9 +205,9 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> types.ScoreResult:
         """See Client.score."""
-        request = _convert.score_request(groups, temperature)
+        request = _requests.score_request(groups, temperature)
         reply = await self._call("Generation/Score", self._generation.Score, request, timeout)
-        return _convert.score_result(reply, request)
+        return _replies.score_result(reply, request)
 
     async def warm(
         self,
@@ -219,9 +219,9 @@ class AsyncClient:
         timeout: float | None = None,
     ) -> types.WarmResult:
         """See Client.warm."""
-        request = _convert.warm_request(await self._prompt(prompt), cache, request_id, session_id)
+        request = _requests.warm_request(await self._prompt(prompt), cache, request_id, session_id)
         reply = await self._call("Generation/Warm", self._generation.Warm, request, timeout)
-        return types.WarmResult(_convert.usage(reply.usage), reply.policy_version)
+        return types.WarmResult(_replies.usage(reply.usage), reply.policy_version)
 
     async def abort(self, *, request_id: str | None = None, session_id: str | None = None) -> int:
         """See Client.abort."""
@@ -253,11 +253,11 @@ class AsyncClient:
         **options: Unpack[TrainOptions],
     ) -> types.TrainResult:
         """See Client.train_step."""
-        request = _convert.train_step_request(groups, rewards, lr, **options)
+        request = _requests.train_step_request(groups, rewards, lr, **options)
         reply = await self._call(
             "Training/TrainStep", self._training.TrainStep, request, options.get("timeout")
         )
-        return _convert.train_result(reply, request.step_id)
+        return _replies.train_result(reply, request.step_id)
 
     async def forward_backward(
         self,
@@ -267,22 +267,22 @@ class AsyncClient:
     ) -> types.TrainResult:
         """See Client.forward_backward."""
 
-        request = _convert.forward_backward_request(groups, rewards, **options)
+        request = _requests.forward_backward_request(groups, rewards, **options)
         reply = await self._call(
             "Training/ForwardBackward",
             self._training.ForwardBackward,
             request,
             options.get("timeout"),
         )
-        return _convert.train_result(reply, request.step_id)
+        return _replies.train_result(reply, request.step_id)
 
     async def optim_step(self, *, lr: float, **options: Unpack[OptimOptions]) -> types.TrainResult:
         """See Client.optim_step."""
-        request = _convert.optim_step_request(lr, **options)
+        request = _requests.optim_step_request(lr, **options)
         reply = await self._call(
             "Training/OptimStep", self._training.OptimStep, request, options.get("timeout")
         )
-        return _convert.optim_result(reply, request.step_id)
+        return _replies.optim_result(reply, request.step_id)
 
     async def save_checkpoint(self, name: str, *, timeout: float | None = None) -> str:
         """See Client.save_checkpoint."""
@@ -306,7 +306,7 @@ class AsyncClient:
     async def get_policy(self) -> types.Policy:
         """See Client.get_policy."""
         request = training_pb2.GetPolicyRequest()
-        return _convert.policy(
+        return _replies.policy(
             await self._call("Training/GetPolicy", self._training.GetPolicy, request)
         )
 
@@ -317,7 +317,7 @@ class AsyncClient:
         reply = await self._call(
             "Cache/GetStats", self._cache.GetStats, cache_pb2.GetStatsRequest()
         )
-        return _convert.cache_stats(reply.stats, reply.block_tokens)
+        return _replies.cache_stats(reply.stats, reply.block_tokens)
 
     async def flush(self) -> int:
         """See Client.flush."""
@@ -330,13 +330,13 @@ class AsyncClient:
     async def status(self, *, timeout: float | None = None) -> types.Status:
         """See Client.status."""
         request = admin_pb2.GetStatusRequest()
-        return _convert.status(
+        return _replies.status(
             await self._call("Admin/GetStatus", self._admin.GetStatus, request, timeout)
         )
 
     async def pause(self, running: types.RunningRequests = "keep", *, abort: bool = False) -> int:
         """See Client.pause."""
-        request = admin_pb2.PauseRequest(running=_convert.running_requests(running), abort=abort)
+        request = admin_pb2.PauseRequest(running=_requests.running_requests(running), abort=abort)
         return int((await self._call("Admin/Pause", self._admin.Pause, request)).requests)
 
     async def resume(self) -> int:

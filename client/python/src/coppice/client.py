@@ -4,13 +4,14 @@ connection."""
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar, Unpack
 
 import grpc
 
-from coppice import _channel, _convert, chat, types
+from coppice import _channel, _replies, _requests, chat, types
 from coppice.errors import from_rpc_error
 from coppice.options import BatchOptions, GenerateOptions, OptimOptions, TrainOptions
 from coppice.v1 import (
@@ -38,7 +39,7 @@ class Stream:
     def __init__(self, call: Any, request: generation_pb2.GenerateRequest, address: str) -> None:
         self._call = call
         self._address = address
-        self._builder = _convert.GroupBuilder(request)
+        self._builder = _replies.GroupBuilder(request)
         self._events = self._iterate()
 
     @property
@@ -49,7 +50,7 @@ class Stream:
     def _iterate(self) -> Iterator[types.Event]:
         try:
             for message in self._call:
-                event = _convert.event(message)
+                event = _replies.event(message)
                 if event is not None:
                     self._builder.add(event)
                     yield event
@@ -94,11 +95,10 @@ class Client:
         credentials: TLS credentials; None = plain text.
 
     Every method raises a CoppiceError subclass: ConnectionFailedError if nobody answers,
-    InvalidArgumentError if the
-    request can never succeed, and so on (coppice.errors). A call that raises has changed nothing,
-    except that after a
-    ConnectionFailedError or DeadlineExceededError a train step may have been committed: repeat it
-    with its step_id.
+    InvalidArgumentError if the request can never succeed, and so on (coppice.errors). A refused
+    call has changed nothing. Two cases leave it open whether a train step was committed: the
+    connection or the deadline ended during the step (repeat it with its step_id to find out), and a
+    durable step whose write failed (the message says so).
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class Client:
         metadata: Sequence[tuple[str, str]] = (),
         credentials: grpc.ChannelCredentials | None = None,
     ) -> None:
-        _convert.check_timeout(timeout)
+        _requests.check_timeout(timeout)
         self.address = _channel.address_or_default(address)
         self._timeout = timeout
         self._metadata = tuple(metadata)
@@ -141,7 +141,7 @@ class Client:
     def _call(
         self, rpc: str, method: Callable[..., Reply], request: Any, timeout: float | None = None
     ) -> Reply:
-        _convert.check_timeout(timeout)
+        _requests.check_timeout(timeout)
         try:
             return method(request, timeout=timeout or self._timeout, metadata=self._metadata)
         except grpc.RpcError as error:
@@ -163,7 +163,7 @@ class Client:
         return chat.render(model.chat_template, messages, **(tokens | options))
 
     def _prompt(self, prompt: types.Prompt) -> str | Sequence[int]:
-        if not _convert.is_messages(prompt):
+        if not _requests.is_messages(prompt):
             return prompt  # type: ignore[return-value]
         # The template writes the special tokens itself.
         return self.tokenize(self.render_chat(prompt), add_special=False)  # type: ignore[arg-type]
@@ -172,7 +172,7 @@ class Client:
         """Starts n samples of one prompt and returns their events as a Stream: Started, then Chunk
         and Finished of all
         samples interleaved, then one GroupFinished."""
-        request = _convert.generate_request(self._prompt(prompt), **options)
+        request = _requests.generate_request(self._prompt(prompt), **options)
         call = self._generation.Generate(
             request, timeout=options.get("timeout") or self._timeout, metadata=self._metadata
         )
@@ -205,15 +205,16 @@ class Client:
         The options hold for every prompt. If `seed` is given, prompt i uses seed + i. The first
         error cancels the other calls.
         """
-        each = _convert.options_per_prompt(options, len(prompts))
-        streams = [self.generate_stream(p, **one) for p, one in zip(prompts, each, strict=True)]
-        with concurrent.futures.ThreadPoolExecutor(max_workers=max(1, len(streams))) as pool:
+        each = _requests.options_per_prompt(options, len(prompts))
+        # On an error the stack closes every call before the pool waits for its threads.
+        pool = concurrent.futures.ThreadPoolExecutor(max_workers=max(1, len(prompts)))
+        with pool, contextlib.ExitStack() as calls:
+            streams = [
+                calls.enter_context(self.generate_stream(prompt, **one))
+                for prompt, one in zip(prompts, each, strict=True)
+            ]
             groups = [pool.submit(stream.collect) for stream in streams]
-            try:
-                return [group.result() for group in groups]
-            finally:
-                for stream in streams:
-                    stream.close()
+            return [group.result() for group in groups]
 
     def score(
         self,
@@ -229,9 +230,9 @@ class Client:
             groups: (prompt token ids, responses' token ids) pairs, no list empty.
             temperature: of the scored distribution, above 0; default 1.
         """
-        request = _convert.score_request(groups, temperature)
+        request = _requests.score_request(groups, temperature)
         reply = self._call("Generation/Score", self._generation.Score, request, timeout)
-        return _convert.score_result(reply, request)
+        return _replies.score_result(reply, request)
 
     def warm(
         self,
@@ -243,9 +244,9 @@ class Client:
         timeout: float | None = None,
     ) -> types.WarmResult:
         """Brings a prompt into the prefix cache; returns when its KV exists."""
-        request = _convert.warm_request(self._prompt(prompt), cache, request_id, session_id)
+        request = _requests.warm_request(self._prompt(prompt), cache, request_id, session_id)
         reply = self._call("Generation/Warm", self._generation.Warm, request, timeout)
-        return types.WarmResult(_convert.usage(reply.usage), reply.policy_version)
+        return types.WarmResult(_replies.usage(reply.usage), reply.policy_version)
 
     def abort(self, *, request_id: str | None = None, session_id: str | None = None) -> int:
         """Ends the open requests of that name (give one of the two); returns their number, after
@@ -291,11 +292,11 @@ class Client:
             policy version),
             NotFoundError (rollout).
         """
-        request = _convert.train_step_request(groups, rewards, lr, **options)
+        request = _requests.train_step_request(groups, rewards, lr, **options)
         reply = self._call(
             "Training/TrainStep", self._training.TrainStep, request, options.get("timeout")
         )
-        return _convert.train_result(reply, request.step_id)
+        return _replies.train_result(reply, request.step_id)
 
     def forward_backward(
         self,
@@ -307,22 +308,22 @@ class Client:
         several calls make one
         step, give Loss.denominator."""
 
-        request = _convert.forward_backward_request(groups, rewards, **options)
+        request = _requests.forward_backward_request(groups, rewards, **options)
         reply = self._call(
             "Training/ForwardBackward",
             self._training.ForwardBackward,
             request,
             options.get("timeout"),
         )
-        return _convert.train_result(reply, request.step_id)
+        return _replies.train_result(reply, request.step_id)
 
     def optim_step(self, *, lr: float, **options: Unpack[OptimOptions]) -> types.TrainResult:
         """Applies the gradients that have added up; FailedPreconditionError if there are none."""
-        request = _convert.optim_step_request(lr, **options)
+        request = _requests.optim_step_request(lr, **options)
         reply = self._call(
             "Training/OptimStep", self._training.OptimStep, request, options.get("timeout")
         )
-        return _convert.optim_result(reply, request.step_id)
+        return _replies.optim_result(reply, request.step_id)
 
     def save_checkpoint(self, name: str, *, timeout: float | None = None) -> str:
         """Writes weights, optimizer and version under the daemon's checkpoint directory; returns
@@ -347,14 +348,14 @@ class Client:
         reply = self._call(
             "Training/GetPolicy", self._training.GetPolicy, training_pb2.GetPolicyRequest()
         )
-        return _convert.policy(reply)
+        return _replies.policy(reply)
 
     # ---- cache and life cycle
 
     def cache_stats(self) -> types.CacheStats:
         """Blocks by state, hits and queries."""
         reply = self._call("Cache/GetStats", self._cache.GetStats, cache_pb2.GetStatsRequest())
-        return _convert.cache_stats(reply.stats, reply.block_tokens)
+        return _replies.cache_stats(reply.stats, reply.block_tokens)
 
     def flush(self) -> int:
         """Drops every cached block that no request holds; returns how many."""
@@ -364,7 +365,7 @@ class Client:
 
     def status(self, *, timeout: float | None = None) -> types.Status:
         """Model, limits, memory plan, queue, versions."""
-        return _convert.status(
+        return _replies.status(
             self._call(
                 "Admin/GetStatus", self._admin.GetStatus, admin_pb2.GetStatusRequest(), timeout
             )
@@ -372,7 +373,7 @@ class Client:
 
     def pause(self, running: types.RunningRequests = "keep", *, abort: bool = False) -> int:
         """Stops generation (training goes on); returns the number of requests affected."""
-        request = admin_pb2.PauseRequest(running=_convert.running_requests(running), abort=abort)
+        request = admin_pb2.PauseRequest(running=_requests.running_requests(running), abort=abort)
         return int(self._call("Admin/Pause", self._admin.Pause, request).requests)
 
     def resume(self) -> int:

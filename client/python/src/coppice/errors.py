@@ -9,7 +9,7 @@ import grpc
 
 
 class CoppiceError(Exception):
-    """A call failed. The daemon changed nothing unless the subclass says otherwise.
+    """A call failed.
 
     Attributes:
         code: the gRPC status code.

@@ -62,11 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return EXIT_UNREACHABLE
+    except BrokenPipeError:  # the reader of our output left, e.g. `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
     except (CoppiceError, OSError, ValueError, RuntimeError) as error:
         print(f"coppice: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
