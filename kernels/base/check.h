@@ -1,6 +1,6 @@
-// CHECK macros for broken invariants: print the expression and both operands with file and line, then abort.
-// Never reachable from a client's bytes; expected errors are absl::Status. Same names and meaning as absl/log/check.h,
-// which Debian 12's Abseil does not have yet.
+// CHECK macros for broken invariants: print the expression and both operands with file and line,
+// then abort. Never reachable from a client's bytes; expected errors are absl::Status. Same names
+// and meaning as absl/log/check.h, which Debian 12's Abseil does not have yet.
 #pragma once
 
 #include <sstream>
@@ -34,14 +34,16 @@ std::string CheckOpMessage(const char* expr, const A& a, const B& b) {
 
 }  // namespace coppice::internal
 
-#define CHECK(cond)                        \
-  while (!(cond)) [[unlikely]]             \
-  ::coppice::internal::CheckFailure(__FILE__, __LINE__, "CHECK failed: " #cond).stream()
+#define CHECK(cond)                                                                          \
+  while (!(cond))                                                                            \
+  [[unlikely]] ::coppice::internal::CheckFailure(__FILE__, __LINE__, "CHECK failed: " #cond) \
+      .stream()
 
-#define COPPICE_CHECK_OP(op, a, b)         \
-  while (!((a)op(b))) [[unlikely]]         \
-  ::coppice::internal::CheckFailure(       \
-      __FILE__, __LINE__, ::coppice::internal::CheckOpMessage(#a " " #op " " #b, (a), (b))).stream()
+#define COPPICE_CHECK_OP(op, a, b)                                                          \
+  while (!((a)op(b)))                                                                       \
+  [[unlikely]] ::coppice::internal::CheckFailure(                                           \
+      __FILE__, __LINE__, ::coppice::internal::CheckOpMessage(#a " " #op " " #b, (a), (b))) \
+      .stream()
 
 #define CHECK_EQ(a, b) COPPICE_CHECK_OP(==, a, b)
 #define CHECK_NE(a, b) COPPICE_CHECK_OP(!=, a, b)
@@ -49,8 +51,8 @@ std::string CheckOpMessage(const char* expr, const A& a, const B& b) {
 #define CHECK_LE(a, b) COPPICE_CHECK_OP(<=, a, b)
 #define CHECK_GT(a, b) COPPICE_CHECK_OP(>, a, b)
 #define CHECK_GE(a, b) COPPICE_CHECK_OP(>=, a, b)
-#define CHECK_OK(expr)                                               \
-  do {                                                               \
-    const auto check_ok_status = (expr);                             \
-    CHECK(check_ok_status.ok()) << check_ok_status.ToString();       \
+#define CHECK_OK(expr)                                         \
+  do {                                                         \
+    const auto check_ok_status = (expr);                       \
+    CHECK(check_ok_status.ok()) << check_ok_status.ToString(); \
   } while (false)

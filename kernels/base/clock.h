@@ -1,4 +1,5 @@
-// Injected time. Monotonic: the origin is arbitrary and never goes back; never compare with wall-clock time.
+// Injected time. Monotonic: the origin is arbitrary and never goes back; never compare with
+// wall-clock time.
 #pragma once
 
 #include <chrono>

@@ -1,4 +1,5 @@
-// Memory of the device that an Ops runs on. Buffers are move-only; freeing never throws and never fails.
+// Memory of the device that an Ops runs on. Buffers are move-only; freeing never throws and never
+// fails.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,8 @@ namespace coppice {
 
 enum class DeviceKind { kCpu, kCuda };
 
-// Owns one allocation, at least 64-byte aligned on the CPU and 256 on CUDA. Moved-from buffers are empty.
+// Owns one allocation, at least 64-byte aligned on the CPU and 256 on CUDA. Moved-from buffers are
+// empty.
 class DeviceBuffer {
  public:
   DeviceBuffer() = default;

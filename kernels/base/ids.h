@@ -1,4 +1,5 @@
-// Strong integer ids. An enum class cannot be mixed up with a count or with another id; convert with Raw().
+// Strong integer ids. An enum class cannot be mixed up with a count or with another id; convert
+// with Raw().
 #pragma once
 
 #include <cstdint>
@@ -6,9 +7,10 @@
 
 namespace coppice {
 
-enum class BlockId : int32_t {};          // index of a KV block in the pool
-enum class RequestId : uint64_t {};       // one accepted Generate / Score / Warm call, unique per process
-enum class PolicyVersion : uint64_t {};   // number of committed updates of the weights
+enum class BlockId : int32_t {};  // index of a KV block in the pool
+enum class RequestId : uint64_t {
+};  // one accepted Generate / Score / Warm call, unique per process
+enum class PolicyVersion : uint64_t {};  // number of committed updates of the weights
 
 template <typename E>
 constexpr std::underlying_type_t<E> Raw(E id) {

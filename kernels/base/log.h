@@ -1,5 +1,6 @@
-// LOG(INFO|WARNING|ERROR) << "event key=value ...": one event per line on stderr. absl/log's names over spdlog.
-// REPORT_BUG: suspicious but survivable; logs, counts, and aborts in debug builds. Any thread.
+// LOG(INFO|WARNING|ERROR) << "event key=value ...": one event per line on stderr. absl/log's names
+// over spdlog. REPORT_BUG: suspicious but survivable; logs, counts, and aborts in debug builds. Any
+// thread.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
-// Counter-based random numbers: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3",
-// SC'11). The same (key, counter) gives the same numbers whatever the thread, batch or device. Safe in .cu files.
+// Counter-based random numbers: Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random
+// numbers: as easy as 1, 2, 3", SC'11). The same (key, counter) gives the same numbers whatever the
+// thread, batch or device. Safe in .cu files.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +42,8 @@ COPPICE_HOST_DEVICE inline float UniformFloat(uint32_t bits) {
 }
 
 // The uniform number that decides the token at `position` of sample `sample` under `seed`.
-COPPICE_HOST_DEVICE inline float SamplingUniform(uint64_t seed, uint32_t sample, uint32_t position) {
+COPPICE_HOST_DEVICE inline float SamplingUniform(uint64_t seed, uint32_t sample,
+                                                 uint32_t position) {
   return UniformFloat(Philox(seed, position, sample, 0, 0).v[0]);
 }
 

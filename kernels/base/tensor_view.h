@@ -1,7 +1,8 @@
-// TensorView: a non-owning, strided view of memory. Row-major, outermost dimension first, at most four dimensions,
-// strides in elements. A POD header: safe to include from .cu files.
+// TensorView: a non-owning, strided view of memory. Row-major, outermost dimension first, at most
+// four dimensions, strides in elements. A POD header: safe to include from .cu files.
 //
-// A default-constructed view is "absent" (data == nullptr, rank == 0) and is how optional tensor parameters are left out.
+// A default-constructed view is "absent" (data == nullptr, rank == 0) and is how optional tensor
+// parameters are left out.
 #pragma once
 
 #include <cstdint>
@@ -56,7 +57,8 @@ struct TensorView {
     v.shape[1] = end - begin;
     return v;
   }
-  // [rows, heads * head_dim] -> [rows, heads, head_dim] over the same memory. REQUIRES: rank 2, unit inner stride.
+  // [rows, heads * head_dim] -> [rows, heads, head_dim] over the same memory. REQUIRES: rank 2,
+  // unit inner stride.
   TensorView SplitHeads(int64_t heads, int64_t head_dim) const {
     TensorView v = *this;
     v.rank = 3;

@@ -1,10 +1,12 @@
-// Ops: the table of contents of a transformer, and the only door to a device. cpu::CpuOps is the readable twin and the
-// fp32 reference; cuda::CudaOps runs bf16 with fp32 sums. Chosen once at start-up by CreateOps.
+// Ops: the table of contents of a transformer, and the only door to a device. cpu::CpuOps is the
+// readable twin and the fp32 reference; cuda::CudaOps runs bf16 with fp32 sums. Chosen once at
+// start-up by CreateOps.
 //
-// Thread: one caller at a time (the engine thread). Work is queued on one stream; host outputs (sampled tokens, log-probs,
-// SumSquares) are valid on return, everything else after Synchronize().
-// Errors: INVALID_ARGUMENT naming op, tensor, want and got for shapes and dtypes; UNIMPLEMENTED listing what exists for
-// an unsupported combination; INTERNAL for a device failure, which is sticky.
+// Thread: one caller at a time (the engine thread). Work is queued on one stream; host outputs
+// (sampled tokens, log-probs, SumSquares) are valid on return, everything else after Synchronize().
+// Errors: INVALID_ARGUMENT naming op, tensor, want and got for shapes and dtypes; UNIMPLEMENTED
+// listing what exists for an unsupported combination; INTERNAL for a device failure, which is
+// sticky.
 #pragma once
 
 #include <memory>
@@ -20,23 +22,25 @@
 
 namespace coppice::ops {
 
-// A TokenBatch made ready to run: its arrays on the device and the schedule of its attention tiles. Built once per batch
-// by Ops::PlanBatch, used by every layer, forward and backward. Borrowed by params; outlives the queued work.
+// A TokenBatch made ready to run: its arrays on the device and the schedule of its attention tiles.
+// Built once per batch by Ops::PlanBatch, used by every layer, forward and backward. Borrowed by
+// params; outlives the queued work.
 class BatchPlan {
  public:
   virtual ~BatchPlan() = default;
   virtual const TokenBatch& batch() const = 0;
-  virtual TensorView tokens() const = 0;      // [rows] int32, device
-  virtual TensorView positions() const = 0;   // [rows] int32, device
-  virtual TensorView kv_slots() const = 0;    // [rows] int32, device; absent if the batch stores nothing
+  virtual TensorView tokens() const = 0;     // [rows] int32, device
+  virtual TensorView positions() const = 0;  // [rows] int32, device
+  // [rows] int32, device; absent if the batch stores nothing
+  virtual TensorView kv_slots() const = 0;
   virtual TensorView logit_rows() const = 0;  // [head_rows] int32, device
 };
 
 struct DeviceInfo {
   DeviceKind kind = DeviceKind::kCpu;
-  std::string name;             // "cpu AMD EPYC, 2 threads"
+  std::string name;  // "cpu AMD EPYC, 2 threads"
   DType compute_dtype = DType::kF32;
-  int64_t total_bytes = 0;      // memory of the device
+  int64_t total_bytes = 0;  // memory of the device
   int64_t free_bytes = 0;
 };
 
@@ -48,10 +52,11 @@ class Ops {
 
   // Memory. Contents of a new buffer are zero. RESOURCE_EXHAUSTED with want and free bytes.
   virtual absl::StatusOr<DeviceBuffer> Allocate(int64_t size_bytes, absl::string_view label) = 0;
-  virtual absl::Status Upload(const void* host, TensorView dst) = 0;    // contiguous, same dtype
-  virtual absl::Status Download(TensorView src, void* host) = 0;        // synchronises
-  virtual absl::Status Copy(TensorView src, TensorView dst) = 0;        // same shape; strided matrices allowed; converts dtype
-  virtual absl::Status Zero(TensorView dst) = 0;                        // contiguous
+  virtual absl::Status Upload(const void* host, TensorView dst) = 0;  // contiguous, same dtype
+  virtual absl::Status Download(TensorView src, void* host) = 0;      // synchronises
+  // Same shape; strided matrices allowed; converts dtype.
+  virtual absl::Status Copy(TensorView src, TensorView dst) = 0;
+  virtual absl::Status Zero(TensorView dst) = 0;  // contiguous
   virtual absl::Status Synchronize() = 0;
 
   // Validates the batch and prepares it. The plan borrows nothing from `batch`.
@@ -86,7 +91,8 @@ class Ops {
   virtual absl::Status AdamW(const AdamWParams& p) = 0;
 };
 
-// `device`: "cpu" or "cuda" (UNIMPLEMENTED when built without CUDA). `threads`: 0 = all cores (CPU only).
+// `device`: "cpu" or "cuda" (UNIMPLEMENTED when built without CUDA).
+// `threads`: 0 = all cores (CPU only).
 absl::StatusOr<std::unique_ptr<Ops>> CreateOps(absl::string_view device, int threads = 0);
 
 }  // namespace coppice::ops

@@ -1,6 +1,7 @@
-// One POD of parameters per op. Names of dimensions: shapes.md. "f" below is the compute type of the backend: f32 on the
-// CPU, bf16 on CUDA (sums in f32). Outputs are overwritten unless a comment says "+=". Gradient contract: parameter
-// gradients +=, activation gradients = (unless noted). Optional views are absent by default.
+// One POD of parameters per op. Names of dimensions: shapes.md. "f" below is the compute type of
+// the backend: f32 on the CPU, bf16 on CUDA (sums in f32). Outputs are overwritten unless a comment
+// says "+=". Gradient contract: parameter gradients +=, activation gradients = (unless noted).
+// Optional views are absent by default.
 #pragma once
 
 #include <cstdint>
@@ -40,23 +41,23 @@ struct RmsNormParams {
   TensorView x;       // [rows, hidden] f
   TensorView weight;  // [hidden] f
   float eps = 0;
-  TensorView out;     // [rows, hidden] f, may alias x
-  TensorView rstd;    // optional [rows] f32, for backward
+  TensorView out;   // [rows, hidden] f, may alias x
+  TensorView rstd;  // optional [rows] f32, for backward
 };
 struct RmsNormBackwardParams {
-  TensorView d_out;     // [rows, hidden] f
-  TensorView x;         // [rows, hidden] f
-  TensorView weight;    // [hidden] f
-  TensorView rstd;      // [rows] f32
-  TensorView d_x;       // [rows, hidden] f
+  TensorView d_out;             // [rows, hidden] f
+  TensorView x;                 // [rows, hidden] f
+  TensorView weight;            // [hidden] f
+  TensorView rstd;              // [rows] f32
+  TensorView d_x;               // [rows, hidden] f
   bool accumulate_d_x = false;  // true: d_x += (the residual branch)
-  TensorView d_weight;  // [hidden] f32, +=
+  TensorView d_weight;          // [hidden] f32, +=
 };
 
 // c = op(a) op(b) (+ bias) (+ addend), with op = transpose where trans_x.  Sums in f32.
 struct MatMulParams {
-  TensorView a;       // [m, k] f, or [k, m] if trans_a; unit inner stride
-  TensorView b;       // [k, n] f, or [n, k] if trans_b; unit inner stride
+  TensorView a;  // [m, k] f, or [k, m] if trans_a; unit inner stride
+  TensorView b;  // [k, n] f, or [n, k] if trans_b; unit inner stride
   bool trans_a = false;
   bool trans_b = false;
   TensorView bias;    // optional [n] f
@@ -75,29 +76,31 @@ struct PagedKv {
   TensorView v;  // same
 };
 
-// Optional per-head RMSNorm of q and k (Qwen3), rotate-half RoPE (Su et al. 2021) on all head_dim columns, and storing of
-// K and V into their slots. q_out/k_out may alias q_in/k_in when no backward follows.
+// Optional per-head RMSNorm of q and k (Qwen3), rotate-half RoPE (Su et al. 2021) on all head_dim
+// columns, and storing of K and V into their slots. q_out/k_out may alias q_in/k_in when no
+// backward follows.
 struct QkNormRopeParams {
   const BatchPlan* plan = nullptr;  // positions and kv_slots
-  TensorView q_in;     // [rows, q_heads, head_dim] f
-  TensorView k_in;     // [rows, kv_heads, head_dim] f
-  TensorView v;        // [rows, kv_heads, head_dim] f, read only to be stored
-  TensorView q_norm;   // optional [head_dim] f
-  TensorView k_norm;   // optional [head_dim] f
+  TensorView q_in;                  // [rows, q_heads, head_dim] f
+  TensorView k_in;                  // [rows, kv_heads, head_dim] f
+  TensorView v;                     // [rows, kv_heads, head_dim] f, read only to be stored
+  TensorView q_norm;                // optional [head_dim] f
+  TensorView k_norm;                // optional [head_dim] f
   float eps = 0;
-  TensorView rope;     // [max_positions, head_dim] f32: row p = [cos(p w_i), i < head_dim/2 | sin(p w_i)]
-  TensorView q_out;    // [rows, q_heads, head_dim] f
-  TensorView k_out;    // [rows, kv_heads, head_dim] f
-  PagedKv pages;       // optional: where plan.kv_slots >= 0, k_out and v are stored there
+  // [max_positions, head_dim] f32: row p = [cos(p w_i), i < head_dim / 2 | sin(p w_i)]
+  TensorView rope;
+  TensorView q_out;  // [rows, q_heads, head_dim] f
+  TensorView k_out;  // [rows, kv_heads, head_dim] f
+  PagedKv pages;     // optional: where plan.kv_slots >= 0, k_out and v are stored there
 };
 struct QkNormRopeBackwardParams {
   const BatchPlan* plan = nullptr;
-  TensorView d_q_out;   // [rows, q_heads, head_dim] f
-  TensorView d_k_out;   // [rows, kv_heads, head_dim] f
-  TensorView q_in;      // [rows, q_heads, head_dim] f, needed with norms only
-  TensorView k_in;      // [rows, kv_heads, head_dim] f, needed with norms only
-  TensorView q_norm;    // optional [head_dim] f
-  TensorView k_norm;    // optional [head_dim] f
+  TensorView d_q_out;  // [rows, q_heads, head_dim] f
+  TensorView d_k_out;  // [rows, kv_heads, head_dim] f
+  TensorView q_in;     // [rows, q_heads, head_dim] f, needed with norms only
+  TensorView k_in;     // [rows, kv_heads, head_dim] f, needed with norms only
+  TensorView q_norm;   // optional [head_dim] f
+  TensorView k_norm;   // optional [head_dim] f
   float eps = 0;
   TensorView rope;      // as forward
   TensorView d_q_in;    // [rows, q_heads, head_dim] f, may alias d_q_out
@@ -106,30 +109,31 @@ struct QkNormRopeBackwardParams {
   TensorView d_k_norm;  // optional [head_dim] f32, +=
 };
 
-// Softmax attention under the tree mask (token_batch.h): for each row q and query head h, over the visible keys
-// out = softmax(scale * q.K^T) V,  lse = log sum exp(scale * q.K^T). Query head h reads kv head h / (q_heads / kv_heads).
+// Softmax attention under the tree mask (token_batch.h): for each row q and query head h, over the
+// visible keys out = softmax(scale * q.K^T) V,  lse = log sum exp(scale * q.K^T). Query head h
+// reads kv head h / (q_heads / kv_heads).
 struct TreeAttentionParams {
   const BatchPlan* plan = nullptr;
-  TensorView q;      // [rows, q_heads, head_dim] f
-  TensorView k;      // [rows, kv_heads, head_dim] f
-  TensorView v;      // [rows, kv_heads, head_dim] f
-  PagedKv context;   // required if the plan has context nodes
-  float scale = 0;   // > 0
-  TensorView out;    // [rows, q_heads, head_dim] f
-  TensorView lse;    // optional [rows, q_heads] f32
+  TensorView q;     // [rows, q_heads, head_dim] f
+  TensorView k;     // [rows, kv_heads, head_dim] f
+  TensorView v;     // [rows, kv_heads, head_dim] f
+  PagedKv context;  // required if the plan has context nodes
+  float scale = 0;  // > 0
+  TensorView out;   // [rows, q_heads, head_dim] f
+  TensorView lse;   // optional [rows, q_heads] f32
 };
 struct TreeAttentionBackwardParams {
   const BatchPlan* plan = nullptr;
-  TensorView q, k, v;      // as forward
+  TensorView q, k, v;  // as forward
   PagedKv context;
   float scale = 0;
-  TensorView out;          // [rows, q_heads, head_dim] f, of forward
-  TensorView lse;          // [rows, q_heads] f32, of forward
-  TensorView d_out;        // [rows, q_heads, head_dim] f
-  TensorView d_q;          // [rows, q_heads, head_dim] f
-  TensorView d_k;          // [rows, kv_heads, head_dim] f
-  TensorView d_v;          // [rows, kv_heads, head_dim] f
-  PagedKv d_context;       // optional, shaped like context, f32, +=: gradients of cached keys and values
+  TensorView out;     // [rows, q_heads, head_dim] f, of forward
+  TensorView lse;     // [rows, q_heads] f32, of forward
+  TensorView d_out;   // [rows, q_heads, head_dim] f
+  TensorView d_q;     // [rows, q_heads, head_dim] f
+  TensorView d_k;     // [rows, kv_heads, head_dim] f
+  TensorView d_v;     // [rows, kv_heads, head_dim] f
+  PagedKv d_context;  // optional, shaped like context, f32, +=: gradients of cached keys and values
 };
 
 // out = silu(gate) * up   (Shazeer 2020)
@@ -144,8 +148,9 @@ struct SwiGluBackwardParams {
 };
 
 // The language-model head without ever holding all logits: rows are processed in chunks.
-// With z = hidden W^T / temperature:  lse = log sum_j exp(z_j),  logprob[t] = z[target t] - lse,  entropy = lse - sum_j p_j z_j.
-// A row may have several targets (the last token of a shared node predicts the first token of each child).
+// With z = hidden W^T / temperature:  lse = log sum_j exp(z_j),  logprob[t] = z[target t] - lse,
+// entropy = lse - sum_j p_j z_j. A row may have several targets (the last token of a shared node
+// predicts the first token of each child).
 struct LogProbHeadParams {
   TensorView hidden;         // [head_rows, hidden] f
   TensorView weight;         // [vocab, hidden] f
@@ -156,67 +161,75 @@ struct LogProbHeadParams {
   TensorView entropy;        // [head_rows] f32 (host memory)
   TensorView lse;            // [head_rows] f32 (host memory)
 };
-// Second pass: recomputes the chunk's logits. Given c[t] = dL/dlogprob[t] and e[r] = dL/dentropy[r]:
-//   dL/dz_j = sum_t c[t] (1[j = target t] - p_j) - e p_j (log p_j + entropy),   divided by temperature for logits.
+// Second pass: recomputes the chunk's logits. Given c[t] = dL/dlogprob[t] and e[r] =
+// dL/dentropy[r]:
+//   dL/dz_j = sum_t c[t] (1[j = target t] - p_j) - e p_j (log p_j + entropy),
+// divided by temperature for logits.
 struct LogProbHeadBackwardParams {
   TensorView hidden;         // [head_rows, hidden] f
   TensorView weight;         // [vocab, hidden] f
   TensorView target_indptr;  // as forward
   TensorView targets;
   float temperature = 1;
-  TensorView lse;            // [head_rows] f32 (host memory), of forward
-  TensorView entropy;        // [head_rows] f32 (host memory), of forward
-  TensorView d_logprobs;     // [targets] f32 (host memory)
-  TensorView d_entropy;      // optional [head_rows] f32 (host memory)
-  TensorView d_hidden;       // [head_rows, hidden] f
-  TensorView d_weight;       // [vocab, hidden] f32, +=
+  TensorView lse;         // [head_rows] f32 (host memory), of forward
+  TensorView entropy;     // [head_rows] f32 (host memory), of forward
+  TensorView d_logprobs;  // [targets] f32 (host memory)
+  TensorView d_entropy;   // optional [head_rows] f32 (host memory)
+  TensorView d_hidden;    // [head_rows, hidden] f
+  TensorView d_weight;    // [vocab, hidden] f32, +=
 };
 
-// What decides one sampled token. Filters apply in the order logit_bias, temperature, top_k, top_p, min_p.
+// What decides one sampled token. Filters apply in the order logit_bias, temperature, top_k, top_p,
+// min_p.
 struct SamplingRow {
-  float temperature = 1;     // 0 = greedy (ties: lowest id)
-  int32_t top_k = 0;         // 0 = off
-  float top_p = 1;           // (0, 1]
-  float min_p = 0;           // [0, 1): drop tokens below min_p * max probability
+  float temperature = 1;  // 0 = greedy (ties: lowest id)
+  int32_t top_k = 0;      // 0 = off
+  float top_p = 1;        // (0, 1]
+  float min_p = 0;        // [0, 1): drop tokens below min_p * max probability
   uint64_t seed = 0;
-  uint32_t sample = 0;       // with seed and position: the counter of base/rng.h SamplingUniform
-  uint32_t position = 0;     // position of the token being drawn
-  int32_t bias_begin = 0;    // its logit biases are SampleParams::bias_{ids,values}[bias_begin, bias_end)
+  uint32_t sample = 0;    // with seed and position: the counter of base/rng.h SamplingUniform
+  uint32_t position = 0;  // position of the token being drawn
+  // Its logit biases are SampleParams::bias_{ids,values}[bias_begin, bias_end).
+  int32_t bias_begin = 0;
   int32_t bias_end = 0;
 };
 struct SampleParams {
-  TensorView logits;                  // [n, vocab] f32; may be overwritten
-  const SamplingRow* rows = nullptr;  // [n] host
-  const int32_t* bias_ids = nullptr;  // host
-  const float* bias_values = nullptr; // host
-  int32_t top_logprobs = 0;           // 0..20
-  int32_t* tokens = nullptr;          // [n] host out
-  float* raw_logprobs = nullptr;      // [n] host out: log-softmax of the raw logits at the token
-  float* sampled_logprobs = nullptr;  // [n] host out: of the distribution drawn from (0 when greedy)
-  float* tempered_logprobs = nullptr; // optional [n] host out: log-softmax of raw logits / temperature (1 when greedy), before
-                                      // bias and filters: what LogProbHead gives at that temperature
-  int32_t* top_ids = nullptr;         // [n, top_logprobs] host out, by raw log-prob, descending
-  float* top_values = nullptr;        // [n, top_logprobs] host out
+  TensorView logits;                   // [n, vocab] f32; may be overwritten
+  const SamplingRow* rows = nullptr;   // [n] host
+  const int32_t* bias_ids = nullptr;   // host
+  const float* bias_values = nullptr;  // host
+  int32_t top_logprobs = 0;            // 0..20
+  int32_t* tokens = nullptr;           // [n] host out
+  float* raw_logprobs = nullptr;       // [n] host out: log-softmax of the raw logits at the token
+  // [n] host out: of the distribution drawn from (0 when greedy).
+  float* sampled_logprobs = nullptr;
+  // Optional [n] host out: log-softmax of raw logits / temperature (1 when greedy), before bias and
+  // filters: what LogProbHead gives at that temperature.
+  float* tempered_logprobs = nullptr;
+  int32_t* top_ids = nullptr;   // [n, top_logprobs] host out, by raw log-prob, descending
+  float* top_values = nullptr;  // [n, top_logprobs] host out
 };
 
 // Decoupled weight decay (Loshchilov & Hutter 2019), bias-corrected; one pass over the flat arena.
 //   g = grad * grad_scale; m = b1 m + (1-b1) g; v = b2 v + (1-b2) g^2;
 //   param -= lr * (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + weight_decay * param)
 struct AdamWParams {
-  TensorView param;            // [params] f (f32 master on the CPU; CUDA keeps master_remainder)
-  TensorView master_remainder; // optional [params] 16-bit: bf16 param + remainder = exact f32 master
-  TensorView grad;             // [params] f32
-  TensorView m;                // [params] f32
-  TensorView v;                // [params] f32
-  TensorView decay_mask;       // optional [params / 64] u8: 1 = decay this 64-element group (norms and biases: 0)
-  int64_t step = 1;            // t, from 1
+  TensorView param;  // [params] f (f32 master on the CPU; CUDA keeps master_remainder)
+  // Optional [params] 16-bit: bf16 param + remainder = exact f32 master.
+  TensorView master_remainder;
+  TensorView grad;        // [params] f32
+  TensorView m;           // [params] f32
+  TensorView v;           // [params] f32
+  TensorView decay_mask;  // optional [params / 64] u8: 1 = decay this 64-element group (norms and
+                          // biases: 0)
+  int64_t step = 1;       // t, from 1
   float learning_rate = 0, beta1 = 0.9f, beta2 = 0.95f, eps = 1e-8f, weight_decay = 0;
-  float grad_scale = 1;        // clip factor
+  float grad_scale = 1;  // clip factor
 };
 
 // Copies whole blocks inside the pool, all layers: pool[:, dst[i]] = pool[:, src[i]].
 struct CopyBlocksParams {
-  TensorView pool;             // [layers * 2, blocks, block_tokens, kv_dim] f
+  TensorView pool;               // [layers * 2, blocks, block_tokens, kv_dim] f
   const int32_t* src = nullptr;  // [n] host
   const int32_t* dst = nullptr;  // [n] host, distinct, disjoint from src
   int64_t n = 0;

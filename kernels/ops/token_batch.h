@@ -1,17 +1,20 @@
 // TokenBatch: the one description of "what runs now" for prefill, decode, scoring and training.
 //
-// Rows are the packed unique tokens of one or more prefix trees in depth-first order. Key row k is visible to query row q
-// iff  k <= q < subtree_end[k].  A segment is a contiguous row range that hangs below one context node: keys that were
-// computed before and live in KV blocks. Row q of a segment sees, besides its packed ancestors, all tokens on the path from the
-// segment's context node to the context root. Segments that share context nodes (samples of one prompt) let an
+// Rows are the packed unique tokens of one or more prefix trees in depth-first order. Key row k is
+// visible to query row q iff  k <= q < subtree_end[k].  A segment is a contiguous row range that
+// hangs below one context node: keys that were computed before and live in KV blocks. Row q of a
+// segment sees, besides its packed ancestors, all tokens on the path from the segment's context
+// node to the context root. Segments that share context nodes (samples of one prompt) let an
 // implementation read each shared node once for all of them.
 //
-//   context:   [node 0: 1000 prompt tokens] -+- [node 1: 5 own tokens] <- segment 0 = row 0 (decode, position 1005)
-//                                            +- [node 2: 7 own tokens] <- segment 1 = row 1 (decode, position 1007)
+//   context nodes                          segments (decode: one row each)
+//   [0: 1000 prompt tokens] -+- [1: 5 own]   row 0, position 1005
+//                            +- [2: 7 own]   row 1, position 1007
 //
-// Invariants, checked by Validate(): subtree_end[r] in (r, end of its segment]; subtrees nest; segments are disjoint,
-// ascending and cover all rows; parents of context nodes come before children; a context node that is not a leaf of its
-// chain (has a child node) holds whole blocks; positions of a segment's root rows equal the length of its context.
+// Invariants, checked by Validate(): subtree_end[r] in (r, end of its segment]; subtrees nest;
+// segments are disjoint, ascending and cover all rows; parents of context nodes come before
+// children; a context node that is not a leaf of its chain (has a child node) holds whole blocks;
+// positions of a segment's root rows equal the length of its context.
 #pragma once
 
 #include <cstdint>
@@ -23,9 +26,11 @@ namespace coppice::ops {
 
 // A run of cached tokens. The chain parent -> child lists a path's KV blocks from position 0 on.
 struct ContextNode {
-  int32_t parent = -1;       // index into context_nodes, < own index; -1 = root
-  int32_t num_tokens = 0;    // > 0; the last block may be partly filled only if no other node has this one as parent
-  int32_t block_begin = 0;   // its blocks are context_blocks[block_begin, block_begin + ceil(num_tokens / block_tokens))
+  int32_t parent = -1;  // index into context_nodes, < own index; -1 = root
+  // > 0; the last block may be partly filled only if no other node has this one as parent.
+  int32_t num_tokens = 0;
+  // Its blocks: context_blocks[block_begin, block_begin + ceil(num_tokens / block_tokens)).
+  int32_t block_begin = 0;
 };
 
 struct Segment {
@@ -35,10 +40,11 @@ struct Segment {
 };
 
 struct TokenBatch {
-  std::vector<int32_t> tokens;          // [rows] token ids
-  std::vector<int32_t> positions;       // [rows] absolute positions
-  std::vector<int32_t> subtree_end;     // [rows] see above
-  std::vector<int32_t> kv_slots;        // [rows] where K and V are stored, or -1; empty = store nothing (training)
+  std::vector<int32_t> tokens;       // [rows] token ids
+  std::vector<int32_t> positions;    // [rows] absolute positions
+  std::vector<int32_t> subtree_end;  // [rows] see above
+  // [rows] where K and V are stored, or -1; empty = store nothing (training).
+  std::vector<int32_t> kv_slots;
   std::vector<Segment> segments;
   std::vector<ContextNode> context_nodes;
   std::vector<int32_t> context_blocks;  // block ids, see ContextNode
