@@ -188,13 +188,13 @@ std::string StreamDecoder::Push(int32_t id) {
       break;
     }
   }
-  const std::string text = ReplaceInvalidUtf8(absl::string_view(pending_).substr(0, certain));
+  std::string text = ReplaceInvalidUtf8(absl::string_view(pending_).substr(0, certain));
   pending_.erase(0, certain);
   return text;
 }
 
 std::string StreamDecoder::Finish() {
-  const std::string text = ReplaceInvalidUtf8(pending_);
+  std::string text = ReplaceInvalidUtf8(pending_);
   pending_.clear();
   return text;
 }
