@@ -20,7 +20,7 @@ absl::Status SwiGlu(Context& context, const ops::SwiGluParams& p) {
                       .Tensor("out", p.out, DType::kF32, {rows, ffn})
                       .Tensor("gate_up", p.gate_up, DType::kF32, {rows, 2 * ffn})
                       .status());
-  ParallelRanges(context.num_threads(), rows, kGrainRows, [&](int64_t begin, int64_t end) {
+  ParallelRanges(context, rows, kGrainRows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float* gate = p.gate_up.f32() + i * p.gate_up.stride[0];
       SimdKernels().swiglu(gate, gate + ffn, p.out.f32() + i * p.out.stride[0], ffn);
@@ -36,7 +36,7 @@ absl::Status SwiGluBackward(Context& context, const ops::SwiGluBackwardParams& p
                       .Tensor("gate_up", p.gate_up, DType::kF32, {rows, 2 * ffn})
                       .Tensor("d_gate_up", p.d_gate_up, DType::kF32, {rows, 2 * ffn})
                       .status());
-  ParallelRanges(context.num_threads(), rows, kGrainRows, [&](int64_t begin, int64_t end) {
+  ParallelRanges(context, rows, kGrainRows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float* gate = p.gate_up.f32() + i * p.gate_up.stride[0];
       float* d_gate = p.d_gate_up.f32() + i * p.d_gate_up.stride[0];

@@ -23,7 +23,7 @@ absl::StatusOr<double> SumSquares(Context& context, TensorView x) {
   const int64_t n = x.dim(0);
   RETURN_IF_ERROR(ops::ShapeCheck("sum_squares").Tensor("x", x, DType::kF32, {n}).status());
   std::vector<double> partials((n + kGrain - 1) / kGrain);
-  ParallelRanges(context.num_threads(), n, kGrain, [&](int64_t begin, int64_t end) {
+  ParallelRanges(context, n, kGrain, [&](int64_t begin, int64_t end) {
     partials[begin / kGrain] = SimdKernels().sum_squares(x.f32() + begin, end - begin);
   });
   double sum = 0;
@@ -54,7 +54,7 @@ absl::Status AdamW(Context& context, const ops::AdamWParams& p) {
       .step_size = static_cast<float>(p.learning_rate / (1.0 - std::pow(double{p.beta1}, t))),
       .inv_sqrt_v = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(double{p.beta2}, t))),
       .decay = p.learning_rate * p.weight_decay};
-  ParallelRanges(context.num_threads(), n, kGrain, [&](int64_t begin, int64_t end) {
+  ParallelRanges(context, n, kGrain, [&](int64_t begin, int64_t end) {
     const uint8_t* mask =
         p.decay_mask.present() ? p.decay_mask.as<uint8_t>() + begin / 64 : nullptr;
     SimdKernels().adamw(step, p.grad.f32() + begin, mask, p.param.f32() + begin, p.m.f32() + begin,

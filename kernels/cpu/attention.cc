@@ -159,7 +159,7 @@ absl::Status TreeAttention(Context& context, const ops::TreeAttentionParams& p) 
   const int64_t size =
       TileBuffers::Size(QueryTile::kMaxRows * (q_heads / kv_heads), PadHeadDim(head_dim));
   float* scratch = context.Scratch(context.num_threads() * size);
-  ParallelFor(context.num_threads(), num_tiles * kv_heads, [&](int64_t i, int thread) {
+  ParallelFor(context, num_tiles * kv_heads, [&](int64_t i, int thread) {
     // Last tiles first: they see the most keys.
     ForwardItem(p, i % kv_heads, scratch + thread * size).Run(tiles[num_tiles - 1 - i / kv_heads]);
   });

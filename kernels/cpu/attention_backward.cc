@@ -237,16 +237,16 @@ absl::Status TreeAttentionBackward(Context& context, const TreeAttentionBackward
     return BackwardItem(p, queries, kv_head, buffers + thread * buffer_size);
   };
 
-  ParallelRanges(num_threads, rows, QueryTile::kMaxRows, [&](int64_t begin, int64_t end) {
+  ParallelRanges(context, rows, QueryTile::kMaxRows, [&](int64_t begin, int64_t end) {
     for (int64_t h = 0; h < kv_heads; ++h) queries.Pack(p, h, {begin, end});
   });
   const int64_t num_query_tiles = static_cast<int64_t>(plan.query_tiles().size());
-  ParallelFor(num_threads, num_query_tiles * kv_heads, [&](int64_t i, int thread) {
+  ParallelFor(context, num_query_tiles * kv_heads, [&](int64_t i, int thread) {
     // Last tiles first: they see the most keys.
     item(i % kv_heads, thread).Queries(plan.query_tiles()[num_query_tiles - 1 - i / kv_heads]);
   });
   const int64_t num_key_tiles = static_cast<int64_t>(plan.key_tiles().size());
-  ParallelFor(num_threads, num_key_tiles * kv_heads, [&](int64_t i, int thread) {
+  ParallelFor(context, num_key_tiles * kv_heads, [&](int64_t i, int thread) {
     const KeyTile& tile = plan.key_tiles()[i / kv_heads];
     if (tile.run.row >= 0 || p.d_context.k.present()) item(i % kv_heads, thread).Keys(tile);
   });

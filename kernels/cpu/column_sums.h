@@ -20,13 +20,13 @@ void SumOverRows(Context& context, int64_t rows, int64_t n, float* out, const Ad
   if (rows == 0) return;
   const int64_t groups = (rows + kGrainRows - 1) / kGrainRows;
   float* partials = context.Scratch(groups * n);
-  ParallelFor(context.num_threads(), groups, [&](int64_t group, int) {
+  ParallelFor(context, groups, [&](int64_t group, int) {
     float* partial = partials + group * n;
     std::fill(partial, partial + n, 0.0f);
     add_rows(group * kGrainRows, std::min(rows, (group + 1) * kGrainRows), partial);
   });
   constexpr int64_t kGrainColumns = 256;
-  ParallelRanges(context.num_threads(), n, kGrainColumns, [&](int64_t begin, int64_t end) {
+  ParallelRanges(context, n, kGrainColumns, [&](int64_t begin, int64_t end) {
     for (int64_t group = 0; group < groups; ++group) {
       SimdKernels().add(partials + group * n + begin, out + begin, end - begin);
     }

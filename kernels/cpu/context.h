@@ -1,4 +1,4 @@
-// What every CPU op needs besides its tensors: the number of threads and scratch memory that is
+// What every CPU op needs besides its tensors: threads and scratch memory that is
 // kept between calls. Owned by CpuOps; used by one op at a time.
 #pragma once
 
@@ -6,13 +6,16 @@
 #include <cstdlib>
 #include <memory>
 
+#include "kernels/cpu/thread_pool.h"
+
 namespace coppice::cpu {
 
 class Context {
  public:
-  explicit Context(int num_threads) : num_threads_(num_threads) {}
+  explicit Context(int num_threads) : pool_(num_threads) {}
 
-  int num_threads() const { return num_threads_; }
+  ThreadPool& pool() { return pool_; }
+  int num_threads() const { return pool_.num_threads(); }
 
   // At least `n` floats, 64-byte aligned, contents undefined; valid until the next call. An op asks
   // once and divides the memory itself. Grows, never shrinks.
@@ -23,7 +26,7 @@ class Context {
     void operator()(void* p) const { std::free(p); }
   };
 
-  int num_threads_;
+  ThreadPool pool_;
   int64_t scratch_size_ = 0;
   std::unique_ptr<float, Free> scratch_;
 };

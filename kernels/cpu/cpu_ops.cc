@@ -1,8 +1,9 @@
 #include "kernels/cpu/cpu_ops.h"
 
-#include <omp.h>
+#include <sched.h>
 #include <sys/sysinfo.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
@@ -26,6 +27,13 @@ std::string ProcessorName() {
   return "unknown processor";
 }
 
+// Processors that this process may run on.
+int NumProcessors() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) != 0) return 1;
+  return std::max(1, CPU_COUNT(&set));
+}
+
 absl::Status CheckContiguous(absl::string_view op, const TensorView& t) {
   if (t.contiguous() && (t.data != nullptr || t.num_elements() == 0)) return absl::OkStatus();
   return absl::InvalidArgumentError(
@@ -39,7 +47,7 @@ absl::StatusOr<std::unique_ptr<ops::Ops>> CpuOps::Create(int threads) {
     return absl::InvalidArgumentError(
         absl::StrCat("cpu device: want threads >= 0, got ", threads, "; use 0 for every core"));
   }
-  const int num_threads = threads > 0 ? threads : omp_get_num_procs();
+  const int num_threads = threads > 0 ? threads : NumProcessors();
   return std::unique_ptr<ops::Ops>(new CpuOps(num_threads));
 }
 
@@ -59,7 +67,9 @@ absl::StatusOr<DeviceBuffer> CpuOps::Allocate(int64_t size_bytes, absl::string_v
         absl::StrCat("allocate ", label, ": want bytes >= 0, got ", size_bytes, "; fix the size"));
   }
   const int64_t rounded = (size_bytes / 64 + 1) * 64;
-  void* data = std::aligned_alloc(64, rounded);
+  // More than the machine has would be granted by the kernel and killed at the first touch.
+  const bool possible = rounded <= Info().total_bytes;
+  void* data = possible ? std::aligned_alloc(64, rounded) : nullptr;
   if (data == nullptr) {
     return absl::ResourceExhaustedError(
         absl::StrCat("out of memory for ", label, ": want ", rounded, " bytes, have ",

@@ -33,7 +33,7 @@ float* Row(const TensorView& t, int64_t row) { return t.f32() + row * t.stride[0
 // out[i] = src[indices[i]]
 void CopyIndexedRows(Context& context, const TensorView& src, const TensorView& indices,
                      const TensorView& out) {
-  ParallelRanges(context.num_threads(), out.dim(0), kGrainRows, [&](int64_t begin, int64_t end) {
+  ParallelRanges(context, out.dim(0), kGrainRows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       std::memcpy(Row(out, i), Row(src, indices.i32()[i]), out.dim(1) * sizeof(float));
     }
@@ -76,7 +76,7 @@ absl::Status EmbeddingBackward(Context& context, const ops::EmbeddingBackwardPar
   RETURN_IF_ERROR(CheckIndices("embedding_backward", "ids", p.ids, p.d_table.dim(0)));
   // Equal ids meet in one worker, which sees the rows in ascending order.
   const int workers = context.num_threads();
-  ParallelFor(workers, workers, [&](int64_t worker, int) {
+  ParallelFor(context, workers, [&](int64_t worker, int) {
     for (int64_t i = 0; i < rows; ++i) {
       const int32_t id = p.ids.i32()[i];
       if (id % workers == worker) SimdKernels().add(Row(p.d_out, i), Row(p.d_table, id), hidden);
@@ -93,7 +93,7 @@ absl::Status ScatterAddRows(Context& context, const ops::ScatterAddRowsParams& p
                       .Tensor("dst", p.dst, DType::kF32, {p.dst.dim(0), hidden})
                       .status());
   RETURN_IF_ERROR(CheckIndices("scatter_add_rows", "indices", p.indices, p.dst.dim(0)));
-  ParallelRanges(context.num_threads(), n, kGrainRows, [&](int64_t begin, int64_t end) {
+  ParallelRanges(context, n, kGrainRows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       SimdKernels().add(Row(p.src, i), Row(p.dst, p.indices.i32()[i]), hidden);
     }

@@ -115,7 +115,7 @@ absl::Status LogProbHead(Context& context, const ops::LogProbHeadParams& p) {
   const float scale = 1.0f / p.temperature;
   std::vector<SoftmaxStats> stats(head_rows, {-std::numeric_limits<float>::infinity(), 0, 0});
   RETURN_IF_ERROR(ForTiles(context, p.hidden, p.weight, [&](const Tile& tile) {
-    ParallelFor(context.num_threads(), tile.rows, [&](int64_t i, int) {
+    ParallelFor(context, tile.rows, [&](int64_t i, int) {
       const float* logits = tile.logits + i * tile.tokens;
       SimdKernels().softmax_stats(logits, scale, &stats[tile.row + i], tile.tokens);
       ForTargets(p.target_indptr, p.targets, tile.row + i, tile,
@@ -168,8 +168,7 @@ absl::Status LogProbHeadBackward(Context& context, const ops::LogProbHeadBackwar
                [&](int32_t t, int64_t column) { z[column] += scale * p.d_logprobs.f32()[t]; });
   };
   return ForTiles(context, p.hidden, p.weight, [&](const Tile& tile) -> absl::Status {
-    ParallelFor(context.num_threads(), tile.rows,
-                [&](int64_t i, int) { logits_to_gradient(tile, i); });
+    ParallelFor(context, tile.rows, [&](int64_t i, int) { logits_to_gradient(tile, i); });
     const float* hidden_rows = p.hidden.f32() + tile.row * p.hidden.stride[0];
     RETURN_IF_ERROR(Gemm(context, {.m = tile.rows,
                                    .n = hidden,

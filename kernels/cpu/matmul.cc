@@ -4,6 +4,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
@@ -34,7 +35,7 @@ absl::Status CheckMatMul(const ops::MatMulParams& p, int64_t m, int64_t n, int64
 // c = bias + addend, whichever are present.
 void StartFrom(Context& context, const ops::MatMulParams& p) {
   const int64_t n = p.c.dim(1);
-  ParallelRanges(context.num_threads(), p.c.dim(0), 16, [&](int64_t begin, int64_t end) {
+  ParallelRanges(context, p.c.dim(0), 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       float* c = p.c.f32() + i * p.c.stride[0];
       const float* first =
@@ -53,7 +54,7 @@ void DotGemmInParallel(Context& context, const DotGemmArgs& g) {
   while (num_items() < 4 * context.num_threads() && cols > 24) cols /= 2;
   while (num_items() < 4 * context.num_threads() && rows > 24) rows /= 2;
   const int64_t row_blocks = (g.m + rows - 1) / rows;
-  ParallelFor(context.num_threads(), num_items(), [&](int64_t item, int) {
+  ParallelFor(context, num_items(), [&](int64_t item, int) {
     const int64_t row = item % row_blocks * rows, col = item / row_blocks * cols;
     DotGemmArgs block = g;
     block.m = std::min(rows, g.m - row);
@@ -85,14 +86,29 @@ void MultiplyTransposed(Context& context, const GemmArgs& g) {
   }
 }
 
+// Blocks of C, each by one single-threaded dnnl_sgemm.
 absl::Status MultiplyByOneDnn(Context& context, const GemmArgs& g) {
-  omp_set_num_threads(context.num_threads());  // of the calling thread; oneDNN asks OpenMP
-  const dnnl_status_t status =
-      dnnl_sgemm(g.trans_a ? 'T' : 'N', g.trans_b ? 'T' : 'N', g.m, g.n, g.k, 1.0f, g.a, g.a_row,
-                 g.b, g.b_row, g.accumulate ? 1.0f : 0.0f, g.c, g.c_row);
-  if (status == dnnl_success) return absl::OkStatus();
-  return absl::InternalError(absl::StrCat("oneDNN sgemm failed: want status 0, got ", status,
-                                          " for m=", g.m, " n=", g.n, " k=", g.k,
+  int64_t rows = g.m, cols = g.n;
+  const auto num_items = [&] { return ((g.m + rows - 1) / rows) * ((g.n + cols - 1) / cols); };
+  while (num_items() < 2 * context.num_threads() && std::max(rows, cols) > 64) {
+    int64_t& longer = rows > cols ? rows : cols;
+    longer = (longer + 1) / 2;
+  }
+  const int64_t row_blocks = (g.m + rows - 1) / rows;
+  std::atomic<int> failure = dnnl_success;
+  ParallelFor(context, num_items(), [&](int64_t item, int) {
+    const int64_t row = item % row_blocks * rows, col = item / row_blocks * cols;
+    omp_set_num_threads(1);  // of the calling thread; oneDNN asks OpenMP
+    const dnnl_status_t status =
+        dnnl_sgemm(g.trans_a ? 'T' : 'N', g.trans_b ? 'T' : 'N', std::min(rows, g.m - row),
+                   std::min(cols, g.n - col), g.k, 1.0f, g.a + row * (g.trans_a ? 1 : g.a_row),
+                   g.a_row, g.b + col * (g.trans_b ? g.b_row : 1), g.b_row,
+                   g.accumulate ? 1.0f : 0.0f, g.c + row * g.c_row + col, g.c_row);
+    if (status != dnnl_success) failure = status;
+  });
+  if (failure == dnnl_success) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat("oneDNN sgemm failed: want status 0, got ",
+                                          failure.load(), " for m=", g.m, " n=", g.n, " k=", g.k,
                                           "; report this shape"));
 }
 

@@ -66,7 +66,7 @@ absl::Status Copy(Context& context, TensorView src, TensorView dst) {
   }
   constexpr int64_t kGrain = int64_t{1} << 16;
   const int64_t cols = src.dim(1), pieces = (cols + kGrain - 1) / kGrain;
-  ParallelRanges(context.num_threads(), src.dim(0) * pieces, 64, [&](int64_t begin, int64_t end) {
+  ParallelRanges(context, src.dim(0) * pieces, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i / pieces, col = i % pieces * kGrain;
       CopyRun(static_cast<const char*>(src.data) + (row * src.stride[0] + col) * SizeOf(src.dtype),
@@ -97,7 +97,7 @@ absl::Status CopyBlocks(Context& context, const ops::CopyBlocksParams& p) {
     }
   }
   const int64_t block_bytes = pool.dim(2) * pool.dim(3) * SizeOf(pool.dtype);
-  ParallelRanges(context.num_threads(), pool.dim(0) * p.n, 16, [&](int64_t begin, int64_t end) {
+  ParallelRanges(context, pool.dim(0) * p.n, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       char* plane = static_cast<char*>(pool.data) + i / p.n * num_blocks * block_bytes;
       std::memcpy(plane + p.dst[i % p.n] * block_bytes, plane + p.src[i % p.n] * block_bytes,

@@ -21,7 +21,7 @@ absl::Status RmsNorm(Context& context, const ops::RmsNormParams& p) {
                       .Tensor("out", p.out, DType::kF32, {rows, hidden})
                       .Optional("rstd", p.rstd, DType::kF32, {rows})
                       .status());
-  ParallelRanges(context.num_threads(), rows, kGrainRows, [&](int64_t begin, int64_t end) {
+  ParallelRanges(context, rows, kGrainRows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float rstd = SimdKernels().rms_norm(p.x.f32() + i * p.x.stride[0], p.weight.f32(),
                                                 p.eps, p.out.f32() + i * p.out.stride[0], hidden);

@@ -139,17 +139,16 @@ absl::Status QkNormRope(Context& context, const ops::QkNormRopeParams& p) {
   RETURN_IF_ERROR(CheckForward(p));
   const ops::TokenBatch& batch = p.plan->batch();
   const bool stores = p.pages.k.present() && !batch.kv_slots.empty();
-  ParallelRanges(context.num_threads(), batch.num_rows(), kGrainRows,
-                 [&](int64_t begin, int64_t end) {
-                   for (int64_t i = begin; i < end; ++i) {
-                     const float* cos_sin = p.rope.f32() + batch.positions[i] * p.rope.stride[0];
-                     RotateRow(p.q_in, p.q_norm, p.eps, cos_sin, i, p.q_out);
-                     RotateRow(p.k_in, p.k_norm, p.eps, cos_sin, i, p.k_out);
-                     if (!stores || batch.kv_slots[i] < 0) continue;
-                     StoreRow(p.k_out, i, p.pages.k, batch.kv_slots[i]);
-                     StoreRow(p.v, i, p.pages.v, batch.kv_slots[i]);
-                   }
-                 });
+  ParallelRanges(context, batch.num_rows(), kGrainRows, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float* cos_sin = p.rope.f32() + batch.positions[i] * p.rope.stride[0];
+      RotateRow(p.q_in, p.q_norm, p.eps, cos_sin, i, p.q_out);
+      RotateRow(p.k_in, p.k_norm, p.eps, cos_sin, i, p.k_out);
+      if (!stores || batch.kv_slots[i] < 0) continue;
+      StoreRow(p.k_out, i, p.pages.k, batch.kv_slots[i]);
+      StoreRow(p.v, i, p.pages.v, batch.kv_slots[i]);
+    }
+  });
   return absl::OkStatus();
 }
 

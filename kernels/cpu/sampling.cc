@@ -186,7 +186,7 @@ absl::Status Sample(Context& context, const SampleParams& p) {
   for (int64_t i = 0; i < n; ++i) RETURN_IF_ERROR(CheckRow(p, p.rows[i]));
   float* scores = context.Scratch(context.num_threads() * vocab);
   std::vector<uint8_t> drawn(n);
-  ParallelFor(context.num_threads(), n,
+  ParallelFor(context, n,
               [&](int64_t i, int thread) { drawn[i] = SampleRow(p, i, scores + thread * vocab); });
   for (int64_t i = 0; i < n; ++i) {
     if (drawn[i]) continue;
