@@ -30,7 +30,7 @@ def add_commands(commands: Any, where: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument
     add("--task", choices=sorted(TASKS), default="number-reversal", help="default %(default)s")
-    add("--steps", type=int, default=15, help="rounds of the loop (default %(default)s)")
+    add("--steps", type=int, default=12, help="rounds of the loop (default %(default)s)")
     add("--updates", type=int, default=2, help="policy updates a step (default %(default)s)")
     add("--prompts", type=int, default=6, help="questions a step (default %(default)s)")
     add("--n", type=int, default=8, help="samples a question (default %(default)s)")
@@ -236,7 +236,8 @@ def report(records: Sequence[StepRecord], args: argparse.Namespace) -> int:
         "dedup": round(dedup, 2),
     }
     if args.plot:
-        plot_rewards([record.reward for record in records], [r.exact for r in records], args.plot)
+        rewards, exact = [r.reward for r in records], [r.exact for r in records]
+        plot_rewards(f"GRPO on {args.task}", rewards, exact, args.plot)
         print(f"reward curve: {args.plot}")
     if args.summary:
         with open(args.summary, "w", encoding="utf-8") as file:
