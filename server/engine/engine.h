@@ -37,7 +37,8 @@ struct RolloutRef {
 };
 
 struct TrainStepRequest {
-  std::string step_id;  // required, at most 256 bytes; a repeat returns the first answer
+  std::string step_id;      // required; a repeat returns the first answer
+  std::string tenant_salt;  // of the caller: rollouts of others are not found
   ForwardBackwardRequest batch;
   // Parallel to batch.groups: non-empty rollout_id = prompt, tokens, sampler and old log-probs come
   // from the rollout, and sample i of the group takes rollout_samples[group][i].
@@ -89,7 +90,9 @@ struct EngineOptions {
   int64_t max_running_samples = 256;
   int64_t max_queued_requests = 1024;  // full -> RESOURCE_EXHAUSTED at once
   int64_t max_group_size = 256;
-  int64_t max_context = 0;          // 0 = the model's
+  int64_t max_context = 0;  // 0 = the model's
+  // A reader that leaves no room for so long loses its stream: RESOURCE_EXHAUSTED.
+  absl::Duration max_reader_stall = absl::Seconds(60);
   int64_t max_rollouts = 4096;      // retained; the oldest goes first
   int64_t max_step_records = 1024;  // idempotency answers kept
   uint64_t seed = 0;                // of drawn seeds; 0 = from the OS
