@@ -62,35 +62,51 @@ int32_t ArgMax(const float* x, int64_t n) {
   return static_cast<int32_t>(std::max_element(x, x + n) - x);
 }
 
-// Zeroes the weights that the filters drop. `weights` are exp((logit - max) / temperature).
-void ApplyFilters(const SamplingRow& row, float* weights, int64_t vocab) {
-  const bool top_k = row.top_k > 0 && row.top_k < vocab;
-  const bool top_p = row.top_p < 1.0f;
-  if (top_k || top_p) {
-    std::vector<int32_t> order;
-    for (int64_t i = 0; i < vocab; ++i) {
-      if (weights[i] > 0) order.push_back(static_cast<int32_t>(i));
+// Length of the shortest prefix, by descending weight, that holds at least `top_p` of the weight of
+// order[0, n); that prefix is sorted. Sorts growing pieces, as a nucleus is mostly a few hundred
+// tokens.
+template <typename Larger>
+size_t SortNucleus(std::vector<int32_t>& order, size_t n, const float* weights, float top_p,
+                   const Larger& larger) {
+  double mass = 0;
+  for (size_t i = 0; i < n; ++i) mass += weights[order[i]];
+  double reached = 0;
+  size_t length = 0, sorted = 0;
+  while (length < n && reached < top_p * mass) {
+    if (length == sorted) {
+      sorted = std::min(n, std::max<size_t>(256, 4 * sorted));
+      std::nth_element(order.begin() + length, order.begin() + sorted, order.begin() + n, larger);
+      std::sort(order.begin() + length, order.begin() + sorted, larger);
     }
-    const auto larger = [weights](int32_t a, int32_t b) {
-      return weights[a] != weights[b] ? weights[a] > weights[b] : a < b;
-    };
-    size_t kept = order.size();
-    if (top_k && static_cast<size_t>(row.top_k) < kept) {
-      kept = row.top_k;
-      std::nth_element(order.begin(), order.begin() + kept, order.end(), larger);
-    }
-    if (top_p) {
-      std::sort(order.begin(), order.begin() + kept, larger);
-      double mass = 0;
-      for (size_t i = 0; i < kept; ++i) mass += weights[order[i]];
-      double reached = 0;
-      size_t end = 0;
-      while (end < kept && reached < row.top_p * mass) reached += weights[order[end++]];
-      kept = std::max<size_t>(end, 1);
-    }
-    for (size_t i = kept; i < order.size(); ++i) weights[order[i]] = 0;
+    reached += weights[order[length++]];
   }
-  if (row.min_p > 0) {  // the largest weight is 1
+  return std::max<size_t>(length, 1);
+}
+
+// Zeroes the weights outside the top-k and the nucleus.
+void KeepLargest(const SamplingRow& row, float* weights, int64_t vocab) {
+  std::vector<int32_t> order;
+  order.reserve(vocab);
+  for (int64_t i = 0; i < vocab; ++i) {
+    if (weights[i] > 0) order.push_back(static_cast<int32_t>(i));
+  }
+  const auto larger = [weights](int32_t a, int32_t b) {
+    return weights[a] != weights[b] ? weights[a] > weights[b] : a < b;
+  };
+  size_t kept = order.size();
+  if (row.top_k > 0 && static_cast<size_t>(row.top_k) < kept) {
+    kept = row.top_k;
+    std::nth_element(order.begin(), order.begin() + kept, order.end(), larger);
+  }
+  if (row.top_p < 1) kept = SortNucleus(order, kept, weights, row.top_p, larger);
+  for (size_t i = kept; i < order.size(); ++i) weights[order[i]] = 0;
+}
+
+// Zeroes the weights that the filters drop. `weights` are exp((logit - max) / temperature): the
+// largest is 1.
+void ApplyFilters(const SamplingRow& row, float* weights, int64_t vocab) {
+  if (row.top_k > 0 || row.top_p < 1) KeepLargest(row, weights, vocab);
+  if (row.min_p > 0) {
     for (int64_t i = 0; i < vocab; ++i) weights[i] = weights[i] >= row.min_p ? weights[i] : 0.0f;
   }
 }

@@ -169,8 +169,8 @@ TEST_F(RowOpsTest, SwiGluSaturatesWithoutNan) {
     gate_up[4 + i] = 1;
   }
   ASSERT_TRUE(ops_->SwiGlu({gate_up.view(), out.view()}).ok());
-  EXPECT_NEAR(out[0], 0, 1e-30);
-  EXPECT_NEAR(out[1], 0, 1e-30);
+  EXPECT_NEAR(out[0], 0, tolerance::kOpForward);
+  EXPECT_NEAR(out[1], 0, tolerance::kOpForward);
   EXPECT_EQ(out[2], 90);
   EXPECT_EQ(out[3], 200);
 }

@@ -170,9 +170,26 @@ TEST_F(SamplingTest, LogProbsAreThoseOfRawTemperedAndFilteredDistributions) {
   const Vector raw = Softmax(logits, 1), tempered = Softmax(logits, 0.8f);
   const Vector filtered = Filtered(tempered, rows[0]);
   for (size_t i = 0; i < rows.size(); ++i) {
-    EXPECT_NEAR(r.raw[i], std::log(raw[r.tokens[i]]), 1e-5);
-    EXPECT_NEAR(r.tempered[i], std::log(tempered[r.tokens[i]]), 1e-5);
-    EXPECT_NEAR(r.sampled[i], std::log(filtered[r.tokens[i]]), 1e-5);
+    EXPECT_NEAR(r.raw[i], std::log(raw[r.tokens[i]]), tolerance::kLogProb);
+    EXPECT_NEAR(r.tempered[i], std::log(tempered[r.tokens[i]]), tolerance::kLogProb);
+    EXPECT_NEAR(r.sampled[i], std::log(filtered[r.tokens[i]]), tolerance::kLogProb);
+  }
+}
+
+// A vocabulary in which the nucleus is larger than the pieces that are sorted.
+TEST_F(SamplingTest, LargeNucleusHasTheRightProbabilities) {
+  const std::vector<float> logits = RandomLogits(5, 5000, 0.3f);
+  const Vector p = Softmax(logits, 1);
+  for (const float top_p : {0.01f, 0.1f, 0.5f, 0.95f}) {
+    SamplingRow row = {.temperature = 1, .top_p = top_p, .seed = 8};
+    const Vector filtered = Filtered(p, row);
+    std::vector<SamplingRow> rows(200, row);
+    for (uint32_t i = 0; i < rows.size(); ++i) rows[i].position = i;
+    const Result r = Sample(logits, rows);
+    for (size_t i = 0; i < rows.size(); ++i) {
+      EXPECT_NEAR(r.sampled[i], std::log(filtered[r.tokens[i]]), tolerance::kLogProb)
+          << "top_p " << top_p;
+    }
   }
 }
 
@@ -204,10 +221,10 @@ TEST_F(SamplingTest, GreedyTakesTheLowestIdOfTheLargest) {
   const Result r = Sample(logits, {{.temperature = 0}}, 3);
   EXPECT_EQ(r.tokens[0], 1);
   EXPECT_EQ(r.sampled[0], 0);
-  EXPECT_NEAR(r.raw[0], std::log(Softmax(logits, 1)[1]), 1e-6);
+  EXPECT_NEAR(r.raw[0], std::log(Softmax(logits, 1)[1]), tolerance::kLogProb);
   EXPECT_EQ(r.tempered[0], r.raw[0]);
   EXPECT_EQ(r.top_ids, (std::vector<int32_t>{1, 3, 2}));
-  EXPECT_NEAR(r.top_values[2], std::log(Softmax(logits, 1)[2]), 1e-6);
+  EXPECT_NEAR(r.top_values[2], std::log(Softmax(logits, 1)[2]), tolerance::kLogProb);
 }
 
 TEST_F(SamplingTest, TinyTemperatureIsGreedyAndSplitsTies) {
@@ -232,9 +249,9 @@ TEST_F(SamplingTest, BiasMovesTheDrawButNotTheRawLogProb) {
   const SamplingRow row = {.temperature = 0.5f, .bias_begin = 0, .bias_end = 2};
   const Result forced = Sample(logits, {row}, 0, {{7, 100.0f}, {8, kMinusInf}});
   EXPECT_EQ(forced.tokens[0], 7);
-  EXPECT_NEAR(forced.raw[0], std::log(Softmax(logits, 1)[7]), 1e-5);
-  EXPECT_NEAR(forced.tempered[0], std::log(Softmax(logits, 0.5)[7]), 1e-5);
-  EXPECT_NEAR(forced.sampled[0], 0, 1e-6);
+  EXPECT_NEAR(forced.raw[0], std::log(Softmax(logits, 1)[7]), tolerance::kLogProb);
+  EXPECT_NEAR(forced.tempered[0], std::log(Softmax(logits, 0.5)[7]), tolerance::kLogProb);
+  EXPECT_NEAR(forced.sampled[0], 0, tolerance::kLogProb);
   SamplingRow greedy = row;
   greedy.temperature = 0;
   EXPECT_EQ(Sample(logits, {greedy}, 0, {{7, 50.0f}, {7, 50.0f}}).tokens[0], 7);
@@ -252,7 +269,8 @@ TEST_F(SamplingTest, TopLogprobsAreSortedAndComplete) {
   const std::vector<float> logits = RandomLogits(8, 5, 1);
   const Result r = Sample(logits, {{.temperature = 1}}, 20);
   const Vector p = Softmax(logits, 1);
-  for (int i = 0; i < 5; ++i) EXPECT_NEAR(r.top_values[i], std::log(p[r.top_ids[i]]), 1e-6);
+  for (int i = 0; i < 5; ++i)
+    EXPECT_NEAR(r.top_values[i], std::log(p[r.top_ids[i]]), tolerance::kLogProb);
   EXPECT_TRUE(std::is_sorted(r.top_values.rbegin() + 15, r.top_values.rend()));
   EXPECT_EQ(r.top_ids[5], -1);
 }

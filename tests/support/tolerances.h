@@ -15,6 +15,9 @@ inline constexpr double kFiniteDifferenceStep = 1e-5;
 // Elementary functions of simd/vec.h: about two units in the last place.
 inline constexpr double kElementary = 2.5e-7;
 
+// A log-prob of size at most 20 as a float, from a softmax whose exp has kElementary.
+inline constexpr double kLogProb = 1e-5;
+
 // Gradients of a shared tree against the sum over its sequences, run one by one, fp32 (promise P3).
 inline constexpr double kTreeVersusFlat = 1e-5;
 // Sums of a few dozen terms of size 1 in double precision.
