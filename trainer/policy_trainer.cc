@@ -61,6 +61,7 @@ absl::Status PolicyTrainer::LoadCheckpoint(absl::string_view directory) {
     ASSIGN_OR_RETURN(optimizer, Optimizer::Create(decoder_.config(), model_.params, ops_));
     RETURN_IF_ERROR(reader->ReadOptimizer(*optimizer, ops_));
   }
+  // The file is mapped and checked: from here on only the device can fail.
   RETURN_IF_ERROR(reader->ReadWeights(model_.params, ops_));
   optimizer_ = std::move(optimizer);
   version_ = reader->version();

@@ -54,12 +54,16 @@ class PolicyTrainer final : public Trainer {
     Retain least_retained = Retain::kAll;
   };
 
+  std::vector<TokenTree> BuildTrees(const RequestPlan& plan) const;  // one per pass
+  // Allocates what the largest pass needs.
+  absl::Status ReserveActivations(const std::vector<TokenTree>& trees);
   absl::Status RunPass(const ForwardBackwardRequest& request, const RequestPlan& plan, size_t index,
-                       PhaseTimer& phases, Totals& totals, std::vector<SampleResult>& results);
-  absl::StatusOr<Pass> BuildPass(const RequestPlan& plan, size_t index) const;
+                       TokenTree tree, PhaseTimer& phases, Totals& totals,
+                       std::vector<SampleResult>& results);
+  absl::StatusOr<Pass> BuildPass(TokenTree tree) const;
   absl::Status RunForward(Pass& pass, Retain retain, float temperature, PhaseTimer& phases);
   absl::Status RunBackward(const Pass& pass, float temperature, PhaseTimer& phases);
-  Retain ChooseRetain(const Pass& pass) const;
+  Retain ChooseRetain(const TokenTree& tree) const;
   absl::Status EnsureGradients();
   absl::Status EnsureOptimizer();
   absl::Status DropGradients();

@@ -93,13 +93,16 @@ absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
   PhaseTimer phases(clock_);
   ASSIGN_OR_RETURN(const RequestPlan plan, PlanTraining(decoder_.config(), limits_, request));
   RETURN_IF_ERROR(EnsureGradients());
+  std::vector<TokenTree> trees = BuildTrees(plan);
+  RETURN_IF_ERROR(ReserveActivations(trees));  // so that no later pass can lack memory
   phases.Lap("build_tree");
 
   Totals totals;
   ForwardBackwardResult result;
   result.samples.resize(plan.samples.size());
   for (size_t i = 0; i < plan.passes.size(); ++i) {
-    const absl::Status status = RunPass(request, plan, i, phases, totals, result.samples);
+    const absl::Status status =
+        RunPass(request, plan, i, std::move(trees[i]), phases, totals, result.samples);
     if (status.ok()) continue;
     LOG(ERROR) << "forward_backward_failed policy_version=" << Raw(version_)
                << " gradients=dropped status=\"" << status << '"';
@@ -120,13 +123,13 @@ absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
 }
 
 absl::Status PolicyTrainer::RunPass(const ForwardBackwardRequest& request, const RequestPlan& plan,
-                                    size_t index, PhaseTimer& phases, Totals& totals,
-                                    std::vector<SampleResult>& results) {
-  ASSIGN_OR_RETURN(Pass pass, BuildPass(plan, index));
+                                    size_t index, TokenTree tree, PhaseTimer& phases,
+                                    Totals& totals, std::vector<SampleResult>& results) {
+  ASSIGN_OR_RETURN(Pass pass, BuildPass(std::move(tree)));
   phases.Lap("build_tree");
   totals.unique += pass.tree.num_rows();
   const float temperature = request.loss.temperature;
-  const Retain retain = ChooseRetain(pass);
+  const Retain retain = ChooseRetain(pass.tree);
   totals.least_retained = std::min(totals.least_retained, retain);
 
   RETURN_IF_ERROR(RunForward(pass, retain, temperature, phases));
@@ -136,10 +139,26 @@ absl::Status PolicyTrainer::RunPass(const ForwardBackwardRequest& request, const
   return RunBackward(pass, temperature, phases);
 }
 
-absl::StatusOr<PolicyTrainer::Pass> PolicyTrainer::BuildPass(const RequestPlan& plan,
-                                                             size_t index) const {
+std::vector<TokenTree> PolicyTrainer::BuildTrees(const RequestPlan& plan) const {
+  std::vector<TokenTree> trees;
+  for (size_t i = 0; i < plan.passes.size(); ++i) {
+    trees.push_back(BuildTokenTree(plan.PassSequences(i), limits_.share_prefixes));
+  }
+  return trees;
+}
+
+absl::Status PolicyTrainer::ReserveActivations(const std::vector<TokenTree>& trees) {
+  for (const TokenTree& tree : trees) {
+    if (tree.targets.empty()) continue;
+    RETURN_IF_ERROR(activations_.Prepare(decoder_.config(), ops_, tree.num_rows(),
+                                         tree.num_head_rows(), ChooseRetain(tree)));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<PolicyTrainer::Pass> PolicyTrainer::BuildPass(TokenTree tree) const {
   Pass pass;
-  pass.tree = BuildTokenTree(plan.PassSequences(index), limits_.share_prefixes);
+  pass.tree = std::move(tree);
   ASSIGN_OR_RETURN(pass.batch, ops_.PlanBatch(pass.tree.batch));
   return pass;
 }
@@ -198,9 +217,10 @@ absl::StatusOr<std::vector<SampleResult>> PolicyTrainer::Score(
   RETURN_IF_ERROR(ValidateTemperature(temperature));
   ASSIGN_OR_RETURN(const RequestPlan plan, PlanScoring(decoder_.config(), limits_, groups));
   PhaseTimer phases(clock_);
+  std::vector<TokenTree> trees = BuildTrees(plan);
   std::vector<SampleResult> results(plan.samples.size());
   for (size_t i = 0; i < plan.passes.size(); ++i) {
-    ASSIGN_OR_RETURN(Pass pass, BuildPass(plan, i));
+    ASSIGN_OR_RETURN(Pass pass, BuildPass(std::move(trees[i])));
     RETURN_IF_ERROR(RunForward(pass, Retain::kNothing, temperature, phases));
     for (size_t j = 0; j < plan.passes[i].size(); ++j) {
       SamplePath path = GatherPath(pass.tree.samples[j], pass.head);
@@ -212,9 +232,9 @@ absl::StatusOr<std::vector<SampleResult>> PolicyTrainer::Score(
   return results;
 }
 
-Retain PolicyTrainer::ChooseRetain(const Pass& pass) const {
-  return Activations::Choose(decoder_.config(), ops_.Info().compute_dtype, pass.tree.num_rows(),
-                             pass.tree.num_head_rows(), activation_bytes_);
+Retain PolicyTrainer::ChooseRetain(const TokenTree& tree) const {
+  return Activations::Choose(decoder_.config(), ops_.Info().compute_dtype, tree.num_rows(),
+                             tree.num_head_rows(), activation_bytes_);
 }
 
 absl::Status PolicyTrainer::EnsureGradients() {

@@ -40,8 +40,9 @@ class Trainer {
                                                          const Clock& clock);
   virtual ~Trainer() = default;
 
-  // INVALID_ARGUMENT with group, sample and field for bad input; then nothing has changed. After a
-  // device error all pending gradients are dropped.
+  // INVALID_ARGUMENT with group, sample and field for bad input, RESOURCE_EXHAUSTED for
+  // activations: then nothing has changed. After a device error (INTERNAL) all pending gradients
+  // are dropped.
   virtual absl::StatusOr<ForwardBackwardResult> ForwardBackward(
       const ForwardBackwardRequest& request) = 0;
   // Clips, updates, zeroes gradients, increments the version. A non-finite norm skips the update
@@ -63,7 +64,10 @@ class Trainer {
   virtual absl::Status SaveCheckpoint(absl::string_view directory) = 0;
   // Bit-equal resume; drops pending gradients. The version becomes the checkpoint's: what was
   // cached under other weights must be forgotten by the caller. NOT_FOUND, DATA_LOSS,
-  // INVALID_ARGUMENT (another model's shape); on error nothing changed.
+  // INVALID_ARGUMENT (another model's shape), UNIMPLEMENTED (dtype), RESOURCE_EXHAUSTED
+  // (optimizer): then nothing has changed, as all of it is found before the first weight is
+  // written. A device error (INTERNAL) while weights are written leaves them mixed: the caller must
+  // stop.
   virtual absl::Status LoadCheckpoint(absl::string_view directory) = 0;
 };
 

@@ -1,7 +1,9 @@
 // FailingOps: a device that breaks. Forwards everything to another Ops until told to fail; from
-// then on PlanBatch, the first call of every batch, returns INTERNAL, and keeps doing so.
+// then on PlanBatch, the first call of every batch, returns INTERNAL, and keeps doing so. Memory
+// and uploads can be made to fail by themselves.
 #pragma once
 
+#include <limits>
 #include <memory>
 #include <utility>
 
@@ -14,6 +16,8 @@ class FailingOps final : public ops::Ops {
   explicit FailingOps(std::unique_ptr<ops::Ops> inner) : inner_(std::move(inner)) {}
 
   void Fail() { failing_ = true; }
+  void FailAllocations() { out_of_memory_ = true; }                // RESOURCE_EXHAUSTED from now on
+  void FailUploadsAfter(int uploads) { uploads_left_ = uploads; }  // INTERNAL after so many more
 
   absl::StatusOr<std::unique_ptr<ops::BatchPlan>> PlanBatch(const ops::TokenBatch& batch) override {
     if (failing_) return absl::InternalError("device: lost");
@@ -22,9 +26,14 @@ class FailingOps final : public ops::Ops {
 
   ops::DeviceInfo Info() const override { return inner_->Info(); }
   absl::StatusOr<DeviceBuffer> Allocate(int64_t size_bytes, absl::string_view label) override {
+    if (out_of_memory_) return absl::ResourceExhaustedError("device: out of memory");
     return inner_->Allocate(size_bytes, label);
   }
   absl::Status Upload(const void* host, TensorView dst) override {
+    if (uploads_left_-- == 0) {
+      uploads_left_ = 0;
+      return absl::InternalError("device: lost");
+    }
     return inner_->Upload(host, dst);
   }
   absl::Status Download(TensorView src, void* host) override { return inner_->Download(src, host); }
@@ -59,6 +68,8 @@ class FailingOps final : public ops::Ops {
  private:
   std::unique_ptr<ops::Ops> inner_;
   bool failing_ = false;
+  bool out_of_memory_ = false;
+  int64_t uploads_left_ = std::numeric_limits<int64_t>::max();
 };
 
 }  // namespace coppice

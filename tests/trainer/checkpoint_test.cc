@@ -7,10 +7,12 @@
 
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 
 #include "kernels/model/model_config.h"
 #include "tests/trainer/trainer_fixture.h"
 #include "trainer/hf_config.h"
+#include "trainer/sha256.h"
 
 namespace coppice {
 namespace {
@@ -52,6 +54,11 @@ void FlipByte(const std::string& path, int64_t offset) {
   const char byte = static_cast<char>(file.get() ^ 1);
   file.seekp(offset);
   file.put(byte);
+}
+
+std::string ReadText(const std::string& path) {
+  std::ifstream in(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
 }
 
 TEST_F(CheckpointTest, ResumesBitForBit) {
@@ -149,6 +156,42 @@ TEST_F(CheckpointTest, RefusesAnotherModel) {
               absl::StatusCode::kInvalidArgument);
     EXPECT_EQ(reader.Weights(), weights);
   }
+}
+
+// Whatever fails before the weights' turn leaves them; a device that fails later is INTERNAL.
+TEST_F(CheckpointTest, AFailingDeviceIsInternalAndNoVersion) {
+  TinyPolicy writer(Config());
+  TrainSteps(writer, 0, 1);
+  ASSERT_TRUE(writer.trainer().SaveCheckpoint(Path("a")).ok());
+  const int tensors = static_cast<int>(HfTensors(Config(), writer.model().params).size());
+  for (const int uploads :
+       {0, 1, 2 * tensors, 3 * tensors}) {  // moments come first, decay mask too
+    TinyPolicy policy(Config(), 5);
+    const std::vector<float> weights = policy.Weights();
+    policy.ops().FailUploadsAfter(uploads);
+    EXPECT_EQ(policy.trainer().LoadCheckpoint(Path("a")).code(), absl::StatusCode::kInternal);
+    EXPECT_EQ(Raw(policy.trainer().policy_version()), 0u);
+    const bool weights_begun = uploads > 2 * tensors;
+    EXPECT_EQ(policy.Weights() == weights, !weights_begun) << uploads;
+  }
+}
+
+TEST_F(CheckpointTest, RefusesADtypeItCannotReadAndChangesNothing) {
+  TinyPolicy policy(Config());
+  ASSERT_TRUE(policy.trainer().SaveCheckpoint(Path("a")).ok());
+  const std::string weights_file = Path("a/model.safetensors");
+  const std::string before = *Sha256OfFile(weights_file);
+  std::string bytes = ReadText(weights_file);
+  bytes.replace(bytes.rfind("\"F32\""), 5, "\"I32\"");  // of the last tensor
+  std::ofstream(weights_file, std::ios::binary) << bytes;
+  std::string manifest = ReadText(Path("a/checkpoint.json"));
+  manifest.replace(manifest.find(before), before.size(), *Sha256OfFile(weights_file));
+  std::ofstream(Path("a/checkpoint.json"), std::ios::binary) << manifest;
+
+  TinyPolicy reader(Config(), 5);
+  const std::vector<float> weights = reader.Weights();
+  EXPECT_EQ(reader.trainer().LoadCheckpoint(Path("a")).code(), absl::StatusCode::kUnimplemented);
+  EXPECT_EQ(reader.Weights(), weights);
 }
 
 TEST_F(CheckpointTest, WritesAConfigurationThatReadsBack) {

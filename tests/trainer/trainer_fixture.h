@@ -15,6 +15,7 @@
 #include "kernels/model/decoder.h"
 #include "kernels/model/model_loader.h"
 #include "kernels/ops/ops.h"
+#include "tests/support/failing_ops.h"
 #include "trainer/trainer.h"
 
 namespace coppice {
@@ -57,7 +58,7 @@ class TinyPolicy {
   explicit TinyPolicy(const ModelConfig& config, uint64_t seed = 1,
                       const Trainer::Options& options = {}) {
     SetMinLogSeverity(LogSeverity::kError);  // skipped updates are part of the tests
-    ops_ = std::move(ops::CreateOps("cpu", 2)).value();
+    ops_ = std::make_unique<FailingOps>(std::move(ops::CreateOps("cpu", 2)).value());
     model_ = std::move(RandomModel(config, seed, *ops_)).value();
     Perturb(seed);
     decoder_ = std::move(Decoder::Create(config, *ops_)).value();
@@ -66,7 +67,7 @@ class TinyPolicy {
 
   Trainer& trainer() { return *trainer_; }
   Model& model() { return model_; }
-  ops::Ops& ops() { return *ops_; }
+  FailingOps& ops() { return *ops_; }
   const ModelConfig& config() const { return model_.config; }
 
   std::vector<float> Weights() const { return Flat(model_.params); }
@@ -97,7 +98,7 @@ class TinyPolicy {
   }
 
   SteadyClock clock_;
-  std::unique_ptr<ops::Ops> ops_;
+  std::unique_ptr<FailingOps> ops_;
   Model model_;
   std::unique_ptr<Decoder> decoder_;
   std::unique_ptr<Trainer> trainer_;

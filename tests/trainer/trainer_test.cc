@@ -121,6 +121,27 @@ TEST(TrainerTest, SplitsWholeGroupsAndKeepsSharedPromptsTogether) {
   EXPECT_EQ(result.tokens.unique, 2 * 11);
 }
 
+// Acknowledged gradients survive a call that needs more memory than there is, in any of its passes.
+TEST(TrainerTest, LackOfMemoryIsFoundBeforeAGradientChanges) {
+  const auto group = [](int32_t token, size_t prompt) {
+    return TrainGroup{.prompt = std::vector<int32_t>(prompt, token),
+                      .samples = {{.tokens = {token, 3}, .advantages = {1}}}};
+  };
+  TinyPolicy policy = MakePolicy({.max_rows = 32});
+  ForwardBackwardRequest small, large;
+  small.groups = {group(1, 4)};
+  large.groups = {group(1, 4), group(9, 30)};  // two passes; the first fits the memory there is
+  ASSERT_TRUE(policy.trainer().ForwardBackward(small).ok());
+  const std::vector<float> gradients = policy.Gradients();
+
+  policy.ops().FailAllocations();
+
+  EXPECT_EQ(policy.trainer().ForwardBackward(large).status().code(),
+            absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(policy.trainer().has_pending_gradients());
+  EXPECT_EQ(policy.Gradients(), gradients);
+}
+
 TEST(TrainerTest, RecomputingLessOrMoreGivesTheSameBits) {
   ForwardBackwardRequest request;
   request.groups = {{.prompt = std::vector<int32_t>(60, 3)}};
