@@ -176,9 +176,7 @@ bool EngineImpl::AnswerWaiting() {
 }
 
 absl::Duration EngineImpl::IdleTime() const {
-  const std::optional<absl::Duration> deadline = generator_->NextDeadline();
-  if (!deadline.has_value()) return kMaxIdle;
-  return std::clamp(*deadline - clock_.Now(), absl::ZeroDuration(), kMaxIdle);
+  return std::clamp(generator_->NextDeadline() - clock_.Now(), absl::ZeroDuration(), kMaxIdle);
 }
 
 void EngineImpl::Shutdown(const absl::Status& status) {
@@ -360,10 +358,7 @@ void EngineImpl::Pause(RunningRequests running, bool abort, Reply<int64_t> reply
 
 void EngineImpl::Resume(Reply<int64_t> reply) {
   Post(Kind::kControl, std::move(reply), [this](const Reply<int64_t>& answer) {
-    paused_ = pausing_ = false;
-    for (const Reply<int64_t>& pause : std::exchange(pause_replies_, {})) {
-      pause(absl::AbortedError("pause: resumed before the running requests had finished"));
-    }
+    EndPause("resumed");
     LOG(INFO) << "unpaused running=" << generator_->num_running();
     answer(generator_->num_running() + generator_->num_waiting());
   });
@@ -374,14 +369,26 @@ void EngineImpl::Drain(Reply<int64_t> reply) {
   Post(Kind::kControl, std::move(reply), [this](Reply<int64_t> answer) {
     LOG(INFO) << "draining running=" << generator_->num_running()
               << " waiting=" << generator_->num_waiting();
-    paused_ = false;
+    EndPause("drained");
     drain_replies_.push_back(std::move(answer));
   });
 }
 
 // ---------------------------------------------------------------- commands, engine thread
 
+void EngineImpl::EndPause(absl::string_view why) {
+  paused_ = pausing_ = false;
+  for (const Reply<int64_t>& reply : std::exchange(pause_replies_, {})) {
+    reply(absl::AbortedError(
+        absl::StrCat("pause: ", why, " before the running requests had finished")));
+  }
+}
+
 void EngineImpl::StartPause(RunningRequests running, bool abort, Reply<int64_t> reply) {
+  if (const absl::Status open = CheckOpen(); !open.ok()) {
+    reply(open);
+    return;
+  }
   int64_t affected = generator_->num_running();
   if (abort) {
     affected = generator_->EndRunning();

@@ -73,6 +73,8 @@ class EngineImpl final : public Engine {
   bool RunCommands();
   // Answers Pause(drain) and Drain once their condition holds.
   bool AnswerWaiting();
+  // Whoever waits for the pause hears why it does not come.
+  void EndPause(absl::string_view why);
   void StartPause(RunningRequests running, bool abort, Reply<int64_t> reply);
   EngineStatus Status() const;
   absl::Duration IdleTime() const;

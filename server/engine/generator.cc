@@ -43,14 +43,15 @@ void Generator::Enqueue(std::unique_ptr<Group> group) {
 }
 
 absl::StatusOr<bool> Generator::Step(const StepMode& mode) {
-  bool changed = EndCancelledAndLate();
+  bool changed = EndGivenUp();
   if (!mode.run) return changed;
   AdmissionInput view = roster_.AdmissionView(*kv_, options_.max_running_samples, clock_.Now());
   view.open = mode.admit;
   view.tenant_tokens = tenants_.tokens();
   ASSIGN_OR_RETURN(const bool moved, ApplyAdmission(PlanAdmission(view)));
+  DropUnreadStems();
 
-  const RowPlan rows = PlanRows(roster_.RowView(*kv_, options_.max_batch_rows));
+  const RowPlan rows = PlanRows(roster_.PrepareRows(*kv_, options_.max_batch_rows));
   changed |= moved | FinishWarmStems();
   if (!rows.empty()) {
     const Batch batch = Build(rows);
@@ -64,22 +65,37 @@ absl::StatusOr<bool> Generator::Step(const StepMode& mode) {
   return changed;
 }
 
-bool Generator::EndCancelledAndLate() {
+bool Generator::EndGivenUp() {
   const absl::Duration now = clock_.Now();
-  const std::vector<Group*> ended = roster_.Select([now](const Group& g) {
-    return (g.sink != nullptr && g.sink->Cancelled()) ||
-           (g.request.deadline.has_value() && *g.request.deadline <= now);
-  });
-  for (Group* group : ended) {
-    const bool cancelled = group->sink != nullptr && group->sink->Cancelled();
+  bool any = false;
+  for (Group* group : roster_.Select([](const Group&) { return true; })) {
+    const std::optional<absl::Status> reason = ReasonToGiveUp(*group, now);
+    if (!reason.has_value()) continue;
     metrics_.requests_aborted.Increment();
-    EndWithStatus(*group, cancelled ? absl::CancelledError("generate: the caller is gone")
-                                    : absl::DeadlineExceededError(absl::StrCat(
-                                          "generate: deadline passed after ",
-                                          absl::FormatDuration(now - group->arrived),
-                                          "; give more time or ask for fewer tokens")));
+    EndWithStatus(*group, *reason);
+    any = true;
   }
-  return !ended.empty();
+  return any;
+}
+
+std::optional<absl::Status> Generator::ReasonToGiveUp(Group& group, absl::Duration now) const {
+  if (group.sink != nullptr && group.sink->Cancelled()) {
+    return absl::CancelledError("generate: the caller is gone");
+  }
+  if (group.request.deadline.has_value() && *group.request.deadline <= now) {
+    return absl::DeadlineExceededError(absl::StrCat("generate: deadline passed after ",
+                                                    absl::FormatDuration(now - group.arrived),
+                                                    "; give more time or ask for fewer tokens"));
+  }
+  if (HasReader(group)) {
+    group.stalled_since = absl::InfiniteDuration();
+    return std::nullopt;
+  }
+  group.stalled_since = std::min(group.stalled_since, now);
+  if (now - group.stalled_since < options_.max_reader_stall) return std::nullopt;
+  return absl::ResourceExhaustedError(absl::StrCat(
+      "generate: reader stalled: no room for another token for ",
+      absl::FormatDuration(now - group.stalled_since), "; read the stream as it comes"));
 }
 
 absl::StatusOr<bool> Generator::ApplyAdmission(const AdmissionPlan& plan) {
@@ -150,6 +166,15 @@ void Generator::DropStem(const std::shared_ptr<Stem>& stem) {
   roster_.RemoveStem(stem.get());
 }
 
+void Generator::DropUnreadStems() {
+  const std::vector<std::shared_ptr<Stem>> stems = roster_.stems();
+  for (const std::shared_ptr<Stem>& stem : stems) {
+    const bool read = std::any_of(stem->sprouts.begin(), stem->sprouts.end(),
+                                  [](const Sprout& s) { return HasReader(*s.group); });
+    if (!read) DropStem(stem);
+  }
+}
+
 int64_t Generator::RetractAll() {
   RestartStems();
   for (const auto& [id, group] : roster_.running()) {
@@ -171,11 +196,11 @@ void Generator::SetPolicy(PolicyVersion version, bool replaced) {
   metrics_.policy_version.Set(static_cast<double>(Raw(version)));
 }
 
-std::optional<absl::Duration> Generator::NextDeadline() const {
-  std::optional<absl::Duration> next;
-  for (const Group* g :
-       roster_.Select([](const Group& g) { return g.request.deadline.has_value(); })) {
-    next = next.has_value() ? std::min(*next, *g->request.deadline) : g->request.deadline;
+absl::Duration Generator::NextDeadline() const {
+  absl::Duration next = absl::InfiniteDuration();
+  for (const Group* g : roster_.Select([](const Group&) { return true; })) {
+    next = std::min({next, g->request.deadline.value_or(absl::InfiniteDuration()),
+                     g->stalled_since + options_.max_reader_stall});
   }
   return next;
 }

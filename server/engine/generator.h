@@ -62,8 +62,8 @@ class Generator {
   int64_t num_waiting() const { return static_cast<int64_t>(roster_.waiting().size()); }
   int64_t num_running() const { return static_cast<int64_t>(roster_.running().size()); }
   int64_t num_running_samples() const { return roster_.num_running_samples(); }
-  // The earliest deadline of any request, if there is one.
-  std::optional<absl::Duration> NextDeadline() const;
+  // When the first request will be late or its reader stalled for too long; infinite if none.
+  absl::Duration NextDeadline() const;
   Rollouts& rollouts() { return rollouts_; }
   KvStore& kv() { return *kv_; }
   void UpdateGauges();
@@ -84,7 +84,9 @@ class Generator {
             uint64_t nonce);
 
   // ---- Before the batch
-  bool EndCancelledAndLate();
+  // Requests that are cancelled, late, or whose reader has stalled for too long.
+  bool EndGivenUp();
+  std::optional<absl::Status> ReasonToGiveUp(Group& group, absl::Duration now) const;
   absl::StatusOr<bool> ApplyAdmission(const AdmissionPlan& plan);
   absl::StatusOr<bool> AdmitGroup(RequestId id);
   // Gives a sample (and those of its group that are as fresh) a stem. False if the pool lacks
@@ -92,6 +94,9 @@ class Generator {
   absl::StatusOr<bool> StartSprouts(Group& group, int32_t sample);
   void Retract(const SampleKey& key);
   void DropStem(const std::shared_ptr<Stem>& stem);
+  // A stem that no reader has room for gives way: what it produces, others may be waiting for. Its
+  // sprouts try again later.
+  void DropUnreadStems();
 
   // ---- The batch
   Batch Build(const RowPlan& plan);

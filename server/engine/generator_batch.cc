@@ -58,7 +58,7 @@ void Generator::SetAsideSlowReaders(Stem& stem) {
       s.group->samples[s.sample].state = Sample::State::kIdle;
     }
   }
-  CHECK(!kept.empty());  // RowView saw a reader, and only this thread fills one
+  CHECK(!kept.empty());  // the stem was kept for a reader, and only this thread fills one
   stem.sprouts = std::move(kept);
 }
 
@@ -90,12 +90,13 @@ absl::Status Generator::Publish(const Batch& batch, const std::vector<DrawnToken
 }
 
 void Generator::StartStreams(const Stem& stem) {
+  bool pays = true;  // the first request in line has computed the prompt; the others joined it
   for (const Sprout& sprout : stem.sprouts) {
     Group& group = *sprout.group;
     if (group.started) continue;
-    // The first request in line has computed the prompt; the others joined it.
-    SettleUsage(stem, &group == stem.sprouts.front().group, group);
+    SettleUsage(stem, pays, group);
     group.sink->OnStarted(group.seed, group.usage, kv_->policy_version());
+    pays = false;
   }
 }
 

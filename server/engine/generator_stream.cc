@@ -100,7 +100,8 @@ std::string Generator::Retain(const Group& group) {
   const float temperature = group.request.sampling.temperature;
   Rollout rollout{.prompt = group.request.prompt,
                   .temperature = temperature > 0 ? temperature : 1,
-                  .oldest_version = group.samples[0].oldest_version};
+                  .oldest_version = group.samples[0].oldest_version,
+                  .tenant_salt = group.request.tenant_salt};
   for (const Sample& sample : group.samples) {
     rollout.samples.push_back({sample.tokens, sample.sampler_logprobs});
     rollout.oldest_version = std::min(rollout.oldest_version, sample.oldest_version);

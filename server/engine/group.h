@@ -60,6 +60,8 @@ struct Group {
   absl::Duration arrived;
   uint64_t seed = 0;
 
+  absl::Duration stalled_since = absl::InfiniteDuration();  // its reader has no room
+
   bool started = false;  // OnStarted was called; usage of the prompt is settled
   PeekResult estimate;   // while waiting: what the cache holds of the prompt
   Usage usage;
@@ -82,7 +84,6 @@ struct Sprout {
 struct Stem {
   uint64_t id = 0;  // ascending in order of creation; names the producer in the cache
   Namespace ns;
-  PolicyVersion version{0};
   std::vector<int32_t> tokens;
   bool joinable = false;     // others with the same tokens may sprout from it
   bool wants_logits = true;  // false for Warm

@@ -85,7 +85,6 @@ absl::StatusOr<std::shared_ptr<Stem>> KvStore::StartStem(const Group& group,
   const GenerateRequest& request = group.request;
   auto stem = std::make_shared<Stem>();
   stem->ns = NamespaceOf(request.tenant_salt);
-  stem->version = version_;
   stem->tokens = std::move(tokens);
   stem->priority = request.priority;
   stem->joinable = !request.cache_skip_read && !request.cache_skip_write;

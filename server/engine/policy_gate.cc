@@ -1,11 +1,11 @@
 #include "server/engine/policy_gate.h"
 
-#include <sys/stat.h>
+#include <optional>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/log.h"
 #include "kernels/base/status_macros.h"
-#include "server/engine/validate.h"
 #include "trainer/validate.h"
 
 namespace coppice {
@@ -14,19 +14,11 @@ namespace {
 constexpr size_t kMaxOperations = 256;      // waiting for their turn
 constexpr size_t kMaxRepeatsInFlight = 64;  // of one step
 
-bool Exists(const std::string& path) {
-  struct stat info;
-  return stat(path.c_str(), &info) == 0;
-}
-
 absl::Status NoStepLog() {
   return absl::FailedPreconditionError(
       "train step: durable: want a directory for durable steps, got none; start the daemon with a "
       "checkpoint directory");
 }
-
-std::string CheckpointPath(const std::string& dir) { return dir + "/latest"; }
-std::string RecordsPath(const std::string& dir) { return dir + "/steps.json"; }
 
 }  // namespace
 
@@ -36,15 +28,17 @@ PolicyGate::PolicyGate(const Options& options, std::unique_ptr<Trainer> trainer,
       trainer_(std::move(trainer)),
       generator_(generator),
       metrics_(metrics),
-      records_(options.max_step_records) {}
+      records_(options.max_step_records),
+      log_(options.step_log_dir) {}
 
 absl::Status PolicyGate::Resume() {
-  if (!options_.step_log_dir.empty() && Exists(CheckpointPath(options_.step_log_dir))) {
-    RETURN_IF_ERROR(trainer_->LoadCheckpoint(CheckpointPath(options_.step_log_dir)));
-    RETURN_IF_ERROR(
-        records_.ReadFile(RecordsPath(options_.step_log_dir), trainer_->policy_version()));
+  const std::optional<StepLog::Entry> newest = log_.present() ? log_.Newest() : std::nullopt;
+  if (newest.has_value()) {
+    RETURN_IF_ERROR(trainer_->LoadCheckpoint(newest->checkpoint));
+    RETURN_IF_ERROR(records_.ReadFile(newest->records));
+    log_.RemoveOthers(*newest);
     LOG(INFO) << "resumed policy_version=" << Raw(trainer_->policy_version())
-              << " dir=" << options_.step_log_dir;
+              << " dir=" << newest->checkpoint;
   }
   generator_.SetPolicy(trainer_->policy_version(), false);
   return absl::OkStatus();
@@ -60,14 +54,16 @@ void PolicyGate::Add(Operation operation) {
 }
 
 void PolicyGate::Submit(StepKind kind, TrainStepRequest request, Reply<TrainStepResult> reply) {
-  if (request.step_id.empty() || request.step_id.size() > kMaxNameBytes) {
-    reply(absl::InvalidArgumentError(absl::StrCat("train step: step_id: want 1 to ", kMaxNameBytes,
-                                                  " bytes, got ", request.step_id.size())));
+  if (request.step_id.empty()) {
+    reply(absl::InvalidArgumentError(
+        "train step: step_id: want a name that is new for each step, got none"));
     return;
   }
   if (AnswerRepeat(kind, request, reply)) return;
   // What is wrong whatever happens before its turn is refused before anyone is drained for it.
-  if (const absl::Status check = Check(kind, request); operations_.empty() && !check.ok()) {
+  absl::Status check = Check(kind, request);
+  if (check.ok()) check = generator_.rollouts().Check(request, trainer_->policy_version());
+  if (operations_.empty() && !check.ok()) {
     reply(check);
     return;
   }
@@ -124,6 +120,7 @@ absl::Status PolicyGate::RunAndAnswer(StepKind kind, TrainStepRequest request) {
   // The file of records that goes with the checkpoint must hold this step, so it is recorded first,
   // unanswered.
   std::vector<Reply<TrainStepResult>> waiting = records_.Keep(key, *result);
+  if (kind == StepKind::kForwardBackward) pending_forwards_.push_back(key);
   absl::Status saved;
   if (durable) saved = SaveDurably();
   records_.Find(key)->durable = durable && saved.ok();
@@ -148,7 +145,7 @@ absl::Status PolicyGate::Check(StepKind kind, const TrainStepRequest& request) c
         absl::StrCat("train step: max_policy_lag: want at least 0, got ", request.max_policy_lag));
   }
   if (kind == StepKind::kForwardBackward) return absl::OkStatus();
-  if (request.durable && options_.step_log_dir.empty()) return NoStepLog();
+  if (request.durable && !log_.present()) return NoStepLog();
   return ValidateAdam(request.optim);
 }
 
@@ -157,10 +154,11 @@ absl::StatusOr<TrainStepResult> PolicyGate::RunStep(StepKind kind, TrainStepRequ
   TrainStepResult result;
   if (kind != StepKind::kOptimStep) {
     RETURN_IF_ERROR(generator_.rollouts().Resolve(request, trainer_->policy_version()));
-    ASSIGN_OR_RETURN(result.batch, trainer_->ForwardBackward(request.batch));
+    ASSIGN_OR_RETURN(result.batch, RunForwardBackward(request.batch));
   }
   if (kind != StepKind::kForwardBackward) {
     ASSIGN_OR_RETURN(OptimStepResult optim, trainer_->OptimStep(request.optim));
+    pending_forwards_.clear();
     result.skipped = optim.skipped;
     result.skip_reason = std::move(optim.skip_reason);
     result.grad_norm = optim.grad_norm;
@@ -175,6 +173,17 @@ absl::StatusOr<TrainStepResult> PolicyGate::RunStep(StepKind kind, TrainStepRequ
   return result;
 }
 
+absl::StatusOr<ForwardBackwardResult> PolicyGate::RunForwardBackward(
+    const ForwardBackwardRequest& batch) {
+  absl::StatusOr<ForwardBackwardResult> result = trainer_->ForwardBackward(batch);
+  if (result.ok() || trainer_->has_pending_gradients() || pending_forwards_.empty()) return result;
+  for (const StepRecords::Key& key : pending_forwards_) records_.Forget(key);
+  const size_t dropped = std::exchange(pending_forwards_, {}).size();
+  return absl::Status(result.status().code(),
+                      absl::StrCat(result.status().message(), "; the gradients of ", dropped,
+                                   " earlier calls are dropped with it: repeat them"));
+}
+
 void PolicyGate::ChangePolicy(RunningRequests running, bool replaced) {
   if (running == RunningRequests::kRetract) generator_.RetractAll();
   if (running == RunningRequests::kKeep) generator_.RestartStems();
@@ -182,11 +191,15 @@ void PolicyGate::ChangePolicy(RunningRequests running, bool replaced) {
 }
 
 absl::Status PolicyGate::SaveDurably() {
-  if (options_.step_log_dir.empty()) return NoStepLog();
-  absl::Status saved = records_.WriteFile(RecordsPath(options_.step_log_dir));
-  if (saved.ok()) saved = trainer_->SaveCheckpoint(CheckpointPath(options_.step_log_dir));
-  if (saved.ok()) return saved;
-  return absl::UnavailableError(absl::StrCat(
+  if (!log_.present()) return NoStepLog();
+  const StepLog::Entry next = log_.Next();
+  absl::Status saved = records_.WriteFile(next.records);
+  if (saved.ok()) saved = trainer_->SaveCheckpoint(next.checkpoint);
+  if (saved.ok()) {
+    log_.RemoveOthers(next);
+    return saved;
+  }
+  return absl::DataLossError(absl::StrCat(
       "train step: applied as policy version ", Raw(trainer_->policy_version()),
       " but not on disk: ", saved.message(), "; repeat the step_id to try the disk again"));
 }
@@ -236,6 +249,7 @@ void PolicyGate::LoadCheckpoint(std::string directory, Reply<PolicyVersion> repl
              const absl::Status loaded = trainer_->LoadCheckpoint(directory);
              if (loaded.ok()) {
                records_.Clear();
+               pending_forwards_.clear();
                ChangePolicy(RunningRequests::kDrain, true);
                LOG(INFO) << "checkpoint_loaded dir=" << directory
                          << " policy_version=" << Raw(trainer_->policy_version());

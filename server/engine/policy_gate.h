@@ -28,6 +28,7 @@
 #include "absl/status/statusor.h"
 #include "server/engine/engine.h"
 #include "server/engine/generator.h"
+#include "server/engine/step_log.h"
 #include "server/engine/step_records.h"
 #include "server/metrics/metrics.h"
 #include "trainer/trainer.h"
@@ -80,9 +81,10 @@ class PolicyGate {
   absl::Status RunAndAnswer(StepKind kind, TrainStepRequest request);
   absl::StatusOr<TrainStepResult> RunStep(StepKind kind, TrainStepRequest request);
   absl::Status Check(StepKind kind, const TrainStepRequest& request) const;
-  absl::Status RunForwardBackward(TrainStepRequest& request, TrainStepResult& result);
-  absl::Status RunOptimStep(const TrainStepRequest& request, TrainStepResult& result);
-  // Step records first, then the checkpoint: see step_records.h.
+  // `batch` through the trainer. If it fails and takes earlier gradients with it, their answers are
+  // forgotten.
+  absl::StatusOr<ForwardBackwardResult> RunForwardBackward(const ForwardBackwardRequest& batch);
+  // Step records, then the checkpoint: see step_log.h.
   absl::Status SaveDurably();
   void ChangePolicy(RunningRequests running, bool replaced);
   void CountStep(StepKind kind, const TrainStepResult& result);
@@ -93,6 +95,9 @@ class PolicyGate {
   Metrics& metrics_;
   std::deque<Operation> operations_;
   StepRecords records_;
+  StepLog log_;
+  std::vector<StepRecords::Key>
+      pending_forwards_;  // answered, in the gradients, not in the weights
 };
 
 }  // namespace coppice

@@ -29,7 +29,7 @@ void Rollouts::Clear() {
   order_.clear();
 }
 
-absl::Status Rollouts::Resolve(TrainStepRequest& request, PolicyVersion current) const {
+absl::Status Rollouts::Check(const TrainStepRequest& request, PolicyVersion current) const {
   if (request.rollout_ids.empty()) return absl::OkStatus();
   const size_t groups = request.batch.groups.size();
   if (request.rollout_ids.size() != groups || request.rollout_samples.size() != groups) {
@@ -38,50 +38,64 @@ absl::Status Rollouts::Resolve(TrainStepRequest& request, PolicyVersion current)
         request.rollout_ids.size(), " ids and ", request.rollout_samples.size(), " sample lists"));
   }
   for (size_t g = 0; g < groups; ++g) {
-    if (!request.rollout_ids[g].empty()) RETURN_IF_ERROR(ResolveGroup(request, g, current));
+    if (!request.rollout_ids[g].empty()) RETURN_IF_ERROR(CheckGroup(request, g, current));
   }
   return absl::OkStatus();
 }
 
-absl::Status Rollouts::ResolveGroup(TrainStepRequest& request, size_t g,
-                                    PolicyVersion current) const {
+absl::Status Rollouts::CheckGroup(const TrainStepRequest& request, size_t g,
+                                  PolicyVersion current) const {
   const std::string& id = request.rollout_ids[g];
-  const std::vector<int32_t>& indices = request.rollout_samples[g];
-  TrainGroup& group = request.batch.groups[g];
   const std::string where = absl::StrCat("train step: group ", g, ": rollout ", id);
   const Rollout* rollout = Find(id);
-  if (rollout == nullptr) {
-    return absl::NotFoundError(absl::StrCat(where, ": not among the ", size(),
-                                            " retained; generate with retain and train before ",
-                                            capacity_, " newer ones"));
+  if (rollout == nullptr || rollout->tenant_salt != request.tenant_salt) {
+    return absl::NotFoundError(
+        absl::StrCat(where, ": not among the retained ones; generate with retain and train before ",
+                     capacity_, " newer ones"));
   }
+  // A version that went back (a loaded checkpoint) counts as infinitely far.
   const uint64_t lag = Raw(current) - Raw(rollout->oldest_version);
   if (lag > static_cast<uint64_t>(request.max_policy_lag)) {
     return absl::FailedPreconditionError(
-        absl::StrCat(where, ": want a policy lag of at most ", request.max_policy_lag, ", got ",
-                     lag, " (drawn by version ", Raw(rollout->oldest_version), ", now ",
-                     Raw(current), "); generate again or raise max_policy_lag"));
+        absl::StrCat(where, ": want a policy lag of at most ", request.max_policy_lag,
+                     ", got version ", Raw(rollout->oldest_version), " under version ",
+                     Raw(current), "; generate again or raise max_policy_lag"));
   }
   if (rollout->temperature != request.batch.loss.temperature) {
     return absl::InvalidArgumentError(
         absl::StrCat(where, ": loss temperature: want ", rollout->temperature,
                      " as sampled (greedy counts as 1), got ", request.batch.loss.temperature));
   }
-  if (indices.size() != group.samples.size()) {
+  const std::vector<int32_t>& indices = request.rollout_samples[g];
+  const size_t samples = request.batch.groups[g].samples.size();
+  if (indices.size() != samples) {
     return absl::InvalidArgumentError(absl::StrCat(where, ": want one sample index per sample, ",
-                                                   group.samples.size(), ", got ", indices.size()));
+                                                   samples, ", got ", indices.size()));
   }
-  group.prompt = rollout->prompt;
-  for (size_t s = 0; s < indices.size(); ++s) {
-    if (indices[s] < 0 || indices[s] >= static_cast<int64_t>(rollout->samples.size())) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          where, ": sample index: want 0 to ", rollout->samples.size() - 1, ", got ", indices[s]));
+  for (const int32_t index : indices) {
+    if (index >= 0 && index < static_cast<int64_t>(rollout->samples.size())) continue;
+    return absl::InvalidArgumentError(absl::StrCat(where, ": sample index: want 0 to ",
+                                                   rollout->samples.size() - 1, ", got ", index));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Rollouts::Resolve(TrainStepRequest& request, PolicyVersion current) const {
+  RETURN_IF_ERROR(Check(request, current));
+  for (size_t g = 0; g < request.rollout_ids.size(); ++g) {
+    if (request.rollout_ids[g].empty()) continue;
+    const Rollout& rollout = *Find(request.rollout_ids[g]);
+    TrainGroup& group = request.batch.groups[g];
+    group.prompt = rollout.prompt;
+    for (size_t s = 0; s < group.samples.size(); ++s) {
+      const RolloutSample& from = rollout.samples[request.rollout_samples[g][s]];
+      TrainSample& to = group.samples[s];
+      to.tokens = from.tokens;
+      if (to.sampler_logprobs.empty()) to.sampler_logprobs = from.sampler_logprobs;
+      if (to.old_logprobs.empty() && rollout.oldest_version != current) {
+        to.old_logprobs = from.sampler_logprobs;
+      }
     }
-    const RolloutSample& from = rollout->samples[indices[s]];
-    TrainSample& to = group.samples[s];
-    to.tokens = from.tokens;
-    if (to.sampler_logprobs.empty()) to.sampler_logprobs = from.sampler_logprobs;
-    if (to.old_logprobs.empty() && lag > 0) to.old_logprobs = from.sampler_logprobs;
   }
   return absl::OkStatus();
 }

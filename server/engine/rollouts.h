@@ -29,6 +29,7 @@ struct Rollout {
   std::vector<RolloutSample> samples;
   float temperature = 1;            // of the sampler log-probs
   PolicyVersion oldest_version{0};  // that drew any of its tokens
+  std::string tenant_salt;          // of the request that drew it; nobody else may train on it
 };
 
 class Rollouts {
@@ -42,15 +43,18 @@ class Rollouts {
   void Clear();
   int64_t size() const { return static_cast<int64_t>(by_id_.size()); }
 
+  // Whether Resolve would succeed. NOT_FOUND (unknown, dropped or another tenant's id),
+  // FAILED_PRECONDITION (older than max_policy_lag), INVALID_ARGUMENT (sample index, temperature,
+  // shapes).
+  absl::Status Check(const TrainStepRequest& request, PolicyVersion current) const;
   // Replaces references by tokens and log-probs. A rollout of an older policy supplies its sampler
   // log-probs as old ones too; of the current policy none, so that the ratio is exactly 1. What the
-  // request itself gives is kept. NOT_FOUND (unknown or dropped id), FAILED_PRECONDITION (older
-  // than max_policy_lag), INVALID_ARGUMENT (sample index, temperature, shapes); on error `request`
-  // may be half resolved.
+  // request itself gives is kept. Errors as Check; then nothing has changed.
   absl::Status Resolve(TrainStepRequest& request, PolicyVersion current) const;
 
  private:
-  absl::Status ResolveGroup(TrainStepRequest& request, size_t group, PolicyVersion current) const;
+  absl::Status CheckGroup(const TrainStepRequest& request, size_t group,
+                          PolicyVersion current) const;
 
   const int64_t capacity_;
   const uint64_t nonce_;

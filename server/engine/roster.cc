@@ -175,7 +175,7 @@ void Roster::ViewStems(const KvStore& kv, AdmissionInput& input) const {
   }
 }
 
-RowInput Roster::RowView(KvStore& kv, int64_t max_rows) const {
+RowInput Roster::PrepareRows(KvStore& kv, int64_t max_rows) {
   RowInput input{.max_rows = max_rows, .block_tokens = kv.block_tokens()};
   for (const auto& [id, group] : running_) {
     for (int32_t i = 0; i < static_cast<int32_t>(group->samples.size()); ++i) {
@@ -186,9 +186,7 @@ RowInput Roster::RowView(KvStore& kv, int64_t max_rows) const {
     }
   }
   for (const std::shared_ptr<Stem>& stem : stems_) {
-    const bool wanted = std::any_of(stem->sprouts.begin(), stem->sprouts.end(),
-                                    [](const Sprout& s) { return HasReader(*s.group); });
-    if (!kv.Refresh(*stem) || !wanted) continue;
+    if (!kv.Refresh(*stem)) continue;
     input.prefill.push_back({.stem = stem->id,
                              .priority = stem->priority,
                              .first_row = stem->next_row,

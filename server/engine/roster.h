@@ -47,7 +47,9 @@ class Roster {
 
   // ---- Views
   AdmissionInput AdmissionView(const KvStore& kv, int64_t max_samples, absl::Duration now);
-  RowInput RowView(KvStore& kv, int64_t max_rows) const;
+  // What can run now: samples that have or get the block for their next token, stems whose next row
+  // may be computed.
+  RowInput PrepareRows(KvStore& kv, int64_t max_rows);
 
  private:
   // Looks a few waiting prompts up in the cache again, the next ones each time.

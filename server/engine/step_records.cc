@@ -1,15 +1,12 @@
 #include "server/engine/step_records.h"
 
-#include <fcntl.h>
-#include <unistd.h>
-
-#include <cstdio>
 #include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "absl/strings/str_cat.h"
+#include "server/engine/step_log.h"
 
 namespace coppice {
 namespace {
@@ -58,10 +55,6 @@ TrainStepResult FromJson(const json& j) {
   return r;
 }
 
-absl::Status FileError(absl::string_view what, const std::string& path) {
-  return absl::UnavailableError(absl::StrCat("step records: cannot ", what, " ", path));
-}
-
 }  // namespace
 
 StepRecords::Record* StepRecords::Find(const Key& key) {
@@ -93,6 +86,11 @@ void StepRecords::Fail(const Key& key, const absl::Status& status) {
   for (const Reply<TrainStepResult>& reply : waiting) reply(status);
 }
 
+void StepRecords::Forget(const Key& key) {
+  records_.erase(key);
+  std::erase(done_, key);
+}
+
 void StepRecords::Clear() {
   for (const Key& key : done_) records_.erase(key);
   done_.clear();
@@ -105,18 +103,10 @@ absl::Status StepRecords::WriteFile(const std::string& path) const {
     if (skip-- > 0 || key.first == StepKind::kForwardBackward) continue;
     steps.push_back(ToJson(key, records_.at(key).result));
   }
-  const std::string text = steps.dump();
-  const std::string temporary = path + ".tmp";
-  const int fd = open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (fd < 0) return FileError("create", temporary);
-  const bool written =
-      write(fd, text.data(), text.size()) == static_cast<ssize_t>(text.size()) && fsync(fd) == 0;
-  if (close(fd) != 0 || !written) return FileError("write", temporary);
-  if (std::rename(temporary.c_str(), path.c_str()) != 0) return FileError("rename", temporary);
-  return absl::OkStatus();
+  return WriteSynced(path, steps.dump());
 }
 
-absl::Status StepRecords::ReadFile(const std::string& path, PolicyVersion newest) {
+absl::Status StepRecords::ReadFile(const std::string& path) {
   Clear();
   std::ifstream file(path);
   if (!file) return absl::OkStatus();
@@ -125,10 +115,8 @@ absl::Status StepRecords::ReadFile(const std::string& path, PolicyVersion newest
   // The library reports wrong types by exceptions; they end here.
   try {
     for (const json& step : json::parse(text.str())) {
-      const TrainStepResult result = FromJson(step);
-      if (result.policy_version > newest) continue;
       const Key key{static_cast<StepKind>(step.at("kind").get<int>()), step.at("step_id")};
-      Keep(key, result);
+      Keep(key, FromJson(step));
       records_[key].durable = true;
     }
   } catch (const json::exception& e) {

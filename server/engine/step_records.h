@@ -2,9 +2,7 @@
 // asked for. Kept per kind of call, at most `capacity` finished ones; the oldest goes first. Owner
 // and thread: PolicyGate, on the engine thread.
 //
-// The newest can be written to a file beside a durable checkpoint. The file is written first: on
-// restart, answers of versions that the checkpoint does not have are dropped, so an answer is kept
-// iff its step is in the weights.
+// The newest can be written to a file that goes with a durable checkpoint: step_log.h.
 #pragma once
 
 #include <cstdint>
@@ -40,13 +38,15 @@ class StepRecords {
   std::vector<Reply<TrainStepResult>> Keep(const Key& key, const TrainStepResult& result);
   // Answers all who wait with `status`; forgets the step.
   void Fail(const Key& key, const absl::Status& status);
+  // A finished step that has no effect any more.
+  void Forget(const Key& key);
   void Clear();  // finished ones
 
-  // All finished steps that changed weights, newest kMaxPersisted. Written to a temporary file,
-  // synced, renamed.
+  // The newest kMaxPersistedSteps finished steps, without ForwardBackward: gradients are in no
+  // checkpoint.
   absl::Status WriteFile(const std::string& path) const;
   // Replaces all. A missing file is an empty one. DATA_LOSS if it cannot be read.
-  absl::Status ReadFile(const std::string& path, PolicyVersion newest);
+  absl::Status ReadFile(const std::string& path);
 
  private:
   const int64_t capacity_;

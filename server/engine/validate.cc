@@ -20,11 +20,6 @@ absl::Status Bad(absl::string_view field, const Want& want, const Got& got,
 
 std::string TokenRange(int64_t vocab) { return absl::StrCat("token ids in [0, ", vocab, ")"); }
 
-absl::Status CheckName(absl::string_view field, absl::string_view name) {
-  if (name.size() <= kMaxNameBytes) return absl::OkStatus();
-  return Bad(field, absl::StrCat("at most ", kMaxNameBytes, " bytes"), name.size());
-}
-
 absl::Status CheckFilters(const SamplingOptions& s, const GenerateLimits& limits) {
   if (!std::isfinite(s.temperature) || s.temperature < 0) {
     return Bad("temperature", "a finite number >= 0", s.temperature, "0 is greedy");
@@ -81,8 +76,6 @@ absl::Status CheckFits(const GenerateRequest& request, const GenerateLimits& lim
 }  // namespace
 
 absl::Status ValidatePrompt(const GenerateRequest& request, const GenerateLimits& limits) {
-  RETURN_IF_ERROR(CheckName("request_id", request.request_id));
-  RETURN_IF_ERROR(CheckName("session_id", request.session_id));
   if (request.prompt.empty()) return Bad("prompt", "at least 1 token", 0);
   if (static_cast<int64_t>(request.prompt.size()) >= limits.max_context) {
     return Bad("prompt", absl::StrCat("fewer tokens than the context of ", limits.max_context),

@@ -23,11 +23,10 @@ inline constexpr size_t kMaxStopStrings = 16;
 inline constexpr size_t kMaxStopStringBytes = 256;
 inline constexpr size_t kMaxStopTokens = 256;
 inline constexpr size_t kMaxLogitBiases = 1024;
-inline constexpr size_t kMaxNameBytes = 256;  // request_id, session_id, step_id
 
 // INVALID_ARGUMENT naming the field with want and got.
 absl::Status ValidateGenerate(const GenerateRequest& request, const GenerateLimits& limits);
-// The part that Warm needs: names, prompt, cache fields.
+// The part that Warm needs: prompt and cache fields.
 absl::Status ValidatePrompt(const GenerateRequest& request, const GenerateLimits& limits);
 
 }  // namespace coppice

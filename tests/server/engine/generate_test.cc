@@ -311,6 +311,23 @@ TEST(GenerateTest, PauseKeepsRetractsAbortsOrDrains) {
   test.ExpectNothingLeaked();
 }
 
+TEST(GenerateTest, DrainEndsAPauseAndForbidsAnother) {
+  EngineUnderTest test;
+  const auto running = test.Submit(Request(RandomPrompt(40, 7), 10));
+  test.Steps(3);
+  Answer<int64_t> paused, late, drained;
+  test.engine().Pause(RunningRequests::kDrain, false, paused.reply());
+  const auto queued = test.Submit(Request(RandomPrompt(40, 8), 10));
+  test.Steps(1);
+  test.engine().Drain(drained.reply());
+  test.engine().Pause(RunningRequests::kKeep, false, late.reply());
+  test.RunAll();
+  EXPECT_EQ(paused.get().status().code(), absl::StatusCode::kAborted);
+  EXPECT_EQ(late.get().status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_TRUE(drained.get().ok());
+  EXPECT_TRUE(running->status.ok() && queued->status.ok());
+}
+
 TEST(GenerateTest, AfterTheEndEverybodyIsAnswered) {
   EngineUnderTest test;
   const auto running = test.Submit(Request(RandomPrompt(40, 7), 500));

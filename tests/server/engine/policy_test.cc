@@ -132,6 +132,24 @@ TEST(PolicyTest, APrefillInFlightStartsAgainUnderTheNewWeights) {
   }
 }
 
+TEST(PolicyTest, AStalledReaderDoesNotHoldADrainForEver) {
+  EngineOptions options;
+  options.max_reader_stall = absl::Seconds(20);
+  EngineUnderTest test(options);
+  const auto stalled = test.Submit(Request(RandomPrompt(20, 1), 50));
+  test.Steps(3);
+  stalled->room = false;
+  Answer<TrainStepResult> step;
+  test.engine().TrainStep(StepOnTokens("s1"), step.reply());
+  test.RunAll();
+  EXPECT_FALSE(step.has());
+  test.clock().Advance(absl::Seconds(20));
+  test.RunAll();
+  EXPECT_EQ(stalled->status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(step.get().ok());
+  test.ExpectNothingLeaked();
+}
+
 // ---- Idempotency
 
 TEST(PolicyTest, ARepeatedStepReturnsTheFirstAnswer) {
@@ -261,6 +279,29 @@ TEST(PolicyTest, RolloutsAreCheckedBeforeAnythingChanges) {
   EXPECT_EQ(test.engine().policy_version(), PolicyVersion{2});
 }
 
+TEST(PolicyTest, ARolloutIsKnownToItsTenantOnly) {
+  EngineUnderTest test;
+  GenerateRequest request = Request(RandomPrompt(40, 1), 8, 2);
+  request.retain = true;
+  request.tenant_salt = "a";
+  TrainStepRequest step = StepOnRollout("s1", test.Generate(request)->rollout_id, 2);
+  step.tenant_salt = "b";
+  EXPECT_EQ(test.TrainStep(step).status().code(), absl::StatusCode::kNotFound);
+  step.tenant_salt = "a";
+  EXPECT_TRUE(test.TrainStep(step).ok());
+}
+
+TEST(PolicyTest, ABadRolloutIsRefusedBeforeAnyoneIsDrained) {
+  EngineUnderTest test;
+  const auto running = test.Submit(Request(RandomPrompt(20, 1), 50));
+  test.Steps(3);
+  Answer<TrainStepResult> step;
+  test.engine().TrainStep(StepOnRollout("s1", "unknown", 2), step.reply());
+  test.Steps(1);
+  EXPECT_EQ(step.get().status().code(), absl::StatusCode::kNotFound);
+  EXPECT_FALSE(running->done);
+}
+
 TEST(PolicyTest, TheOldestRolloutGoesFirst) {
   EngineOptions options;
   options.max_rollouts = 2;
@@ -337,30 +378,60 @@ TEST(PolicyTest, ADurableStepSurvivesTheDaemon) {
   EXPECT_EQ(lost->policy_version, PolicyVersion{2});
 }
 
-// The records are written before the checkpoint: answers of a step that the weights do not have are
-// dropped.
+// Killed between the records of a step and its checkpoint: the answer is dropped with the weights.
+// Also when the step's version is not above the checkpoint's, because an older checkpoint was
+// loaded in between.
 TEST(PolicyTest, AnAnswerWithoutItsWeightsIsDropped) {
   EngineOptions options;
-  options.trainer.step_log_dir = FreshDirectory("torn");
-  const std::string records = options.trainer.step_log_dir + "/steps.json";
+  const std::string dir = FreshDirectory("torn");
+  const std::string start = FreshDirectory("torn_start") + "/start";
+  options.trainer.step_log_dir = dir;
   {
     EngineUnderTest test(options);
+    Answer<PolicyVersion> saved, loaded;
+    test.engine().SaveCheckpoint(start, saved.reply());
     TrainStepRequest step = StepOnTokens("s1");
     step.durable = true;
     ASSERT_TRUE(test.TrainStep(step).ok());
-    std::filesystem::copy(options.trainer.step_log_dir + "/latest",
-                          options.trainer.step_log_dir + "/kept",
-                          std::filesystem::copy_options::recursive);
+    for (const char* name : {"step-00000000", "step-00000000.json"}) {
+      std::filesystem::copy(dir + "/" + name, dir + "/kept_" + name,
+                            std::filesystem::copy_options::recursive);
+    }
+    test.engine().LoadCheckpoint(start, loaded.reply());
+    test.RunAll();
+    ASSERT_EQ(loaded.get().value(), PolicyVersion{0});
     step.step_id = "s2";
-    ASSERT_TRUE(test.TrainStep(step).ok());
+    ASSERT_EQ(test.TrainStep(step)->policy_version, PolicyVersion{1});
   }
-  std::filesystem::remove_all(options.trainer.step_log_dir + "/latest");
-  std::filesystem::rename(options.trainer.step_log_dir + "/kept",
-                          options.trainer.step_log_dir + "/latest");
+  EXPECT_FALSE(std::filesystem::exists(dir + "/step-00000000"));  // replaced by the newer one
+  std::filesystem::remove_all(dir + "/step-00000001");
+  for (const char* name : {"step-00000000", "step-00000000.json"}) {
+    std::filesystem::rename(dir + "/kept_" + name, dir + "/" + name);
+  }
   EngineUnderTest test(options);
+  EXPECT_FALSE(std::filesystem::exists(dir + "/step-00000001.json"));
   EXPECT_EQ(test.engine().policy_version(), PolicyVersion{1});
   EXPECT_TRUE(test.TrainStep(StepOnTokens("s1"))->repeated);
   EXPECT_FALSE(test.TrainStep(StepOnTokens("s2"))->repeated);
+}
+
+TEST(PolicyTest, AStepThatCannotReachTheDiskSaysSoAndMayBeRepeated) {
+  EngineOptions options;
+  const std::string dir = FreshDirectory("full");
+  options.trainer.step_log_dir = dir;
+  EngineUnderTest test(options);
+  std::filesystem::remove_all(dir);
+  TrainStepRequest step = StepOnTokens("s1");
+  step.durable = true;
+  EXPECT_EQ(test.TrainStep(step).status().code(), absl::StatusCode::kDataLoss);
+  EXPECT_EQ(test.engine().policy_version(), PolicyVersion{1});
+  std::filesystem::create_directories(dir);
+  const auto repeat = test.TrainStep(step);
+  ASSERT_TRUE(repeat.ok()) << repeat.status();
+  EXPECT_TRUE(repeat->repeated);
+  EXPECT_EQ(test.engine().policy_version(), PolicyVersion{1});
+  EngineUnderTest again(options);
+  EXPECT_EQ(again.engine().policy_version(), PolicyVersion{1});
 }
 
 TEST(PolicyTest, DurableWithoutADirectoryIsRefused) {

@@ -116,6 +116,29 @@ TEST(PressureTest, AThousandRandomEndsLeakNothing) {
   test.ExpectNothingLeaked();
 }
 
+// A group whose reader is full is retracted; its prefill would be the producer of blocks that
+// another request waits for.
+TEST(PressureTest, AProducerWithoutReaderGivesWay) {
+  EngineOptions options;
+  options.max_batch_rows = 16;
+  EngineUnderTest test(options);
+  const std::vector<int32_t> prompt = RandomPrompt(200, 1);
+  std::vector<int32_t> longer = prompt;
+  longer.push_back(7);
+  const auto full = test.Submit(Request(prompt, 5));
+  test.Steps(3);
+  const auto waiter = test.Submit(Request(longer, 5));
+  full->room = false;
+  test.RunAll();
+  EXPECT_TRUE(waiter->done && waiter->status.ok());
+  EXPECT_FALSE(full->done);
+  full->room = true;
+  test.RunAll();
+  EXPECT_TRUE(full->status.ok());
+  EXPECT_EQ(full->usage.prompt_tokens, 200);
+  test.ExpectNothingLeaked();
+}
+
 TEST(PressureTest, FlushFreesWhatIsCachedOnly) {
   EngineUnderTest test;
   test.Generate(Request(RandomPrompt(100, 1), 10));

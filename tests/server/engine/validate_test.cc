@@ -59,7 +59,6 @@ TEST(ValidateGenerateTest, RefusesEachBadFieldByName) {
       {"top_logprobs", [](auto& r) { r.top_logprobs = 21; }},
       {"cache priority", [](auto& r) { r.cache_priority = 101; }},
       {"cache ttl", [](auto& r) { r.cache_ttl = absl::ZeroDuration(); }},
-      {"request_id", [](auto& r) { r.request_id.assign(300, 'x'); }},
       {"need 4 blocks of 16 tokens for prompt + max_tokens = 63, have 3",
        [](auto& r) { r.sampling.max_tokens = 60; }},
   };
