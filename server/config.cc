@@ -65,7 +65,8 @@ const std::vector<Flag>& Flags() {
        "Events that wait for a slow reader before its request is paused.", 1, kMaxCount},
       {"Network", "trust_tenant_header", &Config::trust_tenant_header,
        "Take the tenant from the x-coppice-tenant metadata, which an authenticating proxy must "
-       "set; calls without it are refused. Off: one tenant."},
+       "set; calls of Generation, Training and Cache without it are refused. Admin needs none: "
+       "keep tenants away from it. Off: one tenant."},
       {"Memory", "kv_bytes", &Config::kv_bytes,
        "Memory for KV blocks; 0 = what 16 full contexts need, at most 1 GiB but never less than "
        "one context.",
@@ -95,8 +96,9 @@ const std::vector<Flag>& Flags() {
       {"Training", "max_step_records", &Config::max_step_records,
        "Answers kept so that a repeated step_id gets the first one.", 1, kMaxCount},
       {"Training", "checkpoint_dir", &Config::checkpoint_dir,
-       "Directory of named checkpoints and of durable steps, created if absent; durable steps "
-       "are resumed from it at start. Empty: both are refused."},
+       "Directory of named checkpoints, created if absent. Durable steps are kept in its "
+       "subdirectory durable, a name that no checkpoint may have, and are resumed at start. "
+       "Empty: both are refused."},
       {"Process", "seed", &Config::seed,
        "Of drawn sampling seeds and random weights; 0 = drawn seeds come from the system."},
       {"Process",

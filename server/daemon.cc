@@ -12,12 +12,14 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/log.h"
 #include "kernels/base/status_macros.h"
+#include "server/rpc/services.h"
 
 namespace coppice {
 namespace {
 
-constexpr absl::Duration kStopGrace = absl::Seconds(5);   // for the step in progress
-constexpr absl::Duration kFlushGrace = absl::Seconds(1);  // for answers on their way out
+constexpr absl::Duration kStopGrace = absl::Seconds(5);        // for the step in progress
+constexpr absl::Duration kAskAgain = absl::Milliseconds(100);  // a refused drain
+constexpr absl::Duration kFlushGrace = absl::Seconds(1);       // for answers on their way out
 
 ExitCode Fail(ExitCode code, absl::string_view event, const absl::Status& status) {
   LOG(ERROR) << event << " exit_code=" << static_cast<int>(code) << ' ' << status.message();
@@ -49,7 +51,7 @@ absl::StatusOr<Model> LoadOrMakeModel(const Config& config, ops::Ops& ops) {
 // Where durable steps are kept; empty without a checkpoint directory.
 absl::StatusOr<std::string> StepLogDir(const Config& config) {
   if (config.checkpoint_dir.empty()) return std::string();
-  const std::string directory = config.checkpoint_dir + "/durable";
+  const std::string directory = config.checkpoint_dir + "/" + kDurableSteps;
   std::error_code error;
   std::filesystem::create_directories(directory, error);
   if (!error) return directory;
@@ -180,15 +182,14 @@ ExitCode Daemon::Drain() {
   LOG(INFO) << "drain_started timeout_s=" << config_.drain_timeout_s
             << " note=\"a second signal stops at once\"";
   readiness_.SetDraining();
-  engine_->Drain([this](absl::StatusOr<int64_t>) {
-    drained_ = true;
-    events_->Post();
-  });
+  drainer_ = std::make_unique<Drainer>(*engine_, [this] { events_->Post(); });
   const absl::Duration deadline = clock_.Now() + absl::Seconds(config_.drain_timeout_s);
-  while (!drained_ && !engine_ended_ && LifeEvents::num_signals() < 2 && clock_.Now() < deadline) {
-    events_->Wait(deadline - clock_.Now());
+  while (!drainer_->drained() && !engine_ended_ && LifeEvents::num_signals() < 2 &&
+         clock_.Now() < deadline) {
+    drainer_->Ask();
+    events_->Wait(std::min(kAskAgain, deadline - clock_.Now()));
   }
-  const bool drained = drained_;  // before Stop answers the Drain call
+  const bool drained = drainer_->drained();
   StopEngine();
   if (!engine_status_.ok()) return Fail(ExitCode::kRuntimeError, "engine_failed", engine_status_);
   if (drained) {

@@ -18,6 +18,7 @@
 #include "kernels/model/model_loader.h"
 #include "kernels/ops/ops.h"
 #include "server/config.h"
+#include "server/drainer.h"
 #include "server/engine/engine.h"
 #include "server/exit_code.h"
 #include "server/http/http_server.h"
@@ -64,10 +65,10 @@ class Daemon {
   std::unique_ptr<Engine> engine_;
   std::unique_ptr<RpcServer> rpc_;
   std::unique_ptr<LifeEvents> events_;
+  std::unique_ptr<Drainer> drainer_;  // from the first signal on
   std::thread engine_thread_;
   absl::Status engine_status_;  // written before engine_ended_
   std::atomic<bool> engine_ended_{false};
-  std::atomic<bool> drained_{false};
 };
 
 }  // namespace coppice

@@ -1,3 +1,4 @@
+#include <optional>
 #include <utility>
 
 #include "coppice/v1/admin.grpc.pb.h"
@@ -15,6 +16,7 @@ class CacheService final : public v1::Cache::CallbackService {
 
   grpc::ServerUnaryReactor* GetStats(grpc::CallbackServerContext* call, const v1::GetStatsRequest*,
                                      v1::GetStatsResponse* response) override {
+    if (absl::Status s = TenantOf(*call, context_).status(); !s.ok()) return FinishNow(call, s);
     grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
     context_.engine.GetStatus(
         FinishWith<EngineStatus>(reactor, [this, response](const EngineStatus& status) {
@@ -27,6 +29,7 @@ class CacheService final : public v1::Cache::CallbackService {
 
   grpc::ServerUnaryReactor* Flush(grpc::CallbackServerContext* call, const v1::FlushRequest*,
                                   v1::FlushResponse* response) override {
+    if (absl::Status s = TenantOf(*call, context_).status(); !s.ok()) return FinishNow(call, s);
     grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
     context_.engine.FlushCache(FinishWith<int64_t>(reactor, [this, response](int64_t freed) {
       response->set_blocks_freed(freed);
@@ -60,17 +63,15 @@ class AdminService final : public v1::Admin::CallbackService {
                                   v1::PauseResponse* response) override {
     absl::StatusOr<RunningRequests> running = FromProto(request->running(), RunningRequests::kKeep);
     if (!running.ok()) return FinishNow(call, At("pause refused: ", running.status()));
-    context_.readiness.SetPaused(true);
     grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
-    context_.engine.Pause(*running, request->abort(), FinishCount(reactor, response));
+    context_.engine.Pause(*running, request->abort(), FinishCount(reactor, response, true));
     return reactor;
   }
 
   grpc::ServerUnaryReactor* Resume(grpc::CallbackServerContext* call, const v1::ResumeRequest*,
                                    v1::ResumeResponse* response) override {
     grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
-    context_.engine.Resume(FinishCount(reactor, response));
-    context_.readiness.SetPaused(false);
+    context_.engine.Resume(FinishCount(reactor, response, false));
     return reactor;
   }
 
@@ -83,9 +84,12 @@ class AdminService final : public v1::Admin::CallbackService {
   }
 
  private:
+  // Once the engine has done it, and only then, readiness becomes `paused` if given.
   template <typename Response>
-  Reply<int64_t> FinishCount(grpc::ServerUnaryReactor* reactor, Response* response) const {
-    return FinishWith<int64_t>(reactor, [this, response](int64_t requests) {
+  Reply<int64_t> FinishCount(grpc::ServerUnaryReactor* reactor, Response* response,
+                             std::optional<bool> paused = std::nullopt) const {
+    return FinishWith<int64_t>(reactor, [this, response, paused](int64_t requests) {
+      if (paused.has_value()) context_.readiness.SetPaused(*paused);
       response->set_requests(requests);
       response->set_policy_version(Raw(context_.engine.policy_version()));
     });

@@ -33,8 +33,8 @@ struct RequestLimits {
   const Tokenizer* tokenizer = nullptr;  // null: text is refused with FAILED_PRECONDITION
 };
 
-// Who calls, from the connection and never from a message. `salt` separates cached prompts,
-// `prefix` names.
+// Who calls, from the connection and never from a message. `salt` separates cached prompts and
+// rollouts, `prefix` the names of requests, sessions and steps.
 struct Tenant {
   std::string salt;
   std::string prefix;  // "" or "<tenant>/"
@@ -63,11 +63,11 @@ v1::TokenChunk ToProto(const TokenChunk& chunk);
 v1::Finished ToProto(const SampleFinished& finished);
 
 // ---- Training
-absl::StatusOr<TrainStepRequest> FromProto(const v1::TrainStepRequest& proto,
+absl::StatusOr<TrainStepRequest> FromProto(const v1::TrainStepRequest& proto, const Tenant& tenant,
                                            const RequestLimits& limits);
 absl::StatusOr<TrainStepRequest> FromProto(const v1::ForwardBackwardRequest& proto,
-                                           const RequestLimits& limits);
-absl::StatusOr<TrainStepRequest> FromProto(const v1::OptimStepRequest& proto);
+                                           const Tenant& tenant, const RequestLimits& limits);
+absl::StatusOr<TrainStepRequest> FromProto(const v1::OptimStepRequest& proto, const Tenant& tenant);
 void ToProto(const TrainStepResult& result, v1::TrainStepResponse* proto);
 void ToProto(const TrainStepResult& result, v1::ForwardBackwardResponse* proto);
 void ToProto(const TrainStepResult& result, v1::OptimStepResponse* proto);

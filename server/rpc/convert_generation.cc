@@ -22,11 +22,6 @@ void Append(absl::Span<const int32_t> ids, std::vector<int32_t>& out) {
   out.insert(out.end(), ids.begin(), ids.end());
 }
 
-absl::Status NoTokenizer(absl::string_view what) {
-  return absl::FailedPreconditionError(
-      absl::StrCat(what, ": want a model with a tokenizer, got one without; use token ids"));
-}
-
 absl::Status AppendText(const std::string& text, const RequestLimits& limits,
                         std::vector<int32_t>& out) {
   if (limits.tokenizer == nullptr) return NoTokenizer("prompt.text");

@@ -321,10 +321,11 @@ absl::Status SetBatch(const Proto& proto, const RequestLimits& limits, TrainStep
 }
 
 template <typename Proto>
-absl::Status SetStep(const Proto& proto, TrainStepRequest& out) {
+absl::Status SetStep(const Proto& proto, const Tenant& tenant, TrainStepRequest& out) {
   if (proto.step_id().empty()) return InvalidField("step_id", "an id unique per step", "none");
   RETURN_IF_ERROR(CheckName("step_id", proto.step_id()));
-  out.step_id = proto.step_id();
+  out.step_id = tenant.prefix + proto.step_id();
+  out.tenant_salt = tenant.salt;
   ASSIGN_OR_RETURN(out.running, FromProto(proto.running(), RunningRequests::kDrain));
   if (proto.has_expected_policy_version()) {
     out.expected_policy_version = proto.expected_policy_version();
@@ -396,26 +397,27 @@ void SetUpdateOutcome(const TrainStepResult& result, Proto* proto) {
 
 }  // namespace
 
-absl::StatusOr<TrainStepRequest> FromProto(const v1::TrainStepRequest& proto,
+absl::StatusOr<TrainStepRequest> FromProto(const v1::TrainStepRequest& proto, const Tenant& tenant,
                                            const RequestLimits& limits) {
   TrainStepRequest out;
-  RETURN_IF_ERROR(SetStep(proto, out));
+  RETURN_IF_ERROR(SetStep(proto, tenant, out));
   RETURN_IF_ERROR(SetOptim(proto, out));
   RETURN_IF_ERROR(SetBatch(proto, limits, out));
   return out;
 }
 
 absl::StatusOr<TrainStepRequest> FromProto(const v1::ForwardBackwardRequest& proto,
-                                           const RequestLimits& limits) {
+                                           const Tenant& tenant, const RequestLimits& limits) {
   TrainStepRequest out;
-  RETURN_IF_ERROR(SetStep(proto, out));
+  RETURN_IF_ERROR(SetStep(proto, tenant, out));
   RETURN_IF_ERROR(SetBatch(proto, limits, out));
   return out;
 }
 
-absl::StatusOr<TrainStepRequest> FromProto(const v1::OptimStepRequest& proto) {
+absl::StatusOr<TrainStepRequest> FromProto(const v1::OptimStepRequest& proto,
+                                           const Tenant& tenant) {
   TrainStepRequest out;
-  RETURN_IF_ERROR(SetStep(proto, out));
+  RETURN_IF_ERROR(SetStep(proto, tenant, out));
   RETURN_IF_ERROR(SetOptim(proto, out));
   return out;
 }

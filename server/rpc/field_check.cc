@@ -13,6 +13,11 @@ absl::Status InvalidField(absl::string_view field, absl::string_view want,
       absl::StrCat(field, ": want ", want, ", got ", got, "; correct the request"));
 }
 
+absl::Status NoTokenizer(absl::string_view what) {
+  return absl::FailedPreconditionError(
+      absl::StrCat(what, ": want a model with a tokenizer, got one without; use token ids"));
+}
+
 absl::Status At(absl::string_view path, const absl::Status& status) {
   return absl::Status(status.code(), absl::StrCat(path, status.message()));
 }

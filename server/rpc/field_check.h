@@ -14,10 +14,14 @@
 
 namespace coppice {
 
+// Of a name as the client gives it; the engine sees the tenant before it.
 inline constexpr size_t kMaxNameBytes = 256;
 
 absl::Status InvalidField(absl::string_view field, absl::string_view want,
                           const absl::AlphaNum& got);
+
+// FAILED_PRECONDITION: the model has no tokenizer for `what`.
+absl::Status NoTokenizer(absl::string_view what);
 
 // The same error, its field now inside `path`. REQUIRES: !status.ok().
 absl::Status At(absl::string_view path, const absl::Status& status);

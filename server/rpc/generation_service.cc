@@ -52,7 +52,7 @@ class GenerateReactor final : public grpc::ServerWriteReactor<v1::GenerateEvent>
   static absl::StatusOr<GenerateRequest> Translate(const RpcContext& context,
                                                    const grpc::CallbackServerContext& call,
                                                    const v1::GenerateRequest& proto) {
-    ASSIGN_OR_RETURN(const Tenant tenant, TenantOf(call, context.trust_tenant_header));
+    ASSIGN_OR_RETURN(const Tenant tenant, TenantOf(call, context));
     absl::StatusOr<GenerateRequest> request = FromProto(proto, tenant, context.limits());
     if (!request.ok()) return At("generate refused: ", request.status());
     request->deadline = Deadline(call, context.clock);
@@ -74,6 +74,7 @@ class GenerationService final : public v1::Generation::CallbackService {
   grpc::ServerUnaryReactor* Score(grpc::CallbackServerContext* call,
                                   const v1::ScoreRequest* request,
                                   v1::ScoreResponse* response) override {
+    if (absl::Status s = TenantOf(*call, context_).status(); !s.ok()) return FinishNow(call, s);
     absl::StatusOr<ScoreCall> score = FromProto(*request, context_.limits());
     if (!score.ok()) return FinishNow(call, At("score refused: ", score.status()));
     grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
@@ -93,7 +94,7 @@ class GenerationService final : public v1::Generation::CallbackService {
 
   grpc::ServerUnaryReactor* Warm(grpc::CallbackServerContext* call, const v1::WarmRequest* request,
                                  v1::WarmResponse* response) override {
-    absl::StatusOr<Tenant> tenant = TenantOf(*call, context_.trust_tenant_header);
+    absl::StatusOr<Tenant> tenant = TenantOf(*call, context_);
     if (!tenant.ok()) return FinishNow(call, tenant.status());
     absl::StatusOr<GenerateRequest> warm = FromProto(*request, *tenant, context_.limits());
     if (!warm.ok()) return FinishNow(call, At("warm refused: ", warm.status()));
@@ -110,7 +111,7 @@ class GenerationService final : public v1::Generation::CallbackService {
   grpc::ServerUnaryReactor* Abort(grpc::CallbackServerContext* call,
                                   const v1::AbortRequest* request,
                                   v1::AbortResponse* response) override {
-    absl::StatusOr<Tenant> tenant = TenantOf(*call, context_.trust_tenant_header);
+    absl::StatusOr<Tenant> tenant = TenantOf(*call, context_);
     if (!tenant.ok()) return FinishNow(call, tenant.status());
     absl::StatusOr<AbortCall> abort = FromProto(*request, *tenant);
     if (!abort.ok()) return FinishNow(call, At("abort refused: ", abort.status()));
@@ -127,8 +128,9 @@ class GenerationService final : public v1::Generation::CallbackService {
   grpc::ServerUnaryReactor* Tokenize(grpc::CallbackServerContext* call,
                                      const v1::TokenizeRequest* request,
                                      v1::TokenizeResponse* response) override {
+    if (absl::Status s = TenantOf(*call, context_).status(); !s.ok()) return FinishNow(call, s);
     const Tokenizer* tokenizer = context_.model.tokenizer.get();
-    if (tokenizer == nullptr) return FinishNow(call, NoTokenizer("tokenize"));
+    if (tokenizer == nullptr) return FinishNow(call, NoTokenizer("tokenize refused"));
     const bool add_special = !request->has_add_special() || request->add_special();
     const std::vector<int32_t> ids = tokenizer->Encode(request->text(), add_special);
     response->mutable_token_ids()->Add(ids.begin(), ids.end());
@@ -139,8 +141,9 @@ class GenerationService final : public v1::Generation::CallbackService {
   grpc::ServerUnaryReactor* Detokenize(grpc::CallbackServerContext* call,
                                        const v1::DetokenizeRequest* request,
                                        v1::DetokenizeResponse* response) override {
+    if (absl::Status s = TenantOf(*call, context_).status(); !s.ok()) return FinishNow(call, s);
     const Tokenizer* tokenizer = context_.model.tokenizer.get();
-    if (tokenizer == nullptr) return FinishNow(call, NoTokenizer("detokenize"));
+    if (tokenizer == nullptr) return FinishNow(call, NoTokenizer("detokenize refused"));
     const std::vector<int32_t> ids(request->token_ids().begin(), request->token_ids().end());
     const absl::Status status = CheckTokenIds("token_ids", ids, context_.model.config.vocab);
     if (!status.ok()) return FinishNow(call, At("detokenize refused: ", status));
@@ -150,19 +153,15 @@ class GenerationService final : public v1::Generation::CallbackService {
   }
 
  private:
-  static absl::Status NoTokenizer(absl::string_view what) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        what, " refused: want a model with a tokenizer, got one without; use token ids"));
-  }
-
   const RpcContext& context_;
 };
 
 }  // namespace
 
-absl::StatusOr<Tenant> TenantOf(const grpc::CallbackServerContext& context, bool trust_header) {
-  if (!trust_header) return Tenant{};
-  const auto [begin, end] = context.client_metadata().equal_range(kTenantHeader);
+absl::StatusOr<Tenant> TenantOf(const grpc::CallbackServerContext& call,
+                                const RpcContext& context) {
+  if (!context.trust_tenant_header) return Tenant{};
+  const auto [begin, end] = call.client_metadata().equal_range(kTenantHeader);
   if (std::distance(begin, end) != 1) {
     return absl::UnauthenticatedError(absl::StrCat("call refused: want one ", kTenantHeader,
                                                    " header, got ", std::distance(begin, end),

@@ -48,8 +48,12 @@ struct RpcContext {
 inline constexpr char kTenantHeader[] = "x-coppice-tenant";
 
 // The caller's tenant: from kTenantHeader if the header is trusted, else the one default.
-// UNAUTHENTICATED if it is trusted but absent, given twice or no plain name.
-absl::StatusOr<Tenant> TenantOf(const grpc::CallbackServerContext& context, bool trust_header);
+// UNAUTHENTICATED if it is trusted but absent, given twice or no plain name. Every call of
+// Generation, Training and Cache asks for it; Admin is the operator's and does not.
+absl::StatusOr<Tenant> TenantOf(const grpc::CallbackServerContext& call, const RpcContext& context);
+
+// Subdirectory of checkpoint_dir that holds the durable steps. No checkpoint may be named so.
+inline constexpr char kDurableSteps[] = "durable";
 
 std::unique_ptr<grpc::Service> NewGenerationService(const RpcContext& context);
 std::unique_ptr<grpc::Service> NewTrainingService(const RpcContext& context);

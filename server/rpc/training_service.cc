@@ -1,5 +1,7 @@
 #include <utility>
 
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
 #include "coppice/v1/training.grpc.pb.h"
 #include "kernels/base/status_macros.h"
 #include "server/rpc/field_check.h"
@@ -9,6 +11,15 @@
 namespace coppice {
 namespace {
 
+// A plain name, and neither the daemon's own directory nor one that a save of another checkpoint
+// writes first and removes (atomic_directory.h).
+absl::Status CheckCheckpointName(absl::string_view field, absl::string_view name) {
+  RETURN_IF_ERROR(CheckPlainName(field, name));
+  if (name != kDurableSteps && !absl::EndsWith(name, ".partial")) return absl::OkStatus();
+  return InvalidField(field, absl::StrCat("neither ", kDurableSteps, " nor an end in .partial"),
+                      name);
+}
+
 class TrainingService final : public v1::Training::CallbackService {
  public:
   explicit TrainingService(const RpcContext& context) : context_(context) {}
@@ -16,8 +27,8 @@ class TrainingService final : public v1::Training::CallbackService {
   grpc::ServerUnaryReactor* TrainStep(grpc::CallbackServerContext* call,
                                       const v1::TrainStepRequest* request,
                                       v1::TrainStepResponse* response) override {
-    absl::StatusOr<TrainStepRequest> step = FromProto(*request, context_.limits());
-    if (!step.ok()) return FinishNow(call, At("train step refused: ", step.status()));
+    absl::StatusOr<TrainStepRequest> step = Translate(*call, "train step refused: ", *request);
+    if (!step.ok()) return FinishNow(call, step.status());
     grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
     context_.engine.TrainStep(*std::move(step), FillWith(reactor, response));
     return reactor;
@@ -26,8 +37,9 @@ class TrainingService final : public v1::Training::CallbackService {
   grpc::ServerUnaryReactor* ForwardBackward(grpc::CallbackServerContext* call,
                                             const v1::ForwardBackwardRequest* request,
                                             v1::ForwardBackwardResponse* response) override {
-    absl::StatusOr<TrainStepRequest> step = FromProto(*request, context_.limits());
-    if (!step.ok()) return FinishNow(call, At("forward-backward refused: ", step.status()));
+    absl::StatusOr<TrainStepRequest> step =
+        Translate(*call, "forward-backward refused: ", *request);
+    if (!step.ok()) return FinishNow(call, step.status());
     grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
     context_.engine.ForwardBackward(*std::move(step), FillWith(reactor, response));
     return reactor;
@@ -36,7 +48,9 @@ class TrainingService final : public v1::Training::CallbackService {
   grpc::ServerUnaryReactor* OptimStep(grpc::CallbackServerContext* call,
                                       const v1::OptimStepRequest* request,
                                       v1::OptimStepResponse* response) override {
-    absl::StatusOr<TrainStepRequest> step = FromProto(*request);
+    absl::StatusOr<Tenant> tenant = TenantOf(*call, context_);
+    if (!tenant.ok()) return FinishNow(call, tenant.status());
+    absl::StatusOr<TrainStepRequest> step = FromProto(*request, *tenant);
     if (!step.ok()) return FinishNow(call, At("optimizer step refused: ", step.status()));
     grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
     context_.engine.OptimStep(*std::move(step), FillWith(reactor, response));
@@ -46,7 +60,7 @@ class TrainingService final : public v1::Training::CallbackService {
   grpc::ServerUnaryReactor* SaveCheckpoint(grpc::CallbackServerContext* call,
                                            const v1::SaveCheckpointRequest* request,
                                            v1::SaveCheckpointResponse* response) override {
-    absl::StatusOr<std::string> path = CheckpointPath(request->name());
+    absl::StatusOr<std::string> path = CheckpointPath(*call, request->name());
     if (!path.ok()) return FinishNow(call, path.status());
     grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
     context_.engine.SaveCheckpoint(
@@ -60,7 +74,7 @@ class TrainingService final : public v1::Training::CallbackService {
   grpc::ServerUnaryReactor* LoadCheckpoint(grpc::CallbackServerContext* call,
                                            const v1::LoadCheckpointRequest* request,
                                            v1::LoadCheckpointResponse* response) override {
-    absl::StatusOr<std::string> path = CheckpointPath(request->name());
+    absl::StatusOr<std::string> path = CheckpointPath(*call, request->name());
     if (!path.ok()) return FinishNow(call, path.status());
     grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
     context_.engine.LoadCheckpoint(
@@ -73,6 +87,7 @@ class TrainingService final : public v1::Training::CallbackService {
   grpc::ServerUnaryReactor* GetPolicy(grpc::CallbackServerContext* call,
                                       const v1::GetPolicyRequest*,
                                       v1::GetPolicyResponse* response) override {
+    if (absl::Status s = TenantOf(*call, context_).status(); !s.ok()) return FinishNow(call, s);
     grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
     context_.engine.GetStatus(
         FinishWith<EngineStatus>(reactor, [response](const EngineStatus& status) {
@@ -91,9 +106,21 @@ class TrainingService final : public v1::Training::CallbackService {
         reactor, [response](const TrainStepResult& result) { ToProto(result, response); });
   }
 
-  // A client names a checkpoint; where it lies is the operator's choice.
-  absl::StatusOr<std::string> CheckpointPath(const std::string& name) const {
-    const absl::Status status = CheckPlainName("name", name);
+  template <typename Proto>
+  absl::StatusOr<TrainStepRequest> Translate(const grpc::CallbackServerContext& call,
+                                             absl::string_view refused, const Proto& proto) const {
+    ASSIGN_OR_RETURN(const Tenant tenant, TenantOf(call, context_));
+    absl::StatusOr<TrainStepRequest> step = FromProto(proto, tenant, context_.limits());
+    if (!step.ok()) return At(refused, step.status());
+    return step;
+  }
+
+  // A client names a checkpoint; where it lies is the operator's choice. Tenants share the policy
+  // and therefore its checkpoints.
+  absl::StatusOr<std::string> CheckpointPath(const grpc::CallbackServerContext& call,
+                                             const std::string& name) const {
+    RETURN_IF_ERROR(TenantOf(call, context_).status());
+    const absl::Status status = CheckCheckpointName("name", name);
     if (!status.ok()) return At("checkpoint refused: ", status);
     if (context_.checkpoint_dir.empty()) {
       return absl::FailedPreconditionError(

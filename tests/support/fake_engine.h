@@ -104,19 +104,27 @@ class FakeEngine final : public Engine {
   }
   void FlushCache(Reply<int64_t> reply) override { reply(3); }
   void Pause(RunningRequests running, bool, Reply<int64_t> reply) override {
+    if (!control_status.ok()) return reply(control_status);
     paused = true;
     paused_with = running;
     reply(2);
   }
   void Resume(Reply<int64_t> reply) override {
+    if (!control_status.ok()) return reply(control_status);
     paused = false;
     reply(2);
   }
-  void Drain(Reply<int64_t> reply) override { reply(0); }
+  void Drain(Reply<int64_t> reply) override {
+    ++drains;
+    if (!control_status.ok()) return reply(control_status);
+    reply(0);
+  }
 
   // Set before the server starts or between calls.
   absl::Status submit_status;
   absl::Status step_status;
+  absl::Status control_status;  // of Pause, Resume and Drain
+  int drains = 0;
   std::atomic<uint64_t> version{7};
   std::atomic<bool> paused{false};
   RunningRequests paused_with = RunningRequests::kDrain;

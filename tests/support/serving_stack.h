@@ -28,6 +28,7 @@ class ServingStack {
     EngineOptions engine{.num_blocks = 256, .max_context = 256, .seed = 1};
     int64_t stream_capacity = 256;
     bool trust_tenant_header = false;
+    std::string checkpoint_dir;
     bool small_windows = false;  // the connection itself buffers a few kB only
   };
 
@@ -47,6 +48,7 @@ class ServingStack {
     context.max_message_bytes = 64 << 20;
     context.stream_capacity = options.stream_capacity;
     context.trust_tenant_header = options.trust_tenant_header;
+    context.checkpoint_dir = options.checkpoint_dir;
     auto server = RpcServer::Start({}, std::move(context));
     CHECK_OK(server.status());
     server_ = *std::move(server);

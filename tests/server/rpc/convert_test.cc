@@ -55,12 +55,7 @@ class ConvertTest : public ::testing::Test {
   template <typename Proto>
   void ExpectRefused(const Proto& proto, const std::string& field,
                      absl::StatusCode code = absl::StatusCode::kInvalidArgument) {
-    absl::Status status;
-    if constexpr (std::is_same_v<Proto, v1::TrainStepRequest>) {
-      status = FromProto(proto, limits_).status();
-    } else {
-      status = FromProto(proto, tenant_, limits_).status();
-    }
+    const absl::Status status = FromProto(proto, tenant_, limits_).status();
     EXPECT_EQ(status.code(), code) << status;
     EXPECT_EQ(std::string(status.message()).rfind(field, 0), 0u) << status << " want " << field;
     EXPECT_THAT(std::string(status.message()), HasSubstr(": want "));
@@ -175,10 +170,27 @@ TEST_F(ConvertTest, BadNamesAndCacheFieldsAreRefused) {
   ExpectRefused(proto, "logprobs: want RAW or AS_SAMPLED");
 }
 
+// The limit is of the name that the client gave, not of what the engine is told.
+TEST_F(ConvertTest, NamesOfFullLengthFitBesideATenant) {
+  v1::GenerateRequest proto = Generate();
+  proto.set_request_id(std::string(256, 'r'));
+  proto.set_session_id(std::string(256, 's'));
+  const auto request = FromProto(proto, tenant_, limits_);
+  ASSERT_TRUE(request.ok()) << request.status();
+  const absl::Status status = ValidateGenerate(*request, {.vocab = limits_.vocab,
+                                                          .max_context = 64,
+                                                          .max_group_size = 1,
+                                                          .num_blocks = 4,
+                                                          .block_tokens = 16,
+                                                          .has_tokenizer = true});
+  EXPECT_TRUE(status.ok()) << status;
+}
+
 TEST_F(ConvertTest, TrainStepTakesTheDocumentedDefaults) {
-  const auto step = FromProto(Step(), limits_);
+  const auto step = FromProto(Step(), tenant_, limits_);
   ASSERT_TRUE(step.ok()) << step.status();
-  EXPECT_EQ(step->step_id, "step-1");
+  EXPECT_EQ(step->step_id, "a/step-1");
+  EXPECT_EQ(step->tenant_salt, "tenant:a");
   EXPECT_EQ(step->running, RunningRequests::kDrain);
   EXPECT_EQ(step->batch.loss.kind, LossConfig::Kind::kGrpo);
   EXPECT_EQ(step->batch.loss.advantage, LossConfig::Advantage::kGroupNormalized);
@@ -197,16 +209,18 @@ TEST_F(ConvertTest, TrainStepTakesTheDocumentedDefaults) {
 TEST_F(ConvertTest, LossDefaultsDependOnTheKind) {
   v1::TrainStepRequest proto = Step();
   proto.mutable_loss()->set_kind(v1::LossConfig::DAPO);
-  EXPECT_EQ(FromProto(proto, limits_)->batch.loss.clip_high, 0.28f);
-  EXPECT_EQ(FromProto(proto, limits_)->batch.loss.aggregation, LossConfig::Aggregation::kTokenMean);
+  EXPECT_EQ(FromProto(proto, tenant_, limits_)->batch.loss.clip_high, 0.28f);
+  EXPECT_EQ(FromProto(proto, tenant_, limits_)->batch.loss.aggregation,
+            LossConfig::Aggregation::kTokenMean);
   proto.mutable_loss()->set_kind(v1::LossConfig::DR_GRPO);
-  EXPECT_EQ(FromProto(proto, limits_)->batch.loss.advantage, LossConfig::Advantage::kGroupCentered);
-  EXPECT_EQ(FromProto(proto, limits_)->batch.loss.aggregation,
+  EXPECT_EQ(FromProto(proto, tenant_, limits_)->batch.loss.advantage,
+            LossConfig::Advantage::kGroupCentered);
+  EXPECT_EQ(FromProto(proto, tenant_, limits_)->batch.loss.aggregation,
             LossConfig::Aggregation::kSeqMeanTokenSum);
 
   v1::TrainStepRequest cross_entropy = StepWithAdvantages({});
   cross_entropy.mutable_loss()->set_kind(v1::LossConfig::CROSS_ENTROPY);
-  EXPECT_THAT(FromProto(cross_entropy, limits_)->batch.groups[0].samples[0].advantages,
+  EXPECT_THAT(FromProto(cross_entropy, tenant_, limits_)->batch.groups[0].samples[0].advantages,
               ElementsAre(1.0f));
 }
 
@@ -217,7 +231,7 @@ TEST_F(ConvertTest, RolloutGroupsNameSamples) {
   proto.mutable_groups(0)->mutable_samples(0)->set_rollout_sample(4);
   proto.mutable_groups(0)->mutable_samples(1)->set_rollout_sample(2);
 
-  const auto step = FromProto(proto, limits_);
+  const auto step = FromProto(proto, tenant_, limits_);
 
   ASSERT_TRUE(step.ok()) << step.status();
   EXPECT_THAT(step->rollout_ids, ElementsAre("rollout-3"));
@@ -233,8 +247,8 @@ TEST_F(ConvertTest, BadAdvantagesAreRefused) {
   ExpectRefused(StepWithAdvantages({1, kNan, 3}), "groups[0].samples[0].advantages[1]");
   ExpectRefused(StepWithAdvantages({kInf}), "groups[0].samples[0].advantages[0]");
   ExpectRefused(StepWithAdvantages({}), "groups[0].samples[0].advantages");
-  EXPECT_TRUE(FromProto(StepWithAdvantages({1}), limits_).ok());
-  EXPECT_TRUE(FromProto(StepWithAdvantages({1, 2, 3}), limits_).ok());
+  EXPECT_TRUE(FromProto(StepWithAdvantages({1}), tenant_, limits_).ok());
+  EXPECT_TRUE(FromProto(StepWithAdvantages({1, 2, 3}), tenant_, limits_).ok());
 
   v1::TrainStepRequest mixed = Step();
   mixed.mutable_groups(0)->mutable_samples(0)->add_advantages(1);
@@ -405,7 +419,7 @@ TEST_F(ConvertTest, MutatedRequestsNeverCrash) {
       v1::TrainStepRequest proto;
       if (!proto.ParseFromString(bytes)) continue;
       ++parsed;
-      const auto request = FromProto(proto, limits_);
+      const auto request = FromProto(proto, tenant_, limits_);
       if (!request.ok()) continue;
       ++passed;
       ASSERT_EQ(request->rollout_ids.size(), request->batch.groups.size());

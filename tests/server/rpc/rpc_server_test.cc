@@ -244,6 +244,57 @@ TEST_F(RpcServerTest, TenantComesFromTheTrustedHeaderOnly) {
   EXPECT_EQ(engine_.aborted_request_id, "red/r1");
 }
 
+TEST_F(RpcServerTest, EveryCallOfATenantNeedsTheHeader) {
+  Start(/*trust_tenant_header=*/true, "/checkpoints");
+  const auto code = [](auto& stub, auto method, const auto& request, auto response) {
+    grpc::ClientContext context;
+    return ((*stub).*method)(&context, request, &response).error_code();
+  };
+  const StatusCode refused = StatusCode::UNAUTHENTICATED;
+  using G = v1::Generation::Stub;
+  EXPECT_EQ(code(generation_, &G::Score, v1::ScoreRequest(), v1::ScoreResponse()), refused);
+  EXPECT_EQ(code(generation_, &G::Warm, v1::WarmRequest(), v1::WarmResponse()), refused);
+  EXPECT_EQ(code(generation_, &G::Abort, v1::AbortRequest(), v1::AbortResponse()), refused);
+  EXPECT_EQ(code(generation_, &G::Tokenize, v1::TokenizeRequest(), v1::TokenizeResponse()),
+            refused);
+  EXPECT_EQ(code(generation_, &G::Detokenize, v1::DetokenizeRequest(), v1::DetokenizeResponse()),
+            refused);
+  using T = v1::Training::Stub;
+  EXPECT_EQ(code(training_, &T::TrainStep, v1::TrainStepRequest(), v1::TrainStepResponse()),
+            refused);
+  EXPECT_EQ(code(training_, &T::ForwardBackward, v1::ForwardBackwardRequest(),
+                 v1::ForwardBackwardResponse()),
+            refused);
+  EXPECT_EQ(code(training_, &T::OptimStep, v1::OptimStepRequest(), v1::OptimStepResponse()),
+            refused);
+  v1::SaveCheckpointRequest save;
+  save.set_name("a");
+  EXPECT_EQ(code(training_, &T::SaveCheckpoint, save, v1::SaveCheckpointResponse()), refused);
+  v1::LoadCheckpointRequest load;
+  load.set_name("a");
+  EXPECT_EQ(code(training_, &T::LoadCheckpoint, load, v1::LoadCheckpointResponse()), refused);
+  EXPECT_EQ(code(training_, &T::GetPolicy, v1::GetPolicyRequest(), v1::GetPolicyResponse()),
+            refused);
+  using C = v1::Cache::Stub;
+  EXPECT_EQ(code(cache_, &C::GetStats, v1::GetStatsRequest(), v1::GetStatsResponse()), refused);
+  EXPECT_EQ(code(cache_, &C::Flush, v1::FlushRequest(), v1::FlushResponse()), refused);
+  EXPECT_EQ(engine_.checkpoint_path, "");
+  EXPECT_TRUE(engine_.steps.empty());
+}
+
+TEST_F(RpcServerTest, StepsCarryTheirTenant) {
+  Start(/*trust_tenant_header=*/true);
+  grpc::ClientContext context;
+  context.AddMetadata(kTenantHeader, "blue");
+  v1::OptimStepRequest step;
+  step.set_step_id("s");
+  step.mutable_optim()->set_learning_rate(0.5f);
+  v1::OptimStepResponse response;
+  ASSERT_TRUE(training_->OptimStep(&context, step, &response).ok());
+  EXPECT_EQ(engine_.steps.at(0).step_id, "blue/s");
+  EXPECT_EQ(engine_.steps.at(0).tenant_salt, "tenant:blue");
+}
+
 TEST_F(RpcServerTest, HeaderIsIgnoredUnlessTrusted) {
   Start();
   grpc::ClientContext context;
@@ -321,7 +372,8 @@ TEST_F(RpcServerTest, CheckpointsAreNamesBelowOneDirectory) {
   Start(false, "/checkpoints");
   v1::SaveCheckpointResponse saved;
   v1::SaveCheckpointRequest save;
-  for (const char* name : {"", "..", "../etc", "a/b", ".hidden", "with space"}) {
+  for (const char* name : {"", "..", "../etc", "a/b", ".hidden", "with space", "durable",
+                           "durable.partial", "run-1.partial"}) {
     grpc::ClientContext context;
     save.set_name(name);
     EXPECT_EQ(training_->SaveCheckpoint(&context, save, &saved).error_code(),
@@ -396,6 +448,26 @@ TEST_F(RpcServerTest, PauseResumeAndDrainMoveReadiness) {
   }
   EXPECT_EQ(readiness_.NotReadyReason(), "draining");
   EXPECT_THAT(heard, ElementsAre(true, false, true, false));
+}
+
+TEST_F(RpcServerTest, RefusedPauseAndResumeLeaveReadiness) {
+  Start();
+  readiness_.SetLoaded();
+  const auto pause = [this] {
+    grpc::ClientContext context;
+    v1::PauseResponse paused;
+    return admin_->Pause(&context, {}, &paused).error_code();
+  };
+  engine_.control_status = absl::ResourceExhaustedError("commands: want room, got none; retry");
+  EXPECT_EQ(pause(), StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_EQ(readiness_.NotReadyReason(), "");
+  engine_.control_status = absl::OkStatus();
+  EXPECT_EQ(pause(), StatusCode::OK);
+  engine_.control_status = absl::ResourceExhaustedError("commands: want room, got none; retry");
+  grpc::ClientContext context;
+  v1::ResumeResponse resumed;
+  EXPECT_EQ(admin_->Resume(&context, {}, &resumed).error_code(), StatusCode::RESOURCE_EXHAUSTED);
+  EXPECT_EQ(readiness_.NotReadyReason(), "paused");
 }
 
 TEST_F(RpcServerTest, FlushesAndCountsTheCache) {

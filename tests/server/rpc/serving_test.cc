@@ -211,6 +211,38 @@ TEST(ServingTest, TenantsWithEqualPromptsShareNothing) {
   EXPECT_EQ(cached("red"), 0);
 }
 
+TEST(ServingTest, ATenantCannotTrainTheRolloutOfAnother) {
+  ServingStack::Options options;
+  options.trust_tenant_header = true;
+  ServingStack stack(options);
+  v1::GenerateRequest request = TestRequest(20, 4);
+  request.set_retain(true);
+  grpc::ClientContext context;
+  context.AddMetadata(kTenantHeader, "blue");
+  const Completion completion = ReadAll(*stack.generation->Generate(&context, request));
+  ASSERT_FALSE(completion.rollout_id.empty());
+  v1::TrainStepRequest step;
+  step.set_step_id("s");
+  step.mutable_optim()->set_learning_rate(0.01f);
+  v1::Group* group = step.add_groups();
+  group->set_rollout_id(completion.rollout_id);
+  group->add_samples()->set_rollout_sample(0);
+  group->mutable_samples(0)->add_advantages(1);
+  const auto train = [&](const char* tenant, v1::TrainStepResponse* response) {
+    grpc::ClientContext step_context;
+    step_context.AddMetadata(kTenantHeader, tenant);
+    return stack.training->TrainStep(&step_context, step, response).error_code();
+  };
+  v1::TrainStepResponse response;
+  EXPECT_EQ(train("red", &response), StatusCode::NOT_FOUND);
+  EXPECT_EQ(stack.Status().policy_version(), 0u);
+  EXPECT_EQ(train("blue", &response), StatusCode::OK);
+  // Equal step ids of two tenants are two steps.
+  EXPECT_EQ(train("red", &response), StatusCode::NOT_FOUND);
+  EXPECT_FALSE(response.repeated_step());
+  EXPECT_EQ(stack.Status().policy_version(), 1u);
+}
+
 // Each bad call is answered with its code, and the daemon afterwards is what it was before.
 TEST(ServingTest, BadCallsChangeNothing) {
   ServingStack stack;
