@@ -43,6 +43,10 @@ inline constexpr double kSamplerVersusTrainer = 1e-4;
 // closer than the rounding error.
 inline constexpr double kNearTieFraction = 0.05;
 
+// bf16 attention on CUDA against fp32, ||out - want|| / ||want|| per tensor: P, dS and the outputs
+// are rounded to bf16 (2^-9 relative each).
+inline constexpr double kBf16Attention = 1e-2;
+
 // Chi-square tests: the probability that a correct sampler fails. Seeds are fixed, so a pass stays
 // a pass.
 inline constexpr double kChiSquareSignificance = 1e-4;

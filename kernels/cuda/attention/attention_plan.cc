@@ -1,0 +1,383 @@
+#include "kernels/cuda/attention/attention_plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+namespace coppice::cuda {
+namespace {
+
+int32_t CeilDiv(int32_t a, int32_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+int32_t Size(const std::vector<T>& v) {
+  return static_cast<int32_t>(v.size());
+}
+
+// Rows that share query tiles: one segment, or neighbours without context.
+struct RowRange {
+  int32_t begin, end, context_node;
+};
+
+class Planner {
+ public:
+  Planner(const ops::TokenBatch& batch, const AttentionPlanOptions& options)
+      : batch_(batch), options_(options), num_rows_(static_cast<int32_t>(batch.num_rows())) {}
+
+  AttentionPlan Plan() {
+    MeasureContext();
+    PadEnds();
+    SplitSegments();
+    for (const RowRange& range : tile_ranges_) AddQueryTiles(range);
+    std::stable_sort(query_tiles_.begin(), query_tiles_.end(), [](const auto& a, const auto& b) {
+      return a.list_end - a.list_begin > b.list_end - b.list_begin;
+    });
+    if (options_.tiles && batch_.context_nodes.empty()) AddKeyRanges();
+    AddSharedChunks();
+    for (const ops::Segment& segment : chunk_segments_) AddSegmentChunks(segment);
+    AddMerges();
+    return Pack();
+  }
+
+ private:
+  // Path lengths, and how many users (child nodes, segments) each node has.
+  void MeasureContext() {
+    for (const ops::ContextNode& node : batch_.context_nodes) {
+      const int32_t before = node.parent < 0 ? 0 : path_tokens_[node.parent];
+      path_tokens_.push_back(before + node.num_tokens);
+      if (node.parent >= 0) ++num_users_[node.parent];
+      num_users_.push_back(0);
+    }
+    for (const ops::Segment& s : batch_.segments) {
+      if (s.context_node >= 0) ++num_users_[s.context_node];
+    }
+  }
+
+  void PadEnds() {
+    ends_ = batch_.subtree_end;
+    ends_.resize(CeilDiv(num_rows_, kKeyTile) * kKeyTile, 0);
+    for (size_t k = 0; k < ends_.size(); k += kKeyTile) {
+      const auto [lo, hi] = std::minmax_element(ends_.begin() + k, ends_.begin() + k + kKeyTile);
+      least_end_.push_back(*lo);
+      greatest_end_.push_back(*hi);
+    }
+  }
+
+  void SplitSegments() {
+    for (const ops::Segment& s : batch_.segments) {
+      if (s.row_begin == s.row_end) continue;
+      const bool few = s.row_end - s.row_begin <= options_.max_decode_rows;
+      if (!options_.tiles || (few && s.context_node >= 0)) {
+        chunk_segments_.push_back(s);
+        continue;
+      }
+      const bool joins = !tile_ranges_.empty() && s.context_node < 0 &&
+                         tile_ranges_.back().context_node < 0 &&
+                         tile_ranges_.back().end == s.row_begin;
+      if (joins) {
+        tile_ranges_.back().end = s.row_end;
+      } else {
+        tile_ranges_.push_back({s.row_begin, s.row_end, s.context_node});
+      }
+    }
+  }
+
+  // From the root to `node`.
+  std::vector<int32_t> Chain(int32_t node) const {
+    std::vector<int32_t> chain;
+    for (; node >= 0; node = batch_.context_nodes[node].parent) chain.push_back(node);
+    std::reverse(chain.begin(), chain.end());
+    return chain;
+  }
+
+  void AddQueryTiles(const RowRange& range) {
+    std::vector<int32_t> partial_context, full_context;
+    int32_t tail_tokens = kKeyTile;
+    for (int32_t node : Chain(range.context_node)) {
+      const int32_t tokens = batch_.context_nodes[node].num_tokens;
+      const int32_t first = ContextTiles(node);
+      for (int32_t t = 0; t < tokens / kKeyTile; ++t) full_context.push_back(~(first + t));
+      if (tokens % kKeyTile == 0) continue;
+      // The path's last tile goes first: the kernel expects the one to clean up there.
+      partial_context.insert(partial_context.begin(), ~(first + tokens / kKeyTile));
+      tail_tokens = tokens % kKeyTile;
+    }
+    for (int32_t q0 = range.begin; q0 < range.end; q0 += kQueryTile) {
+      const int32_t q1 = std::min(q0 + kQueryTile, range.end);
+      std::vector<int32_t> partial = partial_context, full = full_context;
+      for (int32_t t = range.begin / kKeyTile; t * kKeyTile < q1; ++t) {
+        if (greatest_end_[t] <= q0) continue;
+        const bool is_full = (t + 1) * kKeyTile - 1 <= q0 && least_end_[t] >= q1;
+        (is_full ? full : partial).push_back(t);
+      }
+      const int32_t begin = Size(key_tiles_), count = Size(partial) + Size(full);
+      query_tiles_.push_back({q0, q1, begin, begin + count, Size(partial), tail_tokens});
+      key_tiles_.insert(key_tiles_.end(), partial.begin(), partial.end());
+      key_tiles_.insert(key_tiles_.end(), full.begin(), full.end());
+    }
+  }
+
+  // Index of the node's first context tile; its tiles are consecutive.
+  int32_t ContextTiles(int32_t node) {
+    first_tile_.resize(batch_.context_nodes.size(), -1);
+    if (first_tile_[node] >= 0) return first_tile_[node];
+    first_tile_[node] = Size(context_tiles_);
+    const ops::ContextNode& n = batch_.context_nodes[node];
+    const int32_t piece = std::min(batch_.block_tokens, kKeyTile);
+    for (int32_t t = 0; t < n.num_tokens; t += kKeyTile) {
+      const int32_t tokens = std::min(n.num_tokens - t, kKeyTile);
+      context_tiles_.push_back({Size(context_slots_), ContextEnds(tokens)});
+      for (int32_t i = t; i < t + kKeyTile; i += piece) {
+        const bool inside = i < n.num_tokens;
+        context_slots_.push_back(inside ? Slot(n, i) : -1);
+      }
+    }
+    return first_tile_[node];
+  }
+
+  int32_t Slot(const ops::ContextNode& node, int32_t token) const {
+    const int32_t block = batch_.context_blocks[node.block_begin + token / batch_.block_tokens];
+    return block * batch_.block_tokens + token % batch_.block_tokens;
+  }
+
+  int32_t ContextEnds(int32_t tokens) {
+    ends_of_.resize(kKeyTile + 1, -1);
+    if (ends_of_[tokens] < 0) {
+      ends_of_[tokens] = Size(context_ends_);
+      context_ends_.insert(context_ends_.end(), tokens, std::numeric_limits<int32_t>::max());
+      context_ends_.insert(context_ends_.end(), kKeyTile - tokens, 0);
+    }
+    return ends_of_[tokens];
+  }
+
+  void AddKeyRanges() {
+    constexpr int32_t kRows = kBackwardQueryTile;
+    for (int32_t t = 0; t < Size(least_end_); ++t) {
+      QueryRange r = {t * kKeyTile / kRows, (t + 1) * kKeyTile / kRows, 0,
+                      2 * CeilDiv(greatest_end_[t], 2 * kRows), 0};
+      r.full_last = least_end_[t] >= num_rows_ ? r.last : least_end_[t] / kRows;
+      r.full_first = std::min(r.full_first, r.last);
+      r.full_last = std::max(r.full_last, r.full_first);
+      r.image = num_images_ - r.first;
+      num_images_ += r.last - r.first;
+      key_ranges_.push_back(r);
+    }
+    key_order_.resize(key_ranges_.size());
+    std::iota(key_order_.begin(), key_order_.end(), 0);
+    std::stable_sort(key_order_.begin(), key_order_.end(), [this](int32_t a, int32_t b) {
+      const QueryRange &x = key_ranges_[a], &y = key_ranges_[b];
+      return x.last - x.first > y.last - y.first;
+    });
+  }
+
+  // Keys of the path that are left to the users of `node`: whole splits go with the node itself,
+  // unless it has one user only.
+  int32_t SharedKeys(int32_t node) const {
+    if (node < 0) return 0;
+    const int32_t before = SharedKeys(batch_.context_nodes[node].parent);
+    if (num_users_[node] < 2) return before;
+    return std::max(before, path_tokens_[node] / kSplitKeys * kSplitKeys);
+  }
+
+  bool IsDecode(const ops::Segment& s) const {
+    return s.row_end - s.row_begin <= options_.max_decode_rows;
+  }
+
+  void AddSharedChunks() {
+    parts_.resize(num_rows_);
+    std::vector<std::vector<int32_t>> rows_below(batch_.context_nodes.size());
+    for (const ops::Segment& s : chunk_segments_) {
+      if (!IsDecode(s)) continue;
+      for (int32_t node = s.context_node; node >= 0; node = batch_.context_nodes[node].parent) {
+        for (int32_t row = s.row_begin; row < s.row_end; ++row) rows_below[node].push_back(row);
+      }
+    }
+    for (int32_t node = 0; node < Size(rows_below); ++node) {
+      if (rows_below[node].empty()) continue;
+      const int32_t begin = SharedKeys(batch_.context_nodes[node].parent);
+      AddChunks(rows_below[node], begin, SharedKeys(node), node, /*packed_begin=*/0);
+    }
+  }
+
+  void AddSegmentChunks(const ops::Segment& s) {
+    const int32_t context = s.context_node < 0 ? 0 : path_tokens_[s.context_node];
+    if (IsDecode(s)) {
+      std::vector<int32_t> rows(s.row_end - s.row_begin);
+      std::iota(rows.begin(), rows.end(), s.row_begin);
+      AddChunks(rows, SharedKeys(s.context_node), context + Size(rows), s.context_node,
+                s.row_begin);
+      return;
+    }
+    const int32_t rows = RowsPerItem(kChunkRows), blocks = AddBlocks(s.context_node, 0, context);
+    for (int32_t q0 = s.row_begin; q0 < s.row_end; q0 += rows) {
+      const int32_t q1 = std::min(q0 + rows, s.row_end), rows_begin = Size(chunk_rows_);
+      for (int32_t row = q0; row < q1; ++row) chunk_rows_.push_back(row);
+      wide_.push_back(
+          {rows_begin, q1 - q0, 0, context + q1 - s.row_begin, context, blocks, s.row_begin, -1});
+    }
+  }
+
+  int32_t RowsPerItem(int32_t stacked) const { return std::max(stacked / options_.group_size, 1); }
+
+  // Keys [begin, end) of the path of `node` for `rows`, in chunks; `begin` is a multiple of
+  // kSplitKeys. Up to the next multiple of kChunkKeys every split goes alone, so that the order in
+  // which a chunk's splits are folded does not depend on where sharing ends.
+  void AddChunks(const std::vector<int32_t>& rows, int32_t begin, int32_t end, int32_t node,
+                 int32_t packed_begin) {
+    if (begin >= end) return;
+    const int32_t context = node < 0 ? 0 : path_tokens_[node];
+    const int32_t first_block = AddBlocks(node, begin, std::min(end, context));
+    const int32_t rows_begin = Size(chunk_rows_);
+    chunk_rows_.insert(chunk_rows_.end(), rows.begin(), rows.end());
+    const bool whole = begin == 0 && end <= kChunkKeys && end > context;
+    const bool narrow = Size(rows) * options_.group_size <= kNarrowRows;
+    const int32_t per_item = RowsPerItem(narrow ? kNarrowRows : kChunkRows);
+    for (int32_t key = begin; key < end;) {
+      const int32_t step = key % kChunkKeys == 0 ? kChunkKeys : kSplitKeys;
+      const int32_t last = std::min(key + step, end);
+      const int32_t block = batch_.block_tokens > 0 ? first_block + key / batch_.block_tokens -
+                                                          begin / batch_.block_tokens
+                                                    : 0;
+      for (int32_t r = 0; r < Size(rows); r += per_item) {
+        const int32_t n = std::min(per_item, Size(rows) - r);
+        (narrow ? narrow_ : wide_)
+            .push_back({rows_begin + r, n, key, last, context, block, packed_begin,
+                        whole ? -1 : num_partials_ + r});
+      }
+      if (!whole) {
+        for (int32_t r = 0; r < Size(rows); ++r) {
+          const int32_t part = num_partials_ + r;
+          parts_[rows[r]].push_back(key % kChunkKeys == 0 ? ~part : part);
+        }
+        num_partials_ += Size(rows);
+      }
+      key = last;
+    }
+  }
+
+  // Blocks of path positions [begin, end), from the block of `begin` on.
+  int32_t AddBlocks(int32_t node, int32_t begin, int32_t end) {
+    const int32_t first = Size(chunk_blocks_);
+    if (begin >= end) return first;
+    int32_t position = 0;
+    for (int32_t n : Chain(node)) {
+      const ops::ContextNode& c = batch_.context_nodes[n];
+      for (int32_t t = 0; t < c.num_tokens;
+           t += batch_.block_tokens, position += batch_.block_tokens) {
+        if (position + batch_.block_tokens <= begin || position >= end) continue;
+        chunk_blocks_.push_back(batch_.context_blocks[c.block_begin + t / batch_.block_tokens]);
+      }
+    }
+    return first;
+  }
+
+  void AddMerges() {
+    for (int32_t row = 0; row < num_rows_; ++row) {
+      if (parts_[row].empty()) continue;
+      merges_.push_back({row, Size(merge_parts_), Size(parts_[row])});
+      merge_parts_.insert(merge_parts_.end(), parts_[row].begin(), parts_[row].end());
+    }
+    std::stable_sort(wide_.begin(), wide_.end(), [](const ChunkWork& a, const ChunkWork& b) {
+      return a.key_end - a.key_begin > b.key_end - b.key_begin;
+    });
+  }
+
+  // Appends an array to the plan's words; returns its offset as a pointer, to be bound later.
+  template <typename T>
+  const T* Put(const std::vector<T>& v) {
+    static_assert(sizeof(T) % sizeof(int32_t) == 0);
+    plan_.words.resize((plan_.words.size() + 31) / 32 * 32);
+    const size_t at = plan_.words.size();
+    const auto* words = reinterpret_cast<const int32_t*>(v.data());
+    plan_.words.insert(plan_.words.end(), words, words + v.size() * sizeof(T) / sizeof(int32_t));
+    return reinterpret_cast<const T*>(at * sizeof(int32_t));
+  }
+
+  AttentionPlan Pack() {
+    AttentionSchedule& s = plan_.schedule;
+    s.rows = num_rows_;
+    s.subtree_end = Put(ends_);
+    s.query_tiles = Put(query_tiles_);
+    s.key_tiles = Put(key_tiles_);
+    s.context_tiles = Put(context_tiles_);
+    s.context_slots = Put(context_slots_);
+    s.context_ends = Put(context_ends_);
+    s.num_query_tiles = Size(query_tiles_);
+    s.longest_list =
+        query_tiles_.empty() ? 0 : query_tiles_[0].list_end - query_tiles_[0].list_begin;
+    s.num_list_entries = Size(key_tiles_);
+    s.key_order = Put(key_order_);
+    s.key_ranges = Put(key_ranges_);
+    s.num_key_tiles = Size(key_ranges_);
+    s.num_images = num_images_;
+    s.wide_chunks = Put(wide_);
+    s.narrow_chunks = Put(narrow_);
+    s.chunk_rows = Put(chunk_rows_);
+    s.chunk_blocks = Put(chunk_blocks_);
+    s.merges = Put(merges_);
+    s.merge_parts = Put(merge_parts_);
+    s.num_wide = Size(wide_);
+    s.num_narrow = Size(narrow_);
+    s.num_merges = Size(merges_);
+    s.num_partials = num_partials_;
+    plan_.has_context = !batch_.context_nodes.empty();
+    return std::move(plan_);
+  }
+
+  const ops::TokenBatch& batch_;
+  const AttentionPlanOptions options_;
+  const int32_t num_rows_;
+  AttentionPlan plan_;
+
+  std::vector<int32_t> path_tokens_, num_users_;   // [context nodes]
+  std::vector<int32_t> ends_;                      // [padded rows]
+  std::vector<int32_t> least_end_, greatest_end_;  // [key tiles]
+  std::vector<RowRange> tile_ranges_;
+  std::vector<ops::Segment> chunk_segments_;
+
+  std::vector<QueryTileWork> query_tiles_;
+  std::vector<int32_t> key_tiles_, context_slots_, context_ends_, first_tile_, ends_of_;
+  std::vector<ContextTile> context_tiles_;
+  std::vector<int32_t> key_order_;
+  std::vector<QueryRange> key_ranges_;
+  int32_t num_images_ = 0;
+
+  std::vector<ChunkWork> wide_, narrow_;
+  std::vector<int32_t> chunk_rows_, chunk_blocks_, merge_parts_;
+  std::vector<std::vector<int32_t>> parts_;  // [rows] partial results by key
+  std::vector<MergeWork> merges_;
+  int32_t num_partials_ = 0;
+};
+
+template <typename T>
+void Rebase(const T*& pointer, const int32_t* words) {
+  const auto offset_bytes = reinterpret_cast<uintptr_t>(pointer);
+  pointer = reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(words) + offset_bytes);
+}
+
+}  // namespace
+
+AttentionSchedule AttentionPlan::Bind(const int32_t* device_words) const {
+  AttentionSchedule s = schedule;
+  Rebase(s.subtree_end, device_words);
+  Rebase(s.query_tiles, device_words);
+  Rebase(s.key_tiles, device_words);
+  Rebase(s.context_tiles, device_words);
+  Rebase(s.context_slots, device_words);
+  Rebase(s.context_ends, device_words);
+  Rebase(s.key_order, device_words);
+  Rebase(s.key_ranges, device_words);
+  Rebase(s.wide_chunks, device_words);
+  Rebase(s.narrow_chunks, device_words);
+  Rebase(s.chunk_rows, device_words);
+  Rebase(s.chunk_blocks, device_words);
+  Rebase(s.merges, device_words);
+  Rebase(s.merge_parts, device_words);
+  return s;
+}
+
+AttentionPlan PlanAttention(const ops::TokenBatch& batch, const AttentionPlanOptions& options) {
+  return Planner(batch, options).Plan();
+}
+
+}  // namespace coppice::cuda

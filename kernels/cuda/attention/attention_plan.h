@@ -1,0 +1,45 @@
+// AttentionPlan: which tiles of the score matrix a batch touches. Host code, no CUDA.
+//
+// Key row k is visible to query row q iff k <= q < subtree_end[k]; a segment's rows also see their
+// context. Two kernel families share the work, by segment:
+//   tiles   128 x 128 tiles on the tensor cores' wide path (sm_90a, head_dim 64 or 128): prefill,
+//   scoring, training chunks  stacked query heads on mma.sync, keys in chunks of 1024 by absolute
+//   position: decode (each shared context node
+//           is read once for all its rows), every other architecture and head_dim, and the oracle
+// For a query tile [q0, q1) and a key tile [k0, k1), with lo and hi the least and greatest
+// subtree_end of the key tile:
+//   skip iff k0 >= q1 or hi <= q0;  full iff k1 - 1 <= q0 and lo >= q1 (no mask code runs);  else
+//   partial.
+// Plans depend on neither head nor layer. All of a plan is one vector of words: upload it once,
+// bind, launch often. Cost: O(tiles^2 + context blocks) on the host, below a millisecond for 41k
+// rows.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/cuda/attention/attention_schedule.h"
+#include "kernels/ops/token_batch.h"
+
+namespace coppice::cuda {
+
+struct AttentionPlanOptions {
+  bool tiles = true;  // false: everything as chunks (not sm_90a, or head_dim is neither 64 nor 128)
+  int32_t group_size = 1;       // query heads of a KV head
+  int32_t max_decode_rows = 8;  // segments with context and at most as many rows go as chunks
+};
+
+struct AttentionPlan {
+  std::vector<int32_t> words;  // the schedule's arrays
+  AttentionSchedule schedule;  // its pointers are offsets into `words` until Bind
+
+  bool has_context = false;  // backward refuses such a plan
+  // The schedule over an uploaded copy of `words`, 16-byte aligned.
+  AttentionSchedule Bind(const int32_t* device_words) const;
+};
+
+// REQUIRES: batch.Validate() is OK; block_tokens is a power of two and at least 8 if there is
+// context.
+AttentionPlan PlanAttention(const ops::TokenBatch& batch, const AttentionPlanOptions& options);
+
+}  // namespace coppice::cuda

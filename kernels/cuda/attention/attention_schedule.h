@@ -1,0 +1,86 @@
+// The schedule of one batch's attention as the kernels read it: a POD of device pointers, made by
+// attention_plan.h.
+#pragma once
+
+#include <cstdint>
+
+namespace coppice::cuda {
+
+inline constexpr int kKeyTile = 128;           // keys of a tile, every tile kernel
+inline constexpr int kQueryTile = 128;         // rows of a query tile, forward and dQ
+inline constexpr int kBackwardQueryTile = 64;  // rows of a query tile in the dK/dV kernel
+inline constexpr int kSplitKeys = 256;   // keys whose softmax runs in one go, by absolute position
+inline constexpr int kChunkKeys = 1024;  // splits of one work item, folded in order
+inline constexpr int kChunkRows =
+    64;  // stacked rows (row x query head of a KV head) of a wide work item
+inline constexpr int kNarrowRows = 16;  // and of a narrow one
+
+// Rows [row_begin, row_end), at most kQueryTile, and the entries [list_begin, list_end) of
+// `key_tiles` they visit: `partial` of them with mask code first, then full ones, each ascending.
+struct QueryTileWork {
+  int32_t row_begin, row_end, list_begin, list_end, partial;
+  int32_t tail_tokens;  // kKeyTile, or the filled part of the first entry, a context tile whose
+                        // rest is to be ignored
+};
+
+// Up to kKeyTile tokens of one context node.
+struct ContextTile {
+  int32_t first_piece;  // index into context_slots: the first slot of each run of min(block_tokens,
+                        // kKeyTile) slots, or -1
+  int32_t first_end;  // index into context_ends: kKeyTile words, INT32_MAX where there is a token,
+                      // else 0
+};
+
+// Query tiles of 64 rows that see a key tile: [first, full_first) partial, [full_first, full_last)
+// full, [full_last, last) partial. Tile pair (query tile t, key tile) is image number `image + t`.
+struct QueryRange {
+  int32_t first, full_first, full_last, last, image;
+};
+
+// Stacked rows and the keys they visit. Keys of a path are numbered from 0: first the context's
+// tokens by position, then the segment's packed rows. Every row sees all context keys; packed keys
+// are tested one by one.
+struct ChunkWork {
+  int32_t rows_begin, num_rows;  // rows chunk_rows[rows_begin, + num_rows); 0 rows: nothing to do
+  int32_t key_begin, key_end;    // key_begin is a multiple of kChunkKeys, or the item is one split
+  int32_t context_tokens;        // keys below are in pages, the others packed
+  int32_t first_block;           // index into chunk_blocks: the block of key_begin
+  int32_t packed_begin;          // packed row of key `context_tokens`
+  int32_t partial;  // index of the first row's partial result, or -1: the item holds all keys of
+                    // its rows
+};
+
+// Partial results of one row, merge_parts[parts_begin, + num_parts) in the order of their keys:
+// index i goes on with the chunk of the part before, ~i begins a chunk.
+struct MergeWork {
+  int32_t row, parts_begin, num_parts;
+};
+
+struct AttentionSchedule {
+  const int32_t* subtree_end = nullptr;  // [padded rows], 0 past the last row
+  int32_t rows = 0;
+
+  // Tiles.
+  const QueryTileWork* query_tiles = nullptr;  // longest list first
+  const int32_t* key_tiles = nullptr;          // packed key tile t, or context tile ~t
+  const ContextTile* context_tiles = nullptr;
+  const int32_t* context_slots = nullptr;
+  const int32_t* context_ends = nullptr;
+  int32_t num_query_tiles = 0, longest_list = 0, num_list_entries = 0;
+
+  // Tiles, backward.
+  const int32_t* key_order = nullptr;      // packed key tiles, longest range first
+  const QueryRange* key_ranges = nullptr;  // [key tiles]
+  int32_t num_key_tiles = 0, num_images = 0;
+
+  // Chunks.
+  const ChunkWork* wide_chunks = nullptr;    // up to kChunkRows stacked rows, longest first
+  const ChunkWork* narrow_chunks = nullptr;  // up to kNarrowRows stacked rows, one chunk each
+  const int32_t* chunk_rows = nullptr;
+  const int32_t* chunk_blocks = nullptr;
+  const MergeWork* merges = nullptr;
+  const int32_t* merge_parts = nullptr;
+  int32_t num_wide = 0, num_narrow = 0, num_merges = 0, num_partials = 0;
+};
+
+}  // namespace coppice::cuda

@@ -1,0 +1,32 @@
+// The steps that tree_attention.cc puts together. Internal to kernels/cuda/attention.
+#pragma once
+
+#include "kernels/cuda/attention/tree_attention.h"
+
+namespace coppice::cuda {
+
+// Tile kernels. `counter`: one int of scratch.
+cudaError_t LaunchTileForward(const TreeAttentionArgs& args, int* counter, cudaStream_t stream);
+
+// Partial results of the chunk kernels.
+struct ChunkScratch {
+  float* out = nullptr;    // [partials, q_heads, head_dim] not normalised
+  float2* sums = nullptr;  // [partials, q_heads] maximum in log2 units, sum of exponentials
+};
+cudaError_t LaunchChunkForward(const TreeAttentionArgs& args, const ChunkScratch& scratch,
+                               cudaStream_t stream);
+
+// Backward of KV heads [first_kv_head, + num_kv_heads).
+struct BackwardPass {
+  const TreeAttentionBackwardArgs* args = nullptr;
+  float* row_lse = nullptr;    // [q_heads, padded rows] lse in log2 units, +inf past the last row
+  float* row_delta = nullptr;  // [q_heads, padded rows]
+  void* ds = nullptr;          // bf16 dS of these heads, or null: dQ recomputes S and dP
+  int* counters = nullptr;     // two ints of scratch
+  int32_t first_kv_head = 0, num_kv_heads = 0;
+};
+cudaError_t LaunchBackwardRowSums(const BackwardPass& pass, cudaStream_t stream);  // of all heads
+cudaError_t LaunchBackwardKeys(const BackwardPass& pass, cudaStream_t stream);     // d_k, d_v, dS
+cudaError_t LaunchBackwardQueries(const BackwardPass& pass, cudaStream_t stream);  // d_q
+
+}  // namespace coppice::cuda

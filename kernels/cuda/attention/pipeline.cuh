@@ -1,0 +1,128 @@
+// What the persistent forward and backward kernels share.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/attention/attention_schedule.h"
+#include "kernels/cuda/attention/hopper.cuh"
+#include "kernels/cuda/attention/tensor_map.cuh"
+#include "kernels/cuda/attention/tree_attention.h"
+
+namespace coppice::cuda {
+
+inline constexpr int kConsumers = 2;                     // consumer warpgroups, 64 rows each
+inline constexpr int kThreads = 128 * (1 + kConsumers);  // and one producer warpgroup
+inline constexpr int kConsumerWarps = 4 * kConsumers;
+inline constexpr int kImage = kKeyTile * kBackwardQueryTile;  // elements of a stored dS^T tile
+// Registers per thread of the producer and of the consumers: three warpgroups share what the launch
+// got, 3 x 168.
+template <int kProducer>
+inline constexpr int kConsumerRegisters = (3 * 168 - kProducer) / 2;
+inline constexpr float kLog2e = 1.4426950408889634f;
+
+// Order of the work items (tile, head), handed out by a counter. Heads of one KV head that work at
+// the same time share their key tiles in L2, so the first `solo` KV heads go one after the other,
+// each longest tile first; the last ones go together, longest tile first across them, so that the
+// Multiprocessors finish together.
+struct ItemOrder {
+  int tile_count, kv_heads, per_kv_head, solo;
+
+  __device__ __forceinline__ int items() const { return tile_count * kv_heads * per_kv_head; }
+  // Item to tile, counted longest first, and head, counted as kv_head * per_kv_head + i.
+  __device__ __forceinline__ int2 at(int item) const {
+    const int first = solo * tile_count * per_kv_head;
+    const bool alone = item < first;
+    const int heads = (alone ? 1 : kv_heads - solo) * per_kv_head;  // heads that go together
+    const int section = alone ? item / (tile_count * per_kv_head) : solo;
+    const int inside = item - section * tile_count * per_kv_head;
+    return {inside / heads, section * per_kv_head + inside % heads};
+  }
+};
+
+inline int Multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+// Order of (query tile, head). The heads that go together hold at least
+// twice the longest item's work for every multiprocessor.
+inline ItemOrder MakeItemOrder(const AttentionSchedule& schedule, int kv_heads, int per_kv_head) {
+  const int64_t work = int64_t{schedule.num_list_entries} * per_kv_head;
+  const int64_t together =
+      (int64_t{2} * schedule.longest_list * Multiprocessors() + work - 1) / work;
+  const int solo = kv_heads - static_cast<int>(together < kv_heads ? together : kv_heads);
+  return {schedule.num_query_tiles, kv_heads, per_kv_head, solo};
+}
+
+// A tile of kRows rows of one head, panel by panel.
+template <int D, int kRows>
+__device__ __forceinline__ void LoadTile(Bf16* to, const CUtensorMap& map, int head, int row,
+                                         Barrier& full) {
+#pragma unroll
+  for (int panel = 0; panel < D / kPanel; ++panel)
+    LoadBox(to + panel * kPanel * kRows, map, panel * kPanel, head, row, full);
+}
+
+// Rows [row0, row0 + 64) of a staged tile of kRows rows, to rows from `row` of the tensor. One
+// thread.
+template <int D, int kRows>
+__device__ __forceinline__ void StoreRows(const CUtensorMap& map, const Bf16* tile, int row0,
+                                          int head, int row) {
+#pragma unroll
+  for (int panel = 0; panel < D / kPanel; ++panel)
+    StoreBox(map, tile + (panel * kRows + row0) * kPanel, panel * kPanel, head, row);
+}
+
+// A consumer warp has finished reading a buffer.
+__device__ __forceinline__ void Release(Barrier& empty) {
+  if (threadIdx.x % 32 == 0) empty.Arrive();
+}
+
+template <int kCount>
+__device__ __forceinline__ void Clear(float (&r)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) r[i] = 0.f;
+}
+
+// Sets scores [64 queries, 128 keys] to `value` where the query does not see the key. `row` is this
+// thread's first query row, the other one is 8 below; `end` holds subtree_end of the tile's keys.
+__device__ __forceinline__ void MaskRows(float (&x)[kKeyTile / 2], int row, int key0,
+                                         const int* end, float value) {
+  const int column0 = threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < kKeyTile / 8; ++j) {
+    const int2 last = *reinterpret_cast<const int2*>(end + 8 * j + column0);
+    const int key = key0 + 8 * j + column0;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int query = row + 8 * h;
+      if (key > query || query >= last.x) x[4 * j + 2 * h] = value;
+      if (key + 1 > query || query >= last.y) x[4 * j + 2 * h + 1] = value;
+    }
+  }
+}
+
+// The [rows, heads, head_dim] tensor of a row matrix.
+inline MapShape MapOf(const RowMatrix& m, const AttentionShape& shape, int32_t heads) {
+  return {m.data, shape.rows, m.row_stride, heads, shape.head_dim};
+}
+
+inline int64_t PaddedRows(int64_t rows) { return (rows + kKeyTile - 1) / kKeyTile * kKeyTile; }
+
+// Launches one CTA per multiprocessor, with its work counter at zero.
+template <class Shared, class Parameters>
+cudaError_t LaunchPersistent(void (*kernel)(Parameters), const Parameters& p, int* counter,
+                             cudaStream_t stream) {
+  const int bytes = sizeof(Shared);
+  if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
+    return e;
+  if (auto e = cudaMemsetAsync(counter, 0, sizeof(int), stream)) return e;
+  kernel<<<Multiprocessors(), kThreads, bytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+}  // namespace coppice::cuda

@@ -1,0 +1,127 @@
+// Which kernels a launch is made of, and how its scratch is cut.
+#include "kernels/cuda/attention/tree_attention.h"
+
+#include <algorithm>
+
+#include "kernels/cuda/attention/launchers.h"
+
+namespace coppice::cuda {
+namespace {
+
+constexpr int64_t kAlignment = 256;
+constexpr int64_t kImageBytes = int64_t{2} * kKeyTile * kBackwardQueryTile;
+
+int64_t Align(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// Cuts scratch into aligned pieces; counts bytes when there is no memory yet.
+class Scratch {
+ public:
+  explicit Scratch(void* memory) : memory_(static_cast<char*>(memory)) {}
+
+  template <typename T>
+  T* Take(int64_t count) {
+    T* at = memory_ == nullptr ? nullptr : reinterpret_cast<T*>(memory_ + used_);
+    used_ += Align(count * static_cast<int64_t>(sizeof(T)));
+    return at;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+struct ForwardScratch {
+  ForwardScratch(Scratch scratch, const AttentionSchedule& schedule, const AttentionShape& shape) {
+    const int64_t partials = int64_t{schedule.num_partials} * shape.q_heads;
+    counter = scratch.Take<int>(1);
+    chunks.out = scratch.Take<float>(partials * shape.head_dim);
+    chunks.sums = scratch.Take<float2>(partials);
+    used = scratch.used();
+  }
+  int* counter;
+  ChunkScratch chunks;
+  int64_t used;
+};
+
+struct BackwardScratch {
+  BackwardScratch(Scratch scratch, const AttentionShape& shape) {
+    const int64_t padded = (shape.rows + kKeyTile - 1) / kKeyTile * kKeyTile;
+    counters = scratch.Take<int>(2);
+    row_lse = scratch.Take<float>(padded * shape.q_heads);
+    row_delta = scratch.Take<float>(padded * shape.q_heads);
+    ds = scratch.Take<char>(0);
+    used = scratch.used();
+  }
+  int* counters;
+  float *row_lse, *row_delta;
+  char* ds;
+  int64_t used;
+};
+
+int64_t DsBytesPerKvHead(const AttentionSchedule& schedule, const AttentionShape& shape) {
+  return int64_t{schedule.num_images} * (shape.q_heads / shape.kv_heads) * kImageBytes;
+}
+
+// Stored dS costs more than it saves where products are short.
+bool StoresDs(const AttentionShape& shape) { return shape.head_dim >= 128; }
+
+}  // namespace
+
+bool HasTileKernels(int32_t head_dim, int compute_capability) {
+  return compute_capability == 90 && (head_dim == 64 || head_dim == 128);
+}
+
+int64_t TreeAttentionScratchBytes(const AttentionSchedule& schedule, const AttentionShape& shape) {
+  return ForwardScratch(Scratch(nullptr), schedule, shape).used;
+}
+
+cudaError_t LaunchTreeAttention(const TreeAttentionArgs& args, cudaStream_t stream) {
+  const ForwardScratch scratch(Scratch(args.scratch), args.schedule, args.shape);
+  if (args.schedule.num_query_tiles > 0) {
+    if (const cudaError_t e = LaunchTileForward(args, scratch.counter, stream)) return e;
+  }
+  if (args.schedule.num_wide + args.schedule.num_narrow > 0) {
+    return LaunchChunkForward(args, scratch.chunks, stream);
+  }
+  return cudaSuccess;
+}
+
+int64_t TreeAttentionBackwardScratchBytes(const AttentionSchedule& schedule,
+                                          const AttentionShape& shape, int64_t budget_bytes) {
+  const int64_t fixed = BackwardScratch(Scratch(nullptr), shape).used;
+  const int64_t per_head = DsBytesPerKvHead(schedule, shape);
+  if (!StoresDs(shape) || per_head == 0 || budget_bytes < fixed + per_head) return fixed;
+  const int64_t heads = std::min<int64_t>((budget_bytes - fixed) / per_head, shape.kv_heads);
+  return fixed + heads * per_head;
+}
+
+cudaError_t LaunchTreeAttentionBackward(const TreeAttentionBackwardArgs& args,
+                                        cudaStream_t stream) {
+  const AttentionShape& shape = args.shape;
+  if (shape.rows == 0) return cudaSuccess;
+  const BackwardScratch scratch(Scratch(args.scratch), shape);
+  if (args.scratch_bytes < scratch.used) return cudaErrorInvalidValue;
+  if (args.schedule.num_key_tiles == 0) return cudaErrorNotSupported;
+  const int64_t fit = (args.scratch_bytes - scratch.used) / DsBytesPerKvHead(args.schedule, shape);
+  const bool stores = fit > 0;
+  // Rounds of even size.
+  const int64_t rounds = stores ? (shape.kv_heads + fit - 1) / fit : 1;
+  const int32_t per_round = static_cast<int32_t>((shape.kv_heads + rounds - 1) / rounds);
+
+  BackwardPass pass = {.args = &args,
+                       .row_lse = scratch.row_lse,
+                       .row_delta = scratch.row_delta,
+                       .ds = stores ? scratch.ds : nullptr,
+                       .counters = scratch.counters};
+  if (const cudaError_t e = LaunchBackwardRowSums(pass, stream)) return e;
+  for (int32_t first = 0; first < shape.kv_heads; first += per_round) {
+    pass.first_kv_head = first;
+    pass.num_kv_heads = std::min(per_round, shape.kv_heads - first);
+    if (const cudaError_t e = LaunchBackwardKeys(pass, stream)) return e;
+    if (const cudaError_t e = LaunchBackwardQueries(pass, stream)) return e;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace coppice::cuda

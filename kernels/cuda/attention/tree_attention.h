@@ -1,0 +1,81 @@
+// Launchers of tree attention (Vaswani et al. 2017 under the mask of kernels/ops/token_batch.h),
+// forward and backward.
+//
+//   out[q] = sum_k softmax_k(scale q.k) v[k]          lse[q] = log sum_k exp(scale q.k)
+//   dS[q,k] = P[q,k] (d_out[q].v[k] - delta[q])       delta[q] = out[q].d_out[q]
+//   d_q[q] = scale sum_k dS[q,k] k[k]
+//   d_k[k] = scale sum_{q, heads of the group} dS[q,k] q[q]        d_v[k] = sum P[q,k] d_out[q]
+//
+// Every result is the same bit for bit on every run: no atomics on data, sums in list order
+// whichever multiprocessor runs them. Row strides are in elements and multiples of 8; pointers are
+// 16-byte aligned; heads of a row are contiguous. Errors: cudaErrorNotSupported for a head_dim or
+// device without kernels, cudaErrorInvalidValue for scratch too small. Thread: any; the launch is
+// queued on `stream` and borrows everything until it ran.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "kernels/cuda/attention/attention_schedule.h"
+
+namespace coppice::cuda {
+
+struct AttentionShape {
+  int64_t rows = 0;
+  int32_t q_heads = 0, kv_heads = 0;
+  int32_t head_dim = 0;
+  float scale = 0;
+};
+
+struct RowMatrix {
+  void* data = nullptr;    // [rows, heads, head_dim] bf16
+  int64_t row_stride = 0;  // elements
+};
+
+// One layer's pages, contiguous.
+struct ContextPages {
+  const void* k = nullptr;  // [blocks, block_tokens, kv_heads, head_dim] bf16
+  const void* v = nullptr;  // same
+  int64_t num_blocks = 0;
+  int32_t block_tokens = 0;
+};
+
+struct TreeAttentionArgs {
+  AttentionShape shape;
+  AttentionSchedule schedule;
+  RowMatrix q, k, v;
+  ContextPages context;  // where the schedule has context
+  RowMatrix out;
+  float* lse = nullptr;     // optional [rows, q_heads] f32
+  void* scratch = nullptr;  // TreeAttentionScratchBytes, 256-byte aligned
+};
+
+struct TreeAttentionBackwardArgs {
+  AttentionShape shape;
+  AttentionSchedule schedule;  // of a plan without context
+  RowMatrix q, k, v;
+  RowMatrix out;
+  const float* lse = nullptr;  // [rows, q_heads] f32, of forward
+  RowMatrix d_out;
+  RowMatrix d_q, d_k, d_v;
+  void* scratch = nullptr;  // TreeAttentionBackwardScratchBytes, 256-byte aligned
+  int64_t scratch_bytes = 0;
+};
+
+// True if the tile kernels run this head_dim on this device (compute capability major * 10 +
+// minor): AttentionPlanOptions::tiles.
+bool HasTileKernels(int32_t head_dim, int compute_capability);
+
+int64_t TreeAttentionScratchBytes(const AttentionSchedule& schedule, const AttentionShape& shape);
+cudaError_t LaunchTreeAttention(const TreeAttentionArgs& args, cudaStream_t stream);
+
+// With at least `budget_bytes` the kernels keep dS between the passes of dK/dV and dQ, in as many
+// rounds over KV heads as it takes (32 KiB per 128 x 128 tile pair and query head); where not even
+// one KV head fits, dQ recomputes S and dP. Results are the same in both to rounding, and bit for
+// bit for every number of rounds.
+int64_t TreeAttentionBackwardScratchBytes(const AttentionSchedule& schedule,
+                                          const AttentionShape& shape, int64_t budget_bytes);
+cudaError_t LaunchTreeAttentionBackward(const TreeAttentionBackwardArgs& args, cudaStream_t stream);
+
+}  // namespace coppice::cuda

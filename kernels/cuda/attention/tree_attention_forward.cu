@@ -1,0 +1,331 @@
+// Forward pass. One persistent CTA per multiprocessor; a work item is one 128-row query tile of one
+// query head. Producer warpgroup: loads Q once per item, then K and V tiles of 128 keys into rings
+// of two stages. Two consumer warpgroups, 64 query rows each; per key tile and warpgroup
+//   S = Q K^T          8 x m64n128k16, both operands from shared memory
+//   online softmax     in registers, base 2
+//   O += P V           8 x m64n128k16, P from registers
+// S of the next tile is issued before O += P V of this one, so the softmax of the next tile runs
+// under O += P V. Shared memory (D = 128): Q 32 + 2 x (K 32 + V 32) + O 32 = 192 KB. Traffic per
+// item: 64 KB a key tile for 4 * 128 * 128 * D = 8.4 MFLOP, 131 FLOP per L2 byte; query heads of
+// one KV head are neighbours in the item order, so they share the tiles in L2.
+#include "kernels/cuda/attention/launchers.h"
+#include "kernels/cuda/attention/pipeline.cuh"
+
+namespace coppice::cuda {
+namespace {
+
+constexpr int kStages = 2;
+constexpr int kAllConsumers = 3;  // named barrier
+
+struct ForwardParameters {
+  CUtensorMap q, k, v, o, context_k, context_v;
+  AttentionSchedule schedule;
+  ItemOrder order;
+  Bf16* out;
+  int64_t out_stride, no_slot;  // a row past the pages: loads as zeros
+  float* lse;
+  int* counter;
+  int pieces;  // of a context tile
+  int q_heads, group_size;
+  float scale;
+};
+
+struct ForwardWork {
+  int head, count;  // count < 0: no more work
+  QueryTileWork tile;
+};
+
+template <int D>
+struct ForwardShared {
+  alignas(1024) Bf16 q[kQueryTile * D];
+  alignas(1024) Bf16 k[kStages][kKeyTile * D];
+  alignas(1024) Bf16 v[kStages][kKeyTile * D];
+  alignas(1024) Bf16 o[kQueryTile * D];
+  alignas(16) int end[kStages][kKeyTile];
+  int first_key[kStages];
+  ForwardWork work;
+  Barrier q_full, q_empty;
+  Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+};
+
+// Loads one key tile of one tensor: packed rows, or a context tile piece by piece.
+template <int D>
+__device__ __forceinline__ void LoadKeys(const ForwardParameters& p, Bf16* to,
+                                         const CUtensorMap& packed, const CUtensorMap& pages,
+                                         int kv_head, int entry, Barrier& full) {
+  if (entry >= 0) {
+    LoadTile<D, kKeyTile>(to, packed, kv_head, entry * kKeyTile, full);
+    return;
+  }
+  const int rows = kKeyTile / p.pieces;
+  const int* slots = p.schedule.context_slots + p.schedule.context_tiles[~entry].first_piece;
+  for (int i = 0; i < p.pieces; ++i) {
+    const int slot = slots[i] < 0 ? static_cast<int>(p.no_slot) : slots[i];
+#pragma unroll
+    for (int panel = 0; panel < D / kPanel; ++panel)
+      LoadBox(to + (panel * kKeyTile + i * rows) * kPanel, pages, panel * kPanel, kv_head, slot,
+              full);
+  }
+}
+
+// One thread. Items come from a global counter, longest first; the next one is fetched while this
+// one loads.
+template <int D>
+__device__ void Produce(const ForwardParameters& p, ForwardShared<D>& s) {
+  Ring<1> items;
+  Ring<kStages> ring;
+  for (int item, next = atomicAdd(p.counter, 1);; items.Advance()) {
+    item = next;
+    if (item >= p.order.items()) break;
+    next = atomicAdd(p.counter, 1);
+    const auto [tile_idx, head] = p.order.at(item);
+    const QueryTileWork tile = p.schedule.query_tiles[tile_idx];
+    const int kv_head = head / p.group_size;
+    s.q_empty.Wait(items.phase ^ 1);
+    s.work = {head, tile.list_end - tile.list_begin, tile};
+    s.q_full.ArriveExpecting(kQueryTile * D * 2);
+    LoadTile<D, kQueryTile>(s.q, p.q, head, tile.row_begin, s.q_full);
+    for (int i = tile.list_begin; i < tile.list_end; ++i, ring.Advance()) {
+      const int entry = p.schedule.key_tiles[i], stage = ring.stage;
+      const int* end = entry >= 0
+                           ? p.schedule.subtree_end + entry * kKeyTile
+                           : p.schedule.context_ends + p.schedule.context_tiles[~entry].first_end;
+      s.k_empty[stage].Wait(ring.phase ^ 1);
+      s.first_key[stage] =
+          entry >= 0 ? entry * kKeyTile : -kKeyTile;  // context comes before all rows
+      s.k_full[stage].ArriveExpecting(kKeyTile * D * 2 + kKeyTile * 4);
+      LoadKeys<D>(p, s.k[stage], p.k, p.context_k, kv_head, entry, s.k_full[stage]);
+      LoadBytes(s.end[stage], end, kKeyTile * 4, s.k_full[stage]);
+      s.v_empty[stage].Wait(ring.phase ^ 1);
+      s.v_full[stage].ArriveExpecting(kKeyTile * D * 2);
+      LoadKeys<D>(p, s.v[stage], p.v, p.context_v, kv_head, entry, s.v_full[stage]);
+    }
+  }
+  s.q_empty.Wait(items.phase ^ 1);
+  s.work.count = -1;
+  s.q_full.Arrive();
+}
+
+// The base of the exponentials may lag the row maximum by this much (log2 units): probabilities
+// stay under 2^8, and most tiles need no rescaling of O.
+constexpr float kMaximumSlack = 8.f;
+
+// Scores to probabilities: m is the base of the exponentials in raw scores, l this thread's share
+// of the running row sum, shrink the factor that moves older sums to a new base. A row that saw no
+// key yet keeps m = -inf, l = 0.
+__device__ __forceinline__ void OnlineSoftmax(float (&s)[64], float (&m)[2], float (&l)[2],
+                                              float (&shrink)[2], float scale_log2) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float top = m[h];
+#pragma unroll
+    for (int j = 0; j < 16; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    if ((top - m[h]) * scale_log2 <= kMaximumSlack) top = m[h];
+    const float base = top == -INFINITY ? 0.f : top * scale_log2;
+    shrink[h] = Exp2(m[h] * scale_log2 - base);
+    m[h] = top;
+    float sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        float& x = s[4 * j + 2 * h + e];
+        x = Exp2(x * scale_log2 - base);
+        sum += x;
+      }
+    }
+    l[h] = l[h] * shrink[h] + sum;
+  }
+}
+
+// Zeros in rows [first, kKeyTile) of a swizzled tile: whatever the pages hold there must not meet a
+// zero probability. All consumers share the work; rows are whole 128-byte lines, so the swizzle
+// does not matter.
+template <int D>
+__device__ void ClearRows(Bf16* tile, int first) {
+  constexpr int kChunks = kPanel / 8;  // 16 bytes each
+  const int lines = (D / kPanel) * (kKeyTile - first);
+  for (int i = threadIdx.x - 128; i < lines * kChunks; i += 128 * kConsumers) {
+    const int line = i / kChunks, panel = line / (kKeyTile - first);
+    const int row = first + line - panel * (kKeyTile - first);
+    reinterpret_cast<uint4*>(tile + (panel * kKeyTile + row) * kPanel)[i % kChunks] =
+        uint4{0, 0, 0, 0};
+  }
+}
+
+// Ordinary stores of this warpgroup's staged rows up to the tile's last: the rows after it belong
+// to another tile.
+template <int D>
+__device__ void StoreSomeRows(const ForwardParameters& p, const Bf16* staged, int first,
+                              const ForwardWork& work) {
+  constexpr int kChunks = D / 8;
+  const int row0 = work.tile.row_begin + first, rows = work.tile.row_end - row0;
+  for (int i = threadIdx.x % 128; i < rows * kChunks; i += 128) {
+    const int row = first + i / kChunks, chunk = i % kChunks, panel = chunk / 8;
+    const Bf16* from = staged + (panel * kQueryTile + row) * kPanel + ((chunk % 8) ^ (row & 7)) * 8;
+    Bf16* to = p.out + int64_t{row0 + i / kChunks} * p.out_stride + work.head * D + chunk * 8;
+    *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+  }
+}
+
+template <int D>
+__device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int group) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int epilogue = 1 + group;
+  const float scale_log2 = p.scale * kLog2e;
+  const uint64_t q = ColumnsAreK(s.q + group * 64 * kPanel);
+  Ring<1> items;
+  Ring<kStages> key_ring, value_ring;
+
+  for (;; items.Advance()) {
+    s.q_full.Wait(items.phase);
+    const ForwardWork work = s.work;
+    if (work.count < 0) break;
+    const int first_row = work.tile.row_begin + group * 64;
+    const int row = first_row + warp * 16 + lane / 4;
+    float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.f, 0.f}, shrink[2];
+    float o[D / 2], scores[kKeyTile / 2];
+    uint32_t probabilities[kKeyTile / 4];
+    Clear(o);
+
+    const auto start_scores = [&] {
+      s.k_full[key_ring.stage].Wait(key_ring.phase);
+      MultiplyAbt<D, kQueryTile>(scores, q, ColumnsAreK(s.k[key_ring.stage]));
+    };
+    const auto start_output = [&] {
+      s.v_full[value_ring.stage].Wait(value_ring.phase);
+      MultiplyAdd<kKeyTile>(o, probabilities, RowsAreK(s.v[value_ring.stage], kKeyTile));
+    };
+    const auto finish_scores = [&](int i) {
+      Pin(scores);
+      if (i < work.tile.partial)
+        MaskRows(scores, row, s.first_key[key_ring.stage], s.end[key_ring.stage], -INFINITY);
+      Release(s.k_empty[key_ring.stage]);
+      key_ring.Advance();
+      if (i == work.count - 1) Release(s.q_empty);
+      OnlineSoftmax(scores, m, l, shrink, scale_log2);
+    };
+    const auto finish_output = [&] {
+      WgmmaWait<0>();
+      Pin(o);
+      Release(s.v_empty[value_ring.stage]);
+      value_ring.Advance();
+    };
+
+    start_scores();
+    WgmmaWait<0>();
+    finish_scores(0);
+    PackOperand(probabilities, scores);
+    if (work.tile.tail_tokens < kKeyTile) {
+      s.v_full[value_ring.stage].Wait(value_ring.phase);
+      ClearRows<D>(s.v[value_ring.stage], work.tile.tail_tokens);
+      FenceAsyncShared();
+      NamedSync(kAllConsumers, 128 * kConsumers);
+    }
+    for (int i = 1; i < work.count; ++i) {
+      start_scores();
+      start_output();
+      WgmmaWait<1>();
+      finish_scores(i);
+      finish_output();
+      if (__any_sync(~0u, shrink[0] != 1.f || shrink[1] != 1.f)) {
+#pragma unroll
+        for (int j = 0; j < D / 2; ++j) o[j] *= shrink[j / 2 % 2];
+      }
+      PackOperand(probabilities, scores);
+    }
+    start_output();
+    finish_output();
+
+    float inverse[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      l[h] += __shfl_xor_sync(~0u, l[h], 1);
+      l[h] += __shfl_xor_sync(~0u, l[h], 2);
+      inverse[h] = 1.f / l[h];
+      if (p.lse && lane % 4 == 0 && row + 8 * h < work.tile.row_end)
+        p.lse[int64_t{row + 8 * h} * p.q_heads + work.head] = m[h] * p.scale + logf(l[h]);
+    }
+    // The previous item's stores must have read the staging tile before it is overwritten.
+    if (threadIdx.x % 128 == 0) WaitStoresRead();
+    NamedSync(epilogue, 128);
+    StoreAccumulators<kQueryTile>(s.o, group * 64, o, inverse[0], inverse[1]);
+    FenceAsyncShared();
+    NamedSync(epilogue, 128);
+    if (work.tile.row_end - first_row >= 64 || work.tile.row_end == p.schedule.rows) {
+      if (threadIdx.x % 128 == 0) {
+        StoreRows<D, kQueryTile>(p.o, s.o, group * 64, work.head, first_row);
+        CommitStores();
+      }
+    } else {
+      StoreSomeRows<D>(p, s.o, group * 64, work);
+    }
+  }
+  if (threadIdx.x % 128 == 0) WaitStoresRead();
+}
+
+template <int D>
+__global__ void __launch_bounds__(kThreads, 1)
+    TreeAttentionForwardKernel(const __grid_constant__ ForwardParameters p) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  auto& s = *reinterpret_cast<ForwardShared<D>*>(raw);
+  if (threadIdx.x == 0) {
+    s.q_full.Init(1), s.q_empty.Init(kConsumerWarps);
+    for (int i = 0; i < kStages; ++i) {
+      s.k_full[i].Init(1), s.k_empty[i].Init(kConsumerWarps);
+      s.v_full[i].Init(1), s.v_empty[i].Init(kConsumerWarps);
+    }
+    FenceBarrierInit();
+  }
+  __syncthreads();
+  const int group = threadIdx.x / 128;
+  if (group == 0) {
+    GiveRegisters<40>();
+    if (threadIdx.x == 0) Produce(p, s);
+  } else {
+    TakeRegisters<kConsumerRegisters<40>>();
+    Consume(p, s, group - 1);
+  }
+}
+
+template <int D>
+cudaError_t Launch(const TreeAttentionArgs& a, int* counter, cudaStream_t stream) {
+  ForwardParameters p{};
+  const AttentionShape& shape = a.shape;
+  if (auto e = MakeMap(p.q, MapOf(a.q, shape, shape.q_heads), kQueryTile)) return e;
+  if (auto e = MakeMap(p.k, MapOf(a.k, shape, shape.kv_heads), kKeyTile)) return e;
+  if (auto e = MakeMap(p.v, MapOf(a.v, shape, shape.kv_heads), kKeyTile)) return e;
+  if (auto e = MakeMap(p.o, MapOf(a.out, shape, shape.q_heads), 64)) return e;
+  p.pieces = 1;
+  if (a.context.k) {
+    const ContextPages& c = a.context;
+    const int piece = c.block_tokens < kKeyTile ? c.block_tokens : kKeyTile;
+    const int64_t slots = c.num_blocks * c.block_tokens, stride = int64_t{shape.kv_heads} * D;
+    if (auto e = MakeMap(p.context_k, {c.k, slots, stride, shape.kv_heads, D}, piece)) return e;
+    if (auto e = MakeMap(p.context_v, {c.v, slots, stride, shape.kv_heads, D}, piece)) return e;
+    p.pieces = kKeyTile / piece;
+    p.no_slot = slots;
+  }
+  p.schedule = a.schedule;
+  p.out = static_cast<Bf16*>(a.out.data);
+  p.out_stride = a.out.row_stride;
+  p.lse = a.lse;
+  p.counter = counter;
+  p.q_heads = shape.q_heads;
+  p.group_size = shape.q_heads / shape.kv_heads;
+  p.order = MakeItemOrder(a.schedule, shape.kv_heads, p.group_size);
+  p.scale = shape.scale;
+  return LaunchPersistent<ForwardShared<D>>(TreeAttentionForwardKernel<D>, p, counter, stream);
+}
+
+}  // namespace
+
+cudaError_t LaunchTileForward(const TreeAttentionArgs& args, int* counter, cudaStream_t stream) {
+  if (args.shape.head_dim == 64) return Launch<64>(args, counter, stream);
+  if (args.shape.head_dim == 128) return Launch<128>(args, counter, stream);
+  return cudaErrorNotSupported;
+}
+
+}  // namespace coppice::cuda

@@ -1,0 +1,175 @@
+// Plain fp32 attention over a tree mask with context, row by row: the oracle. Written to be
+// obviously right, not fast.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace coppice::cuda::reference {
+
+using Bf16 = __nv_bfloat16;
+
+struct Rows {
+  const Bf16* data;
+  int64_t stride;  // elements between rows
+};
+
+struct Problem {
+  int rows, q_heads, kv_heads, head_dim;
+  float scale;
+  const int* subtree_end;
+  Rows q, k, v, d_out;
+  Rows context_k, context_v;  // by slot
+  const int* context_slots;   // row r sees slots [context_begin[r], context_end[r])
+  const int *context_begin, *context_end;
+};
+
+// Rows first, first + stride, ... are computed; results are stored densely.
+struct Sample {
+  int first, stride, count;
+};
+
+inline constexpr int kThreads = 128;
+
+__device__ inline float Dot(const Bf16* a, const Bf16* b, int n) {
+  float sum = 0.f;
+  for (int d = 0; d < n; ++d) sum += __bfloat162float(a[d]) * __bfloat162float(b[d]);
+  return sum;
+}
+
+__device__ inline float BlockSum(float x, float* scratch) {
+  scratch[threadIdx.x] = x;
+  __syncthreads();
+  float sum = 0.f;
+  for (int i = 0; i < kThreads; ++i) sum += scratch[i];
+  __syncthreads();
+  return sum;
+}
+__device__ inline float BlockMax(float x, float* scratch) {
+  scratch[threadIdx.x] = x;
+  __syncthreads();
+  float top = scratch[0];
+  for (int i = 1; i < kThreads; ++i) top = fmaxf(top, scratch[i]);
+  __syncthreads();
+  return top;
+}
+
+// Candidate j of a row: a context slot, or packed row j - context. Null if the row does not see it.
+struct Keys {
+  const Problem& p;
+  int row, kv_head;
+  __device__ int Context() const { return p.context_end[row] - p.context_begin[row]; }
+  __device__ int Count() const { return Context() + row + 1; }
+  __device__ const Bf16* At(int j, const Rows& packed, const Rows& pages) const {
+    if (j < Context()) {
+      return pages.data + p.context_slots[p.context_begin[row] + j] * pages.stride +
+             kv_head * p.head_dim;
+    }
+    const int k = j - Context();
+    if (k > row || row >= p.subtree_end[k]) return nullptr;
+    return packed.data + k * packed.stride + kv_head * p.head_dim;
+  }
+  __device__ const Bf16* K(int j) const { return At(j, p.k, p.context_k); }
+  __device__ const Bf16* V(int j) const { return At(j, p.v, p.context_v); }
+};
+
+// out, lse, and with d_out delta and d_q, of sampled query rows. Grid (rows, query heads).
+__global__ void QueryRowsKernel(Problem p, Sample rows, float* out, float* lse, float* delta,
+                                float* d_q) {
+  __shared__ float scratch[kThreads], weight[kThreads];
+  const int row = rows.first + blockIdx.x * rows.stride, head = blockIdx.y, t = threadIdx.x,
+            n = p.head_dim;
+  const Keys keys{p, row, head / (p.q_heads / p.kv_heads)};
+  const Bf16* q = p.q.data + row * p.q.stride + head * n;
+  const int64_t at = int64_t{blockIdx.x} * p.q_heads + head;
+
+  float top = -INFINITY;
+  for (int j = t; j < keys.Count(); j += kThreads)
+    if (keys.K(j)) top = fmaxf(top, p.scale * Dot(q, keys.K(j), n));
+  top = BlockMax(top, scratch);
+  float sum = 0.f;
+  for (int j = t; j < keys.Count(); j += kThreads)
+    if (keys.K(j)) sum += expf(p.scale * Dot(q, keys.K(j), n) - top);
+  const float log_sum = top + logf(BlockSum(sum, scratch));
+
+  float output[2] = {}, gradient[2] = {};
+  for (int j0 = 0; j0 < keys.Count(); j0 += kThreads) {
+    const int j = j0 + t;
+    weight[t] =
+        j < keys.Count() && keys.K(j) ? expf(p.scale * Dot(q, keys.K(j), n) - log_sum) : 0.f;
+    __syncthreads();
+    for (int d = t, i = 0; d < n; d += kThreads, ++i)
+      for (int u = 0; u < kThreads && j0 + u < keys.Count(); ++u)
+        if (keys.V(j0 + u)) output[i] += weight[u] * __bfloat162float(keys.V(j0 + u)[d]);
+    __syncthreads();
+  }
+  for (int d = t, i = 0; d < n; d += kThreads, ++i) out[at * n + d] = output[i];
+  if (t == 0) lse[at] = log_sum;
+  if (p.d_out.data == nullptr) return;
+
+  const Bf16* d_out = p.d_out.data + row * p.d_out.stride + head * n;
+  float product = 0.f;
+  for (int d = t, i = 0; d < n; d += kThreads, ++i)
+    product += output[i] * __bfloat162float(d_out[d]);
+  const float row_delta = BlockSum(product, scratch);
+  if (t == 0) delta[at] = row_delta;
+  for (int j0 = 0; j0 < keys.Count(); j0 += kThreads) {
+    const int j = j0 + t;
+    weight[t] = 0.f;
+    if (j < keys.Count() && keys.K(j)) {
+      const float probability = expf(p.scale * Dot(q, keys.K(j), n) - log_sum);
+      weight[t] = probability * (Dot(d_out, keys.V(j), n) - row_delta) * p.scale;
+    }
+    __syncthreads();
+    for (int d = t, i = 0; d < n; d += kThreads, ++i)
+      for (int u = 0; u < kThreads && j0 + u < keys.Count(); ++u)
+        if (keys.K(j0 + u)) gradient[i] += weight[u] * __bfloat162float(keys.K(j0 + u)[d]);
+    __syncthreads();
+  }
+  for (int d = t, i = 0; d < n; d += kThreads, ++i) d_q[at * n + d] = gradient[i];
+}
+
+// delta = rowsum(out * d_out) of every row from a given out. Grid (rows, query heads), one thread.
+__global__ void RowDeltaKernel(Problem p, Rows out, float* delta) {
+  const int row = blockIdx.x, head = blockIdx.y, n = p.head_dim;
+  delta[int64_t{row} * p.q_heads + head] = Dot(out.data + row * out.stride + head * n,
+                                               p.d_out.data + row * p.d_out.stride + head * n, n);
+}
+
+// d_k, d_v of sampled key rows, from lse and delta of every row. Grid (rows, kv heads).
+__global__ void KeyRowsKernel(Problem p, Sample rows, const float* lse, const float* delta,
+                              float* d_k, float* d_v) {
+  __shared__ float weight_k[kThreads], weight_v[kThreads];
+  const int row = rows.first + blockIdx.x * rows.stride, kv_head = blockIdx.y, t = threadIdx.x,
+            n = p.head_dim;
+  const int group = p.q_heads / p.kv_heads, end = p.subtree_end[row];
+  const Bf16* k = p.k.data + row * p.k.stride + kv_head * n;
+  const Bf16* v = p.v.data + row * p.v.stride + kv_head * n;
+  float grad_k[2] = {}, grad_v[2] = {};
+  for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+    const auto at = [&](const Rows& x, int r) { return x.data + r * x.stride + head * n; };
+    for (int q0 = row; q0 < end; q0 += kThreads) {
+      const int q = q0 + t;
+      weight_k[t] = weight_v[t] = 0.f;
+      if (q < end) {
+        const int64_t i = int64_t{q} * p.q_heads + head;
+        weight_v[t] = expf(p.scale * Dot(at(p.q, q), k, n) - lse[i]);
+        weight_k[t] = weight_v[t] * (Dot(at(p.d_out, q), v, n) - delta[i]) * p.scale;
+      }
+      __syncthreads();
+      for (int d = t, i = 0; d < n; d += kThreads, ++i)
+        for (int u = 0; u < kThreads && q0 + u < end; ++u) {
+          grad_k[i] += weight_k[u] * __bfloat162float(at(p.q, q0 + u)[d]);
+          grad_v[i] += weight_v[u] * __bfloat162float(at(p.d_out, q0 + u)[d]);
+        }
+      __syncthreads();
+    }
+  }
+  const int64_t to = (int64_t{blockIdx.x} * p.kv_heads + kv_head) * n;
+  for (int d = t, i = 0; d < n; d += kThreads, ++i)
+    d_k[to + d] = grad_k[i], d_v[to + d] = grad_v[i];
+}
+
+}  // namespace coppice::cuda::reference
