@@ -195,7 +195,7 @@ class Planner {
     for (int32_t node = 0; node < Size(rows_below); ++node) {
       if (rows_below[node].empty()) continue;
       const int32_t begin = SharedKeys(batch_.context_nodes[node].parent);
-      AddChunks(rows_below[node], begin, SharedKeys(node), node, /*packed_begin=*/0);
+      AddChunks(rows_below[node], begin, SharedKeys(node), node, 0, /*is_shared=*/true);
     }
   }
 
@@ -204,8 +204,8 @@ class Planner {
     if (IsDecode(s)) {
       std::vector<int32_t> rows(s.row_end - s.row_begin);
       std::iota(rows.begin(), rows.end(), s.row_begin);
-      AddChunks(rows, SharedKeys(s.context_node), context + Size(rows), s.context_node,
-                s.row_begin);
+      AddChunks(rows, SharedKeys(s.context_node), context + Size(rows), s.context_node, s.row_begin,
+                /*is_shared=*/false);
       return;
     }
     const int32_t rows = RowsPerItem(kChunkRows), blocks = AddBlocks(s.context_node, 0, context);
@@ -219,39 +219,62 @@ class Planner {
 
   int32_t RowsPerItem(int32_t stacked) const { return std::max(stacked / options_.group_size, 1); }
 
-  // Keys [begin, end) of the path of `node` for `rows`, in chunks; `begin` is a multiple of
-  // kSplitKeys. Up to the next multiple of kChunkKeys every split goes alone, so that the order in
-  // which a chunk's splits are folded does not depend on where sharing ends.
+  enum class ItemKind { kNarrow, kWide, kStacked };
+
+  ItemKind KindOf(int32_t num_rows, bool is_shared) const {
+    if (num_rows * options_.group_size <= kNarrowRows) return ItemKind::kNarrow;
+    const bool stacks = options_.tiles && !options_.batch_invariant && is_shared &&
+                        options_.group_size <= kStackedRows;
+    return stacks ? ItemKind::kStacked : ItemKind::kWide;
+  }
+
+  // The key after the item that begins at `key`. An item that begins inside a chunk is one split,
+  // so that the order in which a chunk's splits are folded does not depend on where sharing ends.
+  int32_t ItemEnd(ItemKind kind, int32_t key, int32_t num_rows) const {
+    if (kind == ItemKind::kNarrow) return key + kSplitKeys;
+    if (kind == ItemKind::kWide) return key + (key % kChunkKeys == 0 ? kChunkKeys : kSplitKeys);
+    const bool few = num_rows * options_.group_size <= kStackedRows;
+    const int32_t step = few ? kChunkKeys / 2 : kChunkKeys;
+    return (key / step + 1) * step;
+  }
+
+  // Keys [begin, end) of the path of `node` for `rows`; `begin` is a multiple of kSplitKeys.
+  // Shared: context keys only, `end` a multiple of kSplitKeys too.
   void AddChunks(const std::vector<int32_t>& rows, int32_t begin, int32_t end, int32_t node,
-                 int32_t packed_begin) {
+                 int32_t packed_begin, bool is_shared) {
     if (begin >= end) return;
     const int32_t context = node < 0 ? 0 : path_tokens_[node];
     const int32_t first_block = AddBlocks(node, begin, std::min(end, context));
-    const int32_t rows_begin = Size(chunk_rows_);
+    const int32_t rows_begin = Size(chunk_rows_), num_rows = Size(rows);
     chunk_rows_.insert(chunk_rows_.end(), rows.begin(), rows.end());
-    const bool whole = begin == 0 && end <= kChunkKeys && end > context;
-    const bool narrow = Size(rows) * options_.group_size <= kNarrowRows;
-    const int32_t per_item = RowsPerItem(narrow ? kNarrowRows : kChunkRows);
+    const ItemKind kind = KindOf(num_rows, is_shared);
+    const bool whole = !is_shared && begin == 0 && end <= ItemEnd(kind, 0, num_rows);
     for (int32_t key = begin; key < end;) {
-      const int32_t step = key % kChunkKeys == 0 ? kChunkKeys : kSplitKeys;
-      const int32_t last = std::min(key + step, end);
+      const int32_t last = std::min(ItemEnd(kind, key, num_rows), end);
       const int32_t block = batch_.block_tokens > 0 ? first_block + key / batch_.block_tokens -
                                                           begin / batch_.block_tokens
                                                     : 0;
-      for (int32_t r = 0; r < Size(rows); r += per_item) {
-        const int32_t n = std::min(per_item, Size(rows) - r);
-        (narrow ? narrow_ : wide_)
-            .push_back({rows_begin + r, n, key, last, context, block, packed_begin,
-                        whole ? -1 : num_partials_ + r});
-      }
-      if (!whole) {
-        for (int32_t r = 0; r < Size(rows); ++r) {
-          const int32_t part = num_partials_ + r;
-          parts_[rows[r]].push_back(key % kChunkKeys == 0 ? ~part : part);
-        }
-        num_partials_ += Size(rows);
+      ChunkWork item = {rows_begin, num_rows, key,          last,
+                        context,    block,    packed_begin, whole ? -1 : num_partials_};
+      AddItems(kind, item);
+      for (int32_t r = 0; r < num_rows && !whole; ++r) {
+        const int32_t part = num_partials_++;
+        parts_[rows[r]].push_back(key % kChunkKeys == 0 ? ~part : part);
       }
       key = last;
+    }
+  }
+
+  // Cuts the item into pieces of as many rows as its kernel takes.
+  void AddItems(ItemKind kind, ChunkWork item) {
+    const bool is_narrow = kind == ItemKind::kNarrow, is_wide = kind == ItemKind::kWide;
+    std::vector<ChunkWork>& items = is_narrow ? narrow_ : is_wide ? wide_ : stacked_;
+    const int32_t most = RowsPerItem(is_narrow ? kNarrowRows : is_wide ? kChunkRows : kStackedRows);
+    for (int32_t left = item.num_rows; left > 0; left -= most) {
+      item.num_rows = std::min(most, left);
+      items.push_back(item);
+      item.rows_begin += item.num_rows;
+      if (item.partial >= 0) item.partial += item.num_rows;
     }
   }
 
@@ -312,12 +335,14 @@ class Planner {
     s.num_images = num_images_;
     s.wide_chunks = Put(wide_);
     s.narrow_chunks = Put(narrow_);
+    s.stacked_chunks = Put(stacked_);
     s.chunk_rows = Put(chunk_rows_);
     s.chunk_blocks = Put(chunk_blocks_);
     s.merges = Put(merges_);
     s.merge_parts = Put(merge_parts_);
     s.num_wide = Size(wide_);
     s.num_narrow = Size(narrow_);
+    s.num_stacked = Size(stacked_);
     s.num_merges = Size(merges_);
     s.num_partials = num_partials_;
     plan_.has_context = !batch_.context_nodes.empty();
@@ -342,7 +367,7 @@ class Planner {
   std::vector<QueryRange> key_ranges_;
   int32_t num_images_ = 0;
 
-  std::vector<ChunkWork> wide_, narrow_;
+  std::vector<ChunkWork> wide_, narrow_, stacked_;
   std::vector<int32_t> chunk_rows_, chunk_blocks_, merge_parts_;
   std::vector<std::vector<int32_t>> parts_;  // [rows] partial results by key
   std::vector<MergeWork> merges_;
@@ -369,6 +394,7 @@ AttentionSchedule AttentionPlan::Bind(const int32_t* device_words) const {
   Rebase(s.key_ranges, device_words);
   Rebase(s.wide_chunks, device_words);
   Rebase(s.narrow_chunks, device_words);
+  Rebase(s.stacked_chunks, device_words);
   Rebase(s.chunk_rows, device_words);
   Rebase(s.chunk_blocks, device_words);
   Rebase(s.merges, device_words);

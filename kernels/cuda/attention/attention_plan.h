@@ -25,7 +25,9 @@ namespace coppice::cuda {
 
 struct AttentionPlanOptions {
   bool tiles = true;  // false: everything as chunks (not sm_90a, or head_dim is neither 64 nor 128)
-  int32_t group_size = 1;       // query heads of a KV head
+  int32_t group_size = 1;  // query heads of a KV head
+  bool batch_invariant =
+      false;  // true: a row's bits do not depend on the other rows of the batch; costs speed
   int32_t max_decode_rows = 8;  // segments with context and at most as many rows go as chunks
 };
 

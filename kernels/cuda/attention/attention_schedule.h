@@ -13,7 +13,8 @@ inline constexpr int kSplitKeys = 256;   // keys whose softmax runs in one go, b
 inline constexpr int kChunkKeys = 1024;  // splits of one work item, folded in order
 inline constexpr int kChunkRows =
     64;  // stacked rows (row x query head of a KV head) of a wide work item
-inline constexpr int kNarrowRows = 16;  // and of a narrow one
+inline constexpr int kStackedRows = 128;  // of a stacked one, on the wide tensor path
+inline constexpr int kNarrowRows = 16;    // and of a narrow one
 
 // Rows [row_begin, row_end), at most kQueryTile, and the entries [list_begin, list_end) of
 // `key_tiles` they visit: `partial` of them with mask code first, then full ones, each ascending.
@@ -42,10 +43,11 @@ struct QueryRange {
 // are tested one by one.
 struct ChunkWork {
   int32_t rows_begin, num_rows;  // rows chunk_rows[rows_begin, + num_rows); 0 rows: nothing to do
-  int32_t key_begin, key_end;    // key_begin is a multiple of kChunkKeys, or the item is one split
-  int32_t context_tokens;        // keys below are in pages, the others packed
-  int32_t first_block;           // index into chunk_blocks: the block of key_begin
-  int32_t packed_begin;          // packed row of key `context_tokens`
+  int32_t key_begin,
+      key_end;  // a multiple of kSplitKeys; does not leave its chunk unless partial is -1
+  int32_t context_tokens;  // keys below are in pages, the others packed
+  int32_t first_block;     // index into chunk_blocks: the block of key_begin
+  int32_t packed_begin;    // packed row of key `context_tokens`
   int32_t partial;  // index of the first row's partial result, or -1: the item holds all keys of
                     // its rows
 };
@@ -75,12 +77,14 @@ struct AttentionSchedule {
 
   // Chunks.
   const ChunkWork* wide_chunks = nullptr;    // up to kChunkRows stacked rows, longest first
-  const ChunkWork* narrow_chunks = nullptr;  // up to kNarrowRows stacked rows, one chunk each
+  const ChunkWork* narrow_chunks = nullptr;  // up to kNarrowRows stacked rows, one split each
+  const ChunkWork* stacked_chunks =
+      nullptr;  // up to kStackedRows stacked rows, context keys, whole key tiles
   const int32_t* chunk_rows = nullptr;
   const int32_t* chunk_blocks = nullptr;
   const MergeWork* merges = nullptr;
   const int32_t* merge_parts = nullptr;
-  int32_t num_wide = 0, num_narrow = 0, num_merges = 0, num_partials = 0;
+  int32_t num_wide = 0, num_narrow = 0, num_stacked = 0, num_merges = 0, num_partials = 0;
 };
 
 }  // namespace coppice::cuda

@@ -5,439 +5,36 @@
 //
 // A block takes one item and one KV head. Keys run in splits of 256 by absolute position, an online
 // softmax over tiles of 32 (16 at head_dim 256); the splits of a chunk of 1024 are folded in order,
-// then the chunks. That order is the same whether the splits of a chunk run side by side (narrow:
-// one warp each, up to 16 stacked rows), one after the other (wide: four warps of 16 stacked rows
-// share the keys) or in other launches (partial results, merged by MergeChunksKernel), so a row's
-// bits depend neither on the batch nor on where sharing ends.
-// Traffic: each key once per item, 4 head_dim bytes; decode is bound by that (4.3 TB/s), wide items
-// by mma.sync.
-#include <cuda_bf16.h>
-#include <cuda_runtime.h>
-
-#include <cstdint>
-
-#include "kernels/cuda/attention/launchers.h"
+// then the chunks. That order is the same whether the splits run in blocks of their own (narrow:
+// one warp, up to 16 stacked rows, one split), one after the other (wide: four warps of 16 stacked
+// rows share the keys) or in other launches (partial results, merged by MergeChunksKernel), so a
+// row's bits depend neither on the batch nor on where sharing ends. Traffic: each key once per
+// item, 4 head_dim bytes; narrow items are bound by that (4.3 TB/s), wide ones by mma.sync.
+#include "kernels/cuda/attention/chunk_attention.cuh"
 
 namespace coppice::cuda {
 namespace {
 
-using Bf16 = __nv_bfloat16;
-
-constexpr int kChunkThreads = 128;
-constexpr int kWarps = 4;
-constexpr int kChunkStages = 3;
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-
 template <int D>
-constexpr int kTileKeys = D == 256 ? 16 : 32;
-
-struct ChunkParameters {
-  AttentionSchedule schedule;
-  const ChunkWork* items;
-  const Bf16 *q, *k, *v, *context_k, *context_v;
-  int64_t q_stride, k_stride, v_stride, out_stride;
-  Bf16* out;
-  float* lse;
-  ChunkScratch partial;
-  int block_shift, q_heads, kv_heads, group_size;
-  float scale;
+struct WideShared : ChunkShared<D> {
+  SharedSums<D> chunk[kChunkWarps], total[kChunkWarps];
 };
 
-__device__ __forceinline__ float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ uint32_t Pack(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
-__device__ __forceinline__ uint32_t SharedAddress(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// 16 bytes into shared memory; zeros where there is nothing to read.
-__device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(exists ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void CommitCopies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int kLeft>
-__device__ __forceinline__ void WaitCopies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-}
-
-__device__ __forceinline__ void LoadMatrices(uint32_t (&r)[4], uint32_t at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(at)
-               : "memory");
-}
-__device__ __forceinline__ void LoadMatricesTransposed(uint32_t (&r)[4], uint32_t at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(at)
-               : "memory");
-}
-
-// d[16, 8] += a[16, 16] b[16, 8]. Lane l holds rows l / 4 and l / 4 + 8 of d, columns 2 (l % 4) and
-// the next.
-__device__ __forceinline__ void Multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
-                                         uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// Factors that bring two sums to their common maximum; both are exact no-ops on an empty side.
-struct FoldFactors {
-  float max, a, b;
-};
-__device__ __forceinline__ FoldFactors Factors(float max_a, float max_b) {
-  const float top = fmaxf(max_a, max_b);
-  if (top == -INFINITY) return {top, 1.f, 0.f};
-  return {top, Exp2(max_a - top), Exp2(max_b - top)};
-}
-__device__ __forceinline__ float Fold(const FoldFactors& f, float a, float b) {
-  return __fmaf_rn(a, f.a, __fmul_rn(b, f.b));
-}
-
-// Softmax sums of 16 stacked rows as the lanes of a warp hold them: this lane's elements of row
-// half h are out[n][2 h + e].
+// One warp, up to 16 stacked rows, one split.
 template <int D>
-struct RowSums {
-  float out[D / 8][4];
-  float max[2], sum[2];
-};
-// The same in shared memory, lane by lane.
-template <int D>
-struct SharedSums {
-  float out[D / 8][4][32];
-  float max[2][32], sum[2][32];
-
-  __device__ void Clear(int lane) {
-    for (int n = 0; n < D / 8; ++n)
-      for (int e = 0; e < 4; ++e) out[n][e][lane] = 0.f;
-    for (int h = 0; h < 2; ++h) max[h][lane] = -INFINITY, sum[h][lane] = 0.f;
-  }
-  __device__ void Store(const RowSums<D>& s, int lane) {
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) out[n][e][lane] = s.out[n][e];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) max[h][lane] = s.max[h], sum[h][lane] = s.sum[h];
-  }
-  template <typename Sums>  // out(n, e), max(h), sum(h)
-  __device__ __forceinline__ void FoldIn(const Sums& s, int lane) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const FoldFactors f = Factors(max[h][lane], s.Max(h));
-      max[h][lane] = f.max;
-      sum[h][lane] = Fold(f, sum[h][lane], s.Sum(h));
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; ++e)
-          out[n][e][lane] = Fold(f, out[n][e][lane], s.Out(n, e));
-    }
-  }
-};
-template <int D>
-struct InRegisters {
-  const RowSums<D>& s;
-  __device__ float Max(int h) const { return s.max[h]; }
-  __device__ float Sum(int h) const { return s.sum[h]; }
-  __device__ float Out(int n, int e) const { return s.out[n][e]; }
-};
-template <int D>
-struct InShared {
-  const SharedSums<D>& s;
-  int lane;
-  __device__ float Max(int h) const { return s.max[h][lane]; }
-  __device__ float Sum(int h) const { return s.sum[h][lane]; }
-  __device__ float Out(int n, int e) const { return s.out[n][e][lane]; }
-};
-
-// Shared memory of a block. Keys [tile keys][D] in 16-byte pieces, piece c of a row at c ^ (row &
-// 7).
-template <int D, bool kNarrow>
-struct ChunkShared {
-  static constexpr int kOwners = kNarrow ? kWarps : 1;  // narrow: a warp owns its keys
-  alignas(128) Bf16 keys[kOwners][kChunkStages][2][kTileKeys<D> * D];
-
-  // Narrow: a warp's split, where its keys were.
-  __device__ SharedSums<D>& Split(int warp) {
-    return *reinterpret_cast<SharedSums<D>*>(&keys[warp]);
-  }
-};
-
-template <int D>
-struct WideShared : ChunkShared<D, false> {
-  SharedSums<D> chunk[kWarps], total[kWarps];
-};
-
-// What one warp works on.
-template <int D, bool kNarrow>
-struct WarpWork {
-  static constexpr int kT = kTileKeys<D>;
-  const ChunkParameters& p;
-  const ChunkWork item;
-  const int kv_head, lane, warp;
-  ChunkShared<D, kNarrow>& shared;
-
-  __device__ int FirstStacked() const { return kNarrow ? 0 : warp * 16; }
-  // Batch row and query head of a stacked row; row -1: none.
-  __device__ int2 RowAndHead(int stacked) const {
-    const int i = stacked / p.group_size;
-    if (i >= item.num_rows) return {-1, 0};
-    return {p.schedule.chunk_rows[item.rows_begin + i],
-            kv_head * p.group_size + stacked % p.group_size};
-  }
-
-  __device__ void LoadQueries(uint32_t (&q)[D / 16][4], int (&rows)[2]) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int2 at = RowAndHead(FirstStacked() + lane / 4 + 8 * h);
-      rows[h] = at.x;
-      const Bf16* from = p.q + at.x * p.q_stride + at.y * D + lane % 4 * 2;
-#pragma unroll
-      for (int i = 0; i < D / 16; ++i) {
-        q[i][h] = at.x < 0 ? 0 : *reinterpret_cast<const uint32_t*>(from + i * 16);
-        q[i][h + 2] = at.x < 0 ? 0 : *reinterpret_cast<const uint32_t*>(from + i * 16 + 8);
-      }
-    }
-  }
-
-  // Issues the copies of keys [key, key + kT) into a stage. Narrow: by this warp alone; wide: by
-  // all.
-  __device__ void LoadTile(int key, int end, int stage) const {
-    const int j = key + lane % kT;
-    const Bf16 *k = p.k, *v = p.v;
-    if (j < item.context_tokens) {
-      const int block = p.schedule.chunk_blocks[item.first_block + (j >> p.block_shift) -
-                                                (item.key_begin >> p.block_shift)];
-      const int64_t slot = (int64_t{block} << p.block_shift) + (j & ((1 << p.block_shift) - 1));
-      k = p.context_k + (slot * p.kv_heads + kv_head) * D;
-      v = p.context_v + (slot * p.kv_heads + kv_head) * D;
-    } else if (j < end) {
-      const int64_t row = item.packed_begin + j - item.context_tokens;
-      k = p.k + row * p.k_stride + kv_head * D;
-      v = p.v + row * p.v_stride + kv_head * D;
-    }
-    constexpr int kPieces = D / 8;
-    constexpr int kLoaders = kNarrow ? 32 : kChunkThreads;
-    auto& to = shared.keys[kNarrow ? warp : 0][stage];
-    const uint32_t to_k = SharedAddress(to[0]), to_v = SharedAddress(to[1]);
-    const int thread = kNarrow ? lane : warp * 32 + lane;
-#pragma unroll 4
-    for (int i = thread; i < kT * kPieces; i += kLoaders) {
-      const int row = i / kPieces, piece = i % kPieces;
-      const auto* from_k = reinterpret_cast<const Bf16*>(
-          __shfl_sync(~0u, reinterpret_cast<unsigned long long>(k), row));
-      const auto* from_v = reinterpret_cast<const Bf16*>(
-          __shfl_sync(~0u, reinterpret_cast<unsigned long long>(v), row));
-      const uint32_t at = (row * kPieces + (piece ^ (row & 7))) * 16;
-      CopyAsync(to_k + at, from_k + piece * 8, key + row < end);
-      CopyAsync(to_v + at, from_v + piece * 8, key + row < end);
-    }
-  }
-
-  __device__ bool Sees(int row, int key, int end) const {
-    if (key >= end) return false;
-    if (key < item.context_tokens) return true;
-    const int k = item.packed_begin + key - item.context_tokens;
-    return k <= row && row < p.schedule.subtree_end[k];
-  }
-
-  // Adds keys [key, key + kT) in a stage to the sums.
-  __device__ void AddTile(RowSums<D>& s, const uint32_t (&q)[D / 16][4], const int (&rows)[2],
-                          int key, int end, int stage) const {
-    auto& tile = shared.keys[kNarrow ? warp : 0][stage];
-    const uint32_t keys = SharedAddress(tile[0]), values = SharedAddress(tile[1]);
-    float scores[kT / 8][4] = {};
-#pragma unroll
-    for (int i = 0; i < D / 16; ++i) {
-#pragma unroll
-      for (int j = 0; j < kT / 16; ++j) {
-        uint32_t b[4];
-        const int row = j * 16 + lane / 16 * 8 + lane % 8, piece = 2 * i + lane / 8 % 2;
-        LoadMatrices(b, keys + (row * (D / 8) + (piece ^ (row & 7))) * 16);
-        Multiply(scores[2 * j], q[i], b[0], b[1]);
-        Multiply(scores[2 * j + 1], q[i], b[2], b[3]);
-      }
-    }
-    const bool masked = key + kT > min(item.context_tokens, end);
-    const float scale_log2 = p.scale * kLog2e;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float top = -INFINITY;
-#pragma unroll
-      for (int j = 0; j < kT / 8; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& x = scores[j][2 * h + e];
-          x = __fmul_rn(x, scale_log2);
-          if (masked && !Sees(rows[h], key + 8 * j + lane % 4 * 2 + e, end)) x = -INFINITY;
-          top = fmaxf(top, x);
-        }
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-      top = fmaxf(top, s.max[h]);
-      const float base = top == -INFINITY ? 0.f : top;
-      const float shrink = Exp2(s.max[h] - base);
-      s.max[h] = top;
-      float sum = 0.f;
-#pragma unroll
-      for (int j = 0; j < kT / 8; ++j)
-#pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; ++e) {
-          scores[j][e] = Exp2(scores[j][e] - base);
-          sum += scores[j][e];
-        }
-      s.sum[h] = __fmaf_rn(s.sum[h], shrink, sum);
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) s.out[n][2 * h] *= shrink, s.out[n][2 * h + 1] *= shrink;
-    }
-#pragma unroll
-    for (int j = 0; j < kT / 16; ++j) {
-      const uint32_t a[4] = {Pack(scores[2 * j][0], scores[2 * j][1]),
-                             Pack(scores[2 * j][2], scores[2 * j][3]),
-                             Pack(scores[2 * j + 1][0], scores[2 * j + 1][1]),
-                             Pack(scores[2 * j + 1][2], scores[2 * j + 1][3])};
-#pragma unroll
-      for (int i = 0; i < D / 16; ++i) {
-        uint32_t b[4];
-        const int row = j * 16 + lane / 8 % 2 * 8 + lane % 8, piece = 2 * i + lane / 16;
-        LoadMatricesTransposed(b, values + (row * (D / 8) + (piece ^ (row & 7))) * 16);
-        Multiply(s.out[2 * i], a, b[0], b[1]);
-        Multiply(s.out[2 * i + 1], a, b[2], b[3]);
-      }
-    }
-  }
-
-  __device__ void Arrive() const {
-    if constexpr (kNarrow) {
-      __syncwarp();
-    } else {
-      __syncthreads();
-    }
-  }
-
-  // Sums over keys [begin, end) of one split.
-  __device__ void SumSplit(RowSums<D>& s, const uint32_t (&q)[D / 16][4], const int (&rows)[2],
-                           int begin, int end) const {
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s.out[n][e] = 0.f;
-    s.max[0] = s.max[1] = -INFINITY, s.sum[0] = s.sum[1] = 0.f;
-    const int tiles = (end - begin + kT - 1) / kT;
-#pragma unroll
-    for (int i = 0; i < kChunkStages - 1; ++i) {
-      if (i < tiles) LoadTile(begin + i * kT, end, i);
-      CommitCopies();
-    }
-    for (int i = 0; i < tiles; ++i) {
-      WaitCopies<kChunkStages - 2>();
-      Arrive();
-      const int next = i + kChunkStages - 1;
-      if (next < tiles) LoadTile(begin + next * kT, end, next % kChunkStages);
-      CommitCopies();
-      AddTile(s, q, rows, begin + i * kT, end, i % kChunkStages);
-    }
-    WaitCopies<0>();
-    Arrive();
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      s.sum[h] += __shfl_xor_sync(~0u, s.sum[h], 1);
-      s.sum[h] += __shfl_xor_sync(~0u, s.sum[h], 2);
-    }
-  }
-
-  // Writes column blocks first, first + step, ... of the item's result: final, or partial.
-  __device__ void Write(const SharedSums<D>& s, int first, int step) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int stacked = FirstStacked() + lane / 4 + 8 * h;
-      const int2 at = RowAndHead(stacked);
-      if (at.x < 0) continue;
-      const float max = s.max[h][lane], sum = s.sum[h][lane];
-      const int column = lane % 4 * 2;
-      if (item.partial < 0) {
-        const float inverse = 1.f / sum;
-        Bf16* to = p.out + at.x * p.out_stride + at.y * D + column;
-        for (int n = first; n < D / 8; n += step)
-          *reinterpret_cast<uint32_t*>(to + 8 * n) =
-              Pack(s.out[n][2 * h][lane] * inverse, s.out[n][2 * h + 1][lane] * inverse);
-        if (p.lse && first == 0 && column == 0)
-          p.lse[int64_t{at.x} * p.q_heads + at.y] = max * kLn2 + logf(sum);
-        continue;
-      }
-      const int64_t part = (int64_t{item.partial} + stacked / p.group_size) * p.q_heads + at.y;
-      for (int n = first; n < D / 8; n += step)
-        *reinterpret_cast<float2*>(p.partial.out + part * D + 8 * n + column) =
-            float2{s.out[n][2 * h][lane], s.out[n][2 * h + 1][lane]};
-      if (first == 0 && column == 0) p.partial.sums[part] = float2{max, sum};
-    }
-  }
-};
-
-// Four warps, one split of the chunk each, the same 16 stacked rows.
-template <int D>
-__global__ void __launch_bounds__(kChunkThreads)
-    NarrowChunkKernel(const __grid_constant__ ChunkParameters p) {
+__global__ void __launch_bounds__(32) NarrowChunkKernel(const __grid_constant__ ChunkParameters p) {
   extern __shared__ __align__(128) unsigned char raw[];
-  auto& shared = *reinterpret_cast<ChunkShared<D, true>*>(raw);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const WarpWork<D, true> work{p,     p.items[blockIdx.x], static_cast<int>(blockIdx.y), lane, warp,
-                               shared};
+  auto& shared = *reinterpret_cast<ChunkShared<D>*>(raw);
+  const WarpWork<D, 1> work{
+      p,     p.items[blockIdx.x], static_cast<int>(blockIdx.y), static_cast<int>(threadIdx.x), 0,
+      shared};
   if (work.item.num_rows == 0) return;
   uint32_t q[D / 16][4];
   int rows[2];
   work.LoadQueries(q, rows);
   RowSums<D> s;
-  const int begin = work.item.key_begin + warp * kSplitKeys;
-  const int end = min(begin + kSplitKeys, work.item.key_end);
-  work.SumSplit(s, q, rows, begin, end);
-  shared.Split(warp).Store(s, lane);
-  __syncthreads();
-  // Every warp folds the splits into registers for its own columns, all in the same order.
-  RowSums<D>& total = s;
-  total.max[0] = total.max[1] = -INFINITY, total.sum[0] = total.sum[1] = 0.f;
-#pragma unroll
-  for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-    for (int e = 0; e < 4; ++e) total.out[n][e] = 0.f;
-#pragma unroll 1
-  for (int split = 0; split < kWarps; ++split) {
-    const SharedSums<D>& from = shared.Split(split);
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const FoldFactors f = Factors(total.max[h], from.max[h][lane]);
-      total.max[h] = f.max;
-      total.sum[h] = Fold(f, total.sum[h], from.sum[h][lane]);
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-        if (n % kWarps != warp) continue;
-#pragma unroll
-        for (int e = 2 * h; e < 2 * h + 2; ++e)
-          total.out[n][e] = Fold(f, total.out[n][e], from.out[n][e][lane]);
-      }
-    }
-  }
-  __syncthreads();
-  SharedSums<D>& result = shared.Split(warp);
-  result.Store(total, lane);
-  work.Write(result, warp, kWarps);
+  work.SumSplit(s, q, rows, work.item.key_begin, work.item.key_end);
+  work.Write(InRegisters<D>{s});
 }
 
 // Four warps, 16 stacked rows each, all keys of the item.
@@ -447,7 +44,7 @@ __global__ void __launch_bounds__(kChunkThreads)
   extern __shared__ __align__(128) unsigned char raw[];
   auto& shared = *reinterpret_cast<WideShared<D>*>(raw);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const WarpWork<D, false> work{
+  const WarpWork<D, kChunkWarps> work{
       p, p.items[blockIdx.x], static_cast<int>(blockIdx.y), lane, warp, shared};
   if (work.item.num_rows == 0) return;
   uint32_t q[D / 16][4];
@@ -466,7 +63,7 @@ __global__ void __launch_bounds__(kChunkThreads)
     }
     total.FoldIn(InShared<D>{chunk, lane}, lane);
   }
-  work.Write(total, 0, 1);
+  work.Write(InShared<D>{total, lane});
 }
 
 template <int kColumns>
@@ -486,35 +83,50 @@ struct ColumnSums {
   }
 };
 
-// Folds a row's partial results: a warp takes one row and query head. Reads 4 head_dim + 8 bytes a
-// part.
+// Folds a row's partial results: a warp takes one row and query head, and reads kBatch parts at a
+// time before it folds them in order: latency is the bound. Reads 4 head_dim + 8 bytes a part.
 template <int D>
 __global__ void __launch_bounds__(kChunkThreads)
     MergeChunksKernel(const __grid_constant__ ChunkParameters p) {
-  constexpr int kColumns = D / 32;
-  const int lane = threadIdx.x % 32, head = blockIdx.y * kWarps + threadIdx.x / 32;
+  constexpr int kColumns = D / 32, kBatch = 8;
+  const int lane = threadIdx.x % 32, head = blockIdx.y * kChunkWarps + threadIdx.x / 32;
   if (head >= p.q_heads) return;
   const MergeWork work = p.schedule.merges[blockIdx.x];
+  const int* parts = p.schedule.merge_parts + work.parts_begin;
   ColumnSums<kColumns> chunk, total;
-  for (int i = 0; i < work.num_parts; ++i) {
-    int index = p.schedule.merge_parts[work.parts_begin + i];
-    if (index < 0) {
-      total.FoldIn(chunk.out, chunk.max, chunk.sum);
-      chunk = ColumnSums<kColumns>();
-      index = ~index;
-    }
-    const int64_t part = int64_t{index} * p.q_heads + head;
-    const float2 sums = p.partial.sums[part];
-    float x[kColumns];
+  for (int first = 0; first < work.num_parts; first += kBatch) {
+    int index[kBatch];
+    float2 sums[kBatch];
+    float x[kBatch][kColumns];
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) x[c] = p.partial.out[part * D + lane * kColumns + c];
-    chunk.FoldIn(x, sums.x, sums.y);
+    for (int i = 0; i < kBatch; ++i) index[i] = parts[min(first + i, work.num_parts - 1)];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int64_t part = int64_t{index[i] < 0 ? ~index[i] : index[i]} * p.q_heads + head;
+      sums[i] = p.partial.sums[part];
+#pragma unroll
+      for (int c = 0; c < kColumns; c += 2) {
+        const float* from = p.partial.out + part * D + lane * kColumns + c;
+        const float2 pair = *reinterpret_cast<const float2*>(from);
+        x[i][c] = pair.x, x[i][c + 1] = pair.y;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (first + i >= work.num_parts) break;
+      if (index[i] < 0) {
+        total.FoldIn(chunk.out, chunk.max, chunk.sum);
+        chunk = ColumnSums<kColumns>();
+      }
+      chunk.FoldIn(x[i], sums[i].x, sums[i].y);
+    }
   }
   total.FoldIn(chunk.out, chunk.max, chunk.sum);
   const float inverse = 1.f / total.sum;
   Bf16* to = p.out + work.row * p.out_stride + head * D + lane * kColumns;
 #pragma unroll
-  for (int c = 0; c < kColumns; ++c) to[c] = __float2bfloat16_rn(total.out[c] * inverse);
+  for (int c = 0; c < kColumns; c += 2)
+    *reinterpret_cast<uint32_t*>(to + c) = Pack(total.out[c] * inverse, total.out[c + 1] * inverse);
   if (p.lse && lane == 0)
     p.lse[int64_t{work.row} * p.q_heads + head] = total.max * kLn2 + logf(total.sum);
 }
@@ -527,13 +139,13 @@ int Log2(int x) {
 
 template <typename Shared>
 cudaError_t LaunchChunks(void (*kernel)(ChunkParameters), const ChunkParameters& p, int items,
-                         cudaStream_t stream) {
+                         int threads, cudaStream_t stream) {
   if (items == 0) return cudaSuccess;
   const int shared_bytes = sizeof(Shared);
   if (auto e =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
     return e;
-  kernel<<<dim3(items, p.kv_heads), kChunkThreads, shared_bytes, stream>>>(p);
+  kernel<<<dim3(items, p.kv_heads), threads, shared_bytes, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -555,15 +167,16 @@ cudaError_t Launch(const TreeAttentionArgs& a, const ChunkScratch& scratch, cuda
   p.q_heads = a.shape.q_heads, p.kv_heads = a.shape.kv_heads;
   p.group_size = p.q_heads / p.kv_heads;
   p.scale = a.shape.scale;
-  p.items = a.schedule.wide_chunks;
-  if (auto e = LaunchChunks<WideShared<D>>(WideChunkKernel<D>, p, a.schedule.num_wide, stream))
+  const AttentionSchedule& s = a.schedule;
+  p.items = s.wide_chunks;
+  if (auto e =
+          LaunchChunks<WideShared<D>>(WideChunkKernel<D>, p, s.num_wide, kChunkThreads, stream))
     return e;
-  p.items = a.schedule.narrow_chunks;
-  if (auto e = LaunchChunks<ChunkShared<D, true>>(NarrowChunkKernel<D>, p, a.schedule.num_narrow,
-                                                  stream))
+  p.items = s.narrow_chunks;
+  if (auto e = LaunchChunks<ChunkShared<D>>(NarrowChunkKernel<D>, p, s.num_narrow, 32, stream))
     return e;
   if (a.schedule.num_merges == 0) return cudaSuccess;
-  const dim3 grid(a.schedule.num_merges, (p.q_heads + kWarps - 1) / kWarps);
+  const dim3 grid(a.schedule.num_merges, (p.q_heads + kChunkWarps - 1) / kChunkWarps);
   MergeChunksKernel<D><<<grid, kChunkThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }

@@ -13,6 +13,9 @@ struct ChunkScratch {
   float* out = nullptr;    // [partials, q_heads, head_dim] not normalised
   float2* sums = nullptr;  // [partials, q_heads] maximum in log2 units, sum of exponentials
 };
+cudaError_t LaunchStackedChunks(const TreeAttentionArgs& args, const ChunkScratch& scratch,
+                                cudaStream_t stream);
+// The other chunks, and what merges the results of all.
 cudaError_t LaunchChunkForward(const TreeAttentionArgs& args, const ChunkScratch& scratch,
                                cudaStream_t stream);
 

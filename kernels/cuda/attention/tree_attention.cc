@@ -81,6 +81,9 @@ cudaError_t LaunchTreeAttention(const TreeAttentionArgs& args, cudaStream_t stre
   if (args.schedule.num_query_tiles > 0) {
     if (const cudaError_t e = LaunchTileForward(args, scratch.counter, stream)) return e;
   }
+  if (args.schedule.num_stacked > 0) {
+    if (const cudaError_t e = LaunchStackedChunks(args, scratch.chunks, stream)) return e;
+  }
   if (args.schedule.num_wide + args.schedule.num_narrow > 0) {
     return LaunchChunkForward(args, scratch.chunks, stream);
   }

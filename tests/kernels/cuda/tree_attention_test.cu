@@ -1,6 +1,7 @@
 // Tree attention on a GPU against the fp32 reference: small batches (every row), the benchmark's
 // shapes (sampled rows), then timings.
-//   tree_attention_test [check] [tiny] [time]     default: check. tiny: a subset for the sanitizers
+//   tree_attention_test [check] [tiny] [time] [decode]     default: check. tiny: a subset for the
+//   sanitizers
 // Every case runs on poisoned outputs between guard columns, twice, and compares the two runs bit
 // for bit.
 #include <algorithm>
@@ -507,6 +508,8 @@ void CheckContext(bool tiny) {
         if (!HasTileKernels(heads.dim, 90)) continue;
         Case both(n.batch, heads, {.tiles = true}, seed);
         CheckForward(n.name, both, "tiles", EveryRow(both));
+        Case invariant(n.batch, heads, {.tiles = true, .batch_invariant = true}, seed);
+        CheckForward(n.name, invariant, "invariant", EveryRow(invariant));
         Case only_tiles(n.batch, heads, {.tiles = true, .max_decode_rows = 0}, seed);
         CheckForward(n.name, only_tiles, "only tiles", EveryRow(only_tiles));
       }
@@ -529,7 +532,7 @@ void CheckDecodeIgnoresTheBatch() {
   const Heads heads = {8, 2, 128};
   std::vector<Bf16> first;
   for (int samples : {1, 2, 4, 5, 17, 40}) {
-    Case c(decode(samples), heads, {}, 99);
+    Case c(decode(samples), heads, {.batch_invariant = true}, 99);
     c.Poison();
     c.Forward();
     MUST(cudaDeviceSynchronize());
@@ -633,17 +636,20 @@ void TimeDecode(int samples, int prompt_tokens, bool shared) {
             4.0 * samples * (prompt_tokens + 34.0) * heads.q * heads.dim, bytes);
 }
 
-void TimeAll() {
-  TimeTree("causal 16384", Causal(16384), {32, 8, 128}, true);
-  TimeTree("causal 16384", Causal(16384), {32, 8, 64}, true);
-  TimeTree("causal 16384", Causal(16384), {16, 4, 256}, false);
-  TimeTree("16384 + 8 x 64", PromptAndResponses(16384, 64, 8), {32, 8, 128}, true);
-  TimeTree("4096 + 28 x 2048", PromptAndResponses(4096, 2048, 28), {32, 8, 128}, true);
+void TimeDecodes() {
   for (int samples : {1, 8, 32, 64}) {
     TimeDecode(samples, 16384, true);
     if (samples < 32) TimeDecode(samples, 16384, false);
   }
   TimeDecode(512, 1024, true);
+}
+
+void TimeTrees() {
+  TimeTree("causal 16384", Causal(16384), {32, 8, 128}, true);
+  TimeTree("causal 16384", Causal(16384), {32, 8, 64}, true);
+  TimeTree("causal 16384", Causal(16384), {16, 4, 256}, false);
+  TimeTree("16384 + 8 x 64", PromptAndResponses(16384, 64, 8), {32, 8, 128}, true);
+  TimeTree("4096 + 28 x 2048", PromptAndResponses(4096, 2048, 28), {32, 8, 128}, true);
   ContextBuilder b(128);
   b.Segment(b.Node(-1, 14336), Causal(2048));
   Case c(b.Finish(), {32, 8, 128}, {}, 7);
@@ -665,7 +671,8 @@ int Main(int count, char** words) {
     if (!tiny) CheckLarge();
     std::printf("%d cases, %d failed\n", num_checked, num_failed);
   }
-  if (asked("time")) TimeAll();
+  if (asked("time")) TimeTrees();
+  if (asked("time") || asked("decode")) TimeDecodes();
   return num_failed == 0 ? 0 : 1;
 }
 
