@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/model/arena_fill.h"
 #include "kernels/model/safetensors.h"
 #include "trainer/hf_config.h"
 #include "trainer/safetensors_writer.h"
@@ -185,6 +186,14 @@ absl::Status CheckShapes(const std::vector<TensorToWrite>& want, const TensorSou
 
 absl::Status ReadTensors(const std::vector<TensorToWrite>& tensors, const TensorSource& source,
                          ops::Ops& ops) {
+  if (!tensors.empty() && tensors[0].view.dtype != DType::kF32) {  // converts
+    std::vector<NamedTensor> named;
+    for (const TensorToWrite& tensor : tensors) named.push_back({tensor.name, tensor.view, false});
+    const auto rows = [&](size_t index, int64_t begin, int64_t end, float* out) {
+      return source.ReadRows(named[index].name, begin, end, out);
+    };
+    return FillTensors(named, rows, ops);
+  }
   std::vector<float> host;
   for (const TensorToWrite& tensor : tensors) {
     host.resize(tensor.view.num_elements());

@@ -44,6 +44,12 @@ absl::StatusOr<Optimizer> Optimizer::Create(const ModelConfig& config, const Par
   optimizer.m_ = View1D(optimizer.m_buffer_.data(), DType::kF32, elements);
   optimizer.v_ = View1D(optimizer.v_buffer_.data(), DType::kF32, elements);
 
+  if (params.flat.dtype != DType::kF32) {
+    ASSIGN_OR_RETURN(optimizer.remainder_buffer_,
+                     ops.Allocate(elements * SizeOf(DType::kBF16), "optimizer master remainder"));
+    optimizer.remainder_ = View1D(optimizer.remainder_buffer_.data(), DType::kBF16, elements);
+  }
+
   const std::vector<uint8_t> mask = DecayMask(config, params);
   const int64_t mask_size = static_cast<int64_t>(mask.size());
   ASSIGN_OR_RETURN(optimizer.decay_buffer_, ops.Allocate(mask_size, "weight decay mask"));
@@ -59,6 +65,7 @@ absl::StatusOr<Optimizer::Outcome> Optimizer::Step(const AdamConfig& config,
   const double norm = std::sqrt(sum_squares);
   if (!std::isfinite(norm)) return Outcome{.grad_norm = norm, .updated = false};
   RETURN_IF_ERROR(ops.AdamW({.param = params.flat,
+                             .master_remainder = remainder_,
                              .grad = grads.flat,
                              .m = m_,
                              .v = v_,

@@ -1,6 +1,6 @@
-// Optimizer: AdamW over the flat parameter arena, with global-norm clipping. Owns the moments (f32)
-// and the step count. Weight decay applies to matrices only. Owner and thread: the trainer on the
-// engine thread.
+// Optimizer: AdamW over the flat parameter arena, with global-norm clipping. Owns the moments
+// (f32), the step count and, where weights are bf16, the 16 bits that complete them to f32 masters.
+// Weight decay applies to matrices only. Owner and thread: the trainer on the engine thread.
 #pragma once
 
 #include <cstdint>
@@ -35,8 +35,9 @@ class Optimizer {
   TensorView v() const { return v_; }  // [params] f32
 
  private:
-  DeviceBuffer m_buffer_, v_buffer_, decay_buffer_;
+  DeviceBuffer m_buffer_, v_buffer_, remainder_buffer_, decay_buffer_;
   TensorView m_, v_;
+  TensorView remainder_;   // [params] 16-bit, absent where params are f32
   TensorView decay_mask_;  // [params / 64] u8
   int64_t num_steps_ = 0;
 };

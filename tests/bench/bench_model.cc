@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "kernels/base/status_macros.h"
+#include "tests/support/tolerances.h"
 
 namespace coppice::bench {
 
@@ -78,6 +79,11 @@ double RelativeError(const std::vector<float>& a, const std::vector<float>& b) {
     difference = d >= difference ? d : std::isnan(d) ? INFINITY : difference;
   }
   return largest > 0 ? difference / largest : difference;
+}
+
+double ModelTolerance(BenchModel& model) {
+  const bool f32 = model.ops().Info().compute_dtype == DType::kF32;
+  return f32 ? tolerance::kParity : tolerance::kBf16Model;
 }
 
 }  // namespace coppice::bench

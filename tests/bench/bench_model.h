@@ -55,5 +55,7 @@ class PlannedBatch {
 
 // Largest difference between a and b, relative to the largest value of a.
 double RelativeError(const std::vector<float>& a, const std::vector<float>& b);
+// What two ways to the same logits may differ by on the model's device.
+double ModelTolerance(BenchModel& model);
 
 }  // namespace coppice::bench

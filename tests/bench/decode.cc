@@ -9,7 +9,6 @@
 #include "tests/bench/bounds.h"
 #include "tests/bench/group_batches.h"
 #include "tests/bench/measure.h"
-#include "tests/support/tolerances.h"
 
 namespace coppice::bench {
 namespace {
@@ -62,7 +61,7 @@ absl::Status VerifyGrouping(Options options, BenchModel& bench) {
   ASSIGN_OR_RETURN(const std::vector<float> shared, NextLogits(options, bench));
   options.mode = Mode::kFlat;
   ASSIGN_OR_RETURN(const std::vector<float> flat, NextLogits(options, bench));
-  return Verify("decode of a group", RelativeError(shared, flat), tolerance::kParity);
+  return Verify("decode of a group", RelativeError(shared, flat), ModelTolerance(bench));
 }
 
 double BytesRead(const ModelConfig& config, DType dtype, int64_t context_tokens) {

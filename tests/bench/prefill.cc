@@ -9,7 +9,6 @@
 #include "tests/bench/bounds.h"
 #include "tests/bench/group_batches.h"
 #include "tests/bench/measure.h"
-#include "tests/support/tolerances.h"
 
 namespace coppice::bench {
 namespace {
@@ -26,7 +25,7 @@ absl::Status VerifyChunks(const Options& options, BenchModel& bench, const KvPoo
   }
   ASSIGN_OR_RETURN(const std::vector<float> chunked,
                    bench.Logits(PromptChunk(tokens, cut, end, blocks, bt, true), &pool));
-  return Verify("prefill in chunks", RelativeError(whole, chunked), tolerance::kParity);
+  return Verify("prefill in chunks", RelativeError(whole, chunked), ModelTolerance(bench));
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include <random>
 
 #include "kernels/ops/ops.h"
+#include "tests/support/device_test.h"
 #include "tests/support/guarded_tensor.h"
 #include "tests/support/reference.h"
 #include "tests/support/tolerances.h"
@@ -13,8 +14,10 @@ namespace {
 
 using reference::Vector;
 
-TEST(AdamWTest, MatchesTheFormulaOverSeveralSteps) {
-  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+using AdamWTest = DeviceTest;
+INSTANTIATE_TEST_SUITE_P(Devices, AdamWTest, testing::ValuesIn(kDevices));
+
+TEST_P(AdamWTest, MatchesTheFormulaOverSeveralSteps) {
   std::mt19937_64 random(1);
   const float lr = 0.01f, b1 = 0.9f, b2 = 0.95f, eps = 1e-8f, decay = 0.1f, clip = 0.5f;
   for (const int64_t n : {0, 64, 128, 40000 / 64 * 64}) {
@@ -25,18 +28,18 @@ TEST(AdamWTest, MatchesTheFormulaOverSeveralSteps) {
     Vector want = param.ToDouble(), want_m(n), want_v(n);
     for (int64_t t = 1; t <= 4; ++t) {
       grad.FillNormal(random);
-      ASSERT_TRUE(ops->AdamW({.param = param.view(),
-                              .grad = grad.view(),
-                              .m = m.view(),
-                              .v = v.view(),
-                              .decay_mask = View1D(mask.data(), DType::kU8, n / 64),
-                              .step = t,
-                              .learning_rate = lr,
-                              .beta1 = b1,
-                              .beta2 = b2,
-                              .eps = eps,
-                              .weight_decay = decay,
-                              .grad_scale = clip})
+      ASSERT_TRUE(ops_->AdamW({.param = param.view(),
+                               .grad = grad.view(),
+                               .m = m.view(),
+                               .v = v.view(),
+                               .decay_mask = View1D(mask.data(), DType::kU8, n / 64),
+                               .step = t,
+                               .learning_rate = lr,
+                               .beta1 = b1,
+                               .beta2 = b2,
+                               .eps = eps,
+                               .weight_decay = decay,
+                               .grad_scale = clip})
                       .ok());
       for (int64_t i = 0; i < n; ++i) {
         const double g = double{grad[i]} * clip;
@@ -54,15 +57,14 @@ TEST(AdamWTest, MatchesTheFormulaOverSeveralSteps) {
   }
 }
 
-TEST(AdamWTest, ZeroGradientAndNoDecayChangeNothing) {
-  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+TEST_P(AdamWTest, ZeroGradientAndNoDecayChangeNothing) {
   GuardedTensor param({64}), grad({64}), m({64}), v({64});
   param.Fill(3);
-  ASSERT_TRUE(ops->AdamW({.param = param.view(),
-                          .grad = grad.view(),
-                          .m = m.view(),
-                          .v = v.view(),
-                          .learning_rate = 1})
+  ASSERT_TRUE(ops_->AdamW({.param = param.view(),
+                           .grad = grad.view(),
+                           .m = m.view(),
+                           .v = v.view(),
+                           .learning_rate = 1})
                   .ok());
   EXPECT_EQ(param.ToFloat(), std::vector<float>(64, 3));
 }
@@ -86,13 +88,27 @@ TEST(SumSquaresTest, IsTheSameForEveryNumberOfThreads) {
   }
 }
 
-TEST(SumSquaresTest, ReportsNonFiniteValues) {
-  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+using SumSquaresDeviceTest = DeviceTest;
+INSTANTIATE_TEST_SUITE_P(Devices, SumSquaresDeviceTest, testing::ValuesIn(kDevices));
+
+TEST_P(SumSquaresDeviceTest, MatchesTheReference) {
+  std::mt19937_64 random(3);
+  for (const int64_t n : {1, 15, 32769, 2000001}) {
+    GuardedTensor x({n});
+    x.FillNormal(random);
+    const auto got = ops_->SumSquares(x.view());
+    ASSERT_TRUE(got.ok()) << got.status();
+    const double want = reference::Dot(x.ToDouble(), x.ToDouble());
+    EXPECT_NEAR(*got, want, tolerance::kOpForward * want);
+  }
+}
+
+TEST_P(SumSquaresDeviceTest, ReportsNonFiniteValues) {
   GuardedTensor x({100});
   x[50] = NAN;
-  EXPECT_TRUE(std::isnan(*ops->SumSquares(x.view())));
+  EXPECT_TRUE(std::isnan(*ops_->SumSquares(x.view())));
   x[50] = INFINITY;
-  EXPECT_TRUE(std::isinf(*ops->SumSquares(x.view())));
+  EXPECT_TRUE(std::isinf(*ops_->SumSquares(x.view())));
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <random>
 
 #include "kernels/ops/ops.h"
+#include "tests/support/device_test.h"
 #include "tests/support/guarded_tensor.h"
 #include "tests/support/reference.h"
 #include "tests/support/tolerances.h"
@@ -62,40 +63,40 @@ struct HeadProblem {
   GuardedTensor logprobs, entropy, lse;
 };
 
-TEST(LogProbHeadTest, ForwardMatchesReferenceAroundTileSizes) {
-  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+using LogProbHeadTest = DeviceTest;
+INSTANTIATE_TEST_SUITE_P(Devices, LogProbHeadTest, testing::ValuesIn(kDevices));
+
+TEST_P(LogProbHeadTest, ForwardMatchesReferenceAroundTileSizes) {
   std::mt19937_64 random(1);
   for (const int64_t rows : {0, 1, 5, 255, 256, 257}) {
     for (const int64_t vocab : {1, 50, 4095, 4096, 4097}) {
       if (rows > 100 && vocab > 100 && vocab != 4097) continue;
       SCOPED_TRACE(testing::Message() << rows << " rows, vocab " << vocab);
       HeadProblem p(rows, 5, vocab, random);
-      const absl::Status status = p.Forward(*ops, 0.7f);
+      const absl::Status status = p.Forward(*ops_, 0.7f);
       ASSERT_TRUE(status.ok()) << status;
       const reference::HeadResult want =
           p.Reference(p.hidden.ToDouble(), p.weight.ToDouble(), 0.7f);
-      EXPECT_LT(RelativeError(p.logprobs, want.logprobs, 1), tolerance::kOpForward);
-      EXPECT_LT(RelativeError(p.entropy, want.entropy, 1), tolerance::kOpForward);
-      EXPECT_LT(RelativeError(p.lse, want.lse, 1), tolerance::kOpForward);
+      EXPECT_LT(RelativeError(p.logprobs, want.logprobs, 1), forward_tolerance());
+      EXPECT_LT(RelativeError(p.entropy, want.entropy, 1), forward_tolerance());
+      EXPECT_LT(RelativeError(p.lse, want.lse, 1), forward_tolerance());
       p.logprobs.ExpectGuardsIntact("logprobs");
     }
   }
 }
 
-TEST(LogProbHeadTest, PeakedLogitsStayFinite) {
-  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+TEST_P(LogProbHeadTest, PeakedLogitsStayFinite) {
   std::mt19937_64 random(2);
   HeadProblem p(3, 4, 100, random);
-  for (int64_t i = 0; i < 12; ++i) p.hidden[i] *= 1000;
-  ASSERT_TRUE(p.Forward(*ops, 1).ok());
+  for (int64_t i = 0; i < 12; ++i) p.hidden[i] *= 1024;
+  ASSERT_TRUE(p.Forward(*ops_, 1).ok());
   const reference::HeadResult want = p.Reference(p.hidden.ToDouble(), p.weight.ToDouble(), 1);
-  EXPECT_LT(RelativeError(p.logprobs, want.logprobs, 1), tolerance::kOpForward);
-  EXPECT_LT(RelativeError(p.lse, want.lse, 1), tolerance::kOpForward);
-  EXPECT_LT(RelativeError(p.entropy, want.entropy, 1), tolerance::kOpBackward);
+  EXPECT_LT(RelativeError(p.logprobs, want.logprobs, 1), forward_tolerance());
+  EXPECT_LT(RelativeError(p.lse, want.lse, 1), forward_tolerance());
+  EXPECT_LT(RelativeError(p.entropy, want.entropy, 1), backward_tolerance());
 }
 
-TEST(LogProbHeadTest, BackwardMatchesFiniteDifferences) {
-  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+TEST_P(LogProbHeadTest, BackwardMatchesFiniteDifferences) {
   std::mt19937_64 random(3);
   struct Size {
     int64_t rows, n, vocab;
@@ -104,23 +105,23 @@ TEST(LogProbHeadTest, BackwardMatchesFiniteDifferences) {
     for (const bool with_entropy : {false, true}) {
       for (const float temperature : {1.0f, 0.6f}) {
         HeadProblem p(s.rows, s.n, s.vocab, random);
-        ASSERT_TRUE(p.Forward(*ops, temperature).ok());
+        ASSERT_TRUE(p.Forward(*ops_, temperature).ok());
         GuardedTensor d_logprobs({p.logprobs.size()}), d_entropy({s.rows});
         GuardedTensor d_hidden({s.rows, s.n}, 2), d_weight({s.vocab, s.n}, 3);
         for (GuardedTensor* t : {&d_logprobs, &d_entropy, &d_weight}) t->FillNormal(random);
         const Vector before = d_weight.ToDouble();
         ASSERT_TRUE(
-            ops->LogProbHeadBackward({.hidden = p.hidden.view(),
-                                      .weight = p.weight.view(),
-                                      .target_indptr = Ints(p.indptr),
-                                      .targets = Ints(p.targets),
-                                      .temperature = temperature,
-                                      .lse = p.lse.view(),
-                                      .entropy = p.entropy.view(),
-                                      .d_logprobs = d_logprobs.view(),
-                                      .d_entropy = with_entropy ? d_entropy.view() : TensorView{},
-                                      .d_hidden = d_hidden.view(),
-                                      .d_weight = d_weight.view()})
+            ops_->LogProbHeadBackward({.hidden = p.hidden.view(),
+                                       .weight = p.weight.view(),
+                                       .target_indptr = Ints(p.indptr),
+                                       .targets = Ints(p.targets),
+                                       .temperature = temperature,
+                                       .lse = p.lse.view(),
+                                       .entropy = p.entropy.view(),
+                                       .d_logprobs = d_logprobs.view(),
+                                       .d_entropy = with_entropy ? d_entropy.view() : TensorView{},
+                                       .d_hidden = d_hidden.view(),
+                                       .d_weight = d_weight.view()})
                 .ok());
         const auto loss = [&](const Vector& h, const Vector& w) {
           const reference::HeadResult r = p.Reference(h, w, temperature);
@@ -133,8 +134,8 @@ TEST(LogProbHeadTest, BackwardMatchesFiniteDifferences) {
         Vector want_weight = reference::NumericGradient([&](const Vector& x) { return loss(h, x); },
                                                         w, tolerance::kFiniteDifferenceStep);
         for (size_t i = 0; i < before.size(); ++i) want_weight[i] += before[i];
-        EXPECT_LT(RelativeError(d_hidden, want_hidden), tolerance::kOpBackward);
-        EXPECT_LT(RelativeError(d_weight, want_weight), tolerance::kOpBackward);
+        EXPECT_LT(RelativeError(d_hidden, want_hidden), backward_tolerance());
+        EXPECT_LT(RelativeError(d_weight, want_weight), backward_tolerance());
         d_hidden.ExpectGuardsIntact("d_hidden");
         d_weight.ExpectGuardsIntact("d_weight");
       }
@@ -143,26 +144,25 @@ TEST(LogProbHeadTest, BackwardMatchesFiniteDifferences) {
 }
 
 // Several tiles of rows and of tokens: against the formula in double precision.
-TEST(LogProbHeadTest, BackwardMatchesReferenceOverSeveralTiles) {
-  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+TEST_P(LogProbHeadTest, BackwardMatchesReferenceOverSeveralTiles) {
   std::mt19937_64 random(4);
   HeadProblem p(300, 3, 4500, random);
-  ASSERT_TRUE(p.Forward(*ops, 1).ok());
+  ASSERT_TRUE(p.Forward(*ops_, 1).ok());
   GuardedTensor d_logprobs({p.logprobs.size()}), d_entropy({p.rows});
   GuardedTensor d_hidden({p.rows, p.n}), d_weight({p.vocab, p.n});
   d_logprobs.FillNormal(random);
   d_entropy.FillNormal(random);
-  ASSERT_TRUE(ops->LogProbHeadBackward({.hidden = p.hidden.view(),
-                                        .weight = p.weight.view(),
-                                        .target_indptr = Ints(p.indptr),
-                                        .targets = Ints(p.targets),
-                                        .temperature = 1,
-                                        .lse = p.lse.view(),
-                                        .entropy = p.entropy.view(),
-                                        .d_logprobs = d_logprobs.view(),
-                                        .d_entropy = d_entropy.view(),
-                                        .d_hidden = d_hidden.view(),
-                                        .d_weight = d_weight.view()})
+  ASSERT_TRUE(ops_->LogProbHeadBackward({.hidden = p.hidden.view(),
+                                         .weight = p.weight.view(),
+                                         .target_indptr = Ints(p.indptr),
+                                         .targets = Ints(p.targets),
+                                         .temperature = 1,
+                                         .lse = p.lse.view(),
+                                         .entropy = p.entropy.view(),
+                                         .d_logprobs = d_logprobs.view(),
+                                         .d_entropy = d_entropy.view(),
+                                         .d_hidden = d_hidden.view(),
+                                         .d_weight = d_weight.view()})
                   .ok());
   const reference::HeadResult r = p.Reference(p.hidden.ToDouble(), p.weight.ToDouble(), 1);
   Vector want_hidden(p.rows * p.n), want_weight(p.vocab * p.n);
@@ -182,22 +182,21 @@ TEST(LogProbHeadTest, BackwardMatchesReferenceOverSeveralTiles) {
       }
     }
   }
-  EXPECT_LT(RelativeError(d_hidden, want_hidden), tolerance::kOpBackward);
-  EXPECT_LT(RelativeError(d_weight, want_weight), tolerance::kOpBackward);
+  EXPECT_LT(RelativeError(d_hidden, want_hidden), backward_tolerance());
+  EXPECT_LT(RelativeError(d_weight, want_weight), backward_tolerance());
 }
 
-TEST(LogProbHeadTest, BadTargetsAreRefused) {
-  const auto ops = std::move(ops::CreateOps("cpu", 2)).value();
+TEST_P(LogProbHeadTest, BadTargetsAreRefused) {
   std::mt19937_64 random(5);
   HeadProblem p(5, 3, 10, random);
   p.targets[0] = 10;
-  EXPECT_EQ(p.Forward(*ops, 1).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(p.Forward(*ops_, 1).code(), absl::StatusCode::kInvalidArgument);
   p.targets[0] = 0;
   p.indptr[1] = -1;
-  EXPECT_EQ(p.Forward(*ops, 1).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(p.Forward(*ops_, 1).code(), absl::StatusCode::kInvalidArgument);
   p.indptr[1] = 1;
-  EXPECT_EQ(p.Forward(*ops, 0).code(), absl::StatusCode::kInvalidArgument);
-  EXPECT_TRUE(p.Forward(*ops, 1).ok());
+  EXPECT_EQ(p.Forward(*ops_, 0).code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(p.Forward(*ops_, 1).ok());
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <random>
 
 #include "kernels/ops/ops.h"
+#include "tests/support/device_test.h"
 #include "tests/support/guarded_tensor.h"
 #include "tests/support/reference.h"
 #include "tests/support/tolerances.h"
@@ -23,10 +24,8 @@ struct Result {
   std::vector<float> raw, sampled, tempered, top_values;
 };
 
-class SamplingTest : public testing::Test {
+class SamplingTest : public DeviceTest {
  protected:
-  SamplingTest() : ops_(std::move(ops::CreateOps("cpu", 2)).value()) {}
-
   // Samples one token per row of `rows`, all from the same logits.
   absl::StatusOr<Result> TrySample(const std::vector<float>& logits,
                                    const std::vector<SamplingRow>& rows, int32_t top = 0,
@@ -73,9 +72,8 @@ class SamplingTest : public testing::Test {
     for (int i = 0; i < n; ++i) rows[i].position = i;
     return Sample(logits, rows).tokens;
   }
-
-  std::unique_ptr<ops::Ops> ops_;
 };
+INSTANTIATE_TEST_SUITE_P(Devices, SamplingTest, testing::ValuesIn(kDevices));
 
 std::vector<float> RandomLogits(uint64_t seed, int n, float spread) {
   std::mt19937_64 random(seed);
@@ -139,7 +137,7 @@ Vector Filtered(Vector p, const SamplingRow& row) {
   return result;
 }
 
-TEST_F(SamplingTest, DrawsFollowTheDistribution) {
+TEST_P(SamplingTest, DrawsFollowTheDistribution) {
   const std::vector<float> logits = RandomLogits(1, 20, 1);
   const SamplingRow rows[] = {
       {.temperature = 1},
@@ -160,7 +158,7 @@ TEST_F(SamplingTest, DrawsFollowTheDistribution) {
   }
 }
 
-TEST_F(SamplingTest, LogProbsAreThoseOfRawTemperedAndFilteredDistributions) {
+TEST_P(SamplingTest, LogProbsAreThoseOfRawTemperedAndFilteredDistributions) {
   const std::vector<float> logits = RandomLogits(2, 300, 2);
   std::vector<SamplingRow> rows;
   for (uint32_t i = 0; i < 50; ++i) {
@@ -177,7 +175,7 @@ TEST_F(SamplingTest, LogProbsAreThoseOfRawTemperedAndFilteredDistributions) {
 }
 
 // A vocabulary in which the nucleus is larger than the pieces that are sorted.
-TEST_F(SamplingTest, LargeNucleusHasTheRightProbabilities) {
+TEST_P(SamplingTest, LargeNucleusHasTheRightProbabilities) {
   const std::vector<float> logits = RandomLogits(5, 5000, 0.3f);
   const Vector p = Softmax(logits, 1);
   for (const float top_p : {0.01f, 0.1f, 0.5f, 0.95f}) {
@@ -193,7 +191,7 @@ TEST_F(SamplingTest, LargeNucleusHasTheRightProbabilities) {
   }
 }
 
-TEST_F(SamplingTest, TheSameCounterGivesTheSameTokenInAnyBatch) {
+TEST_P(SamplingTest, TheSameCounterGivesTheSameTokenInAnyBatch) {
   const std::vector<float> logits = RandomLogits(4, 1000, 1);
   std::vector<SamplingRow> rows;
   for (uint32_t i = 0; i < 40; ++i) {
@@ -216,7 +214,7 @@ TEST_F(SamplingTest, TheSameCounterGivesTheSameTokenInAnyBatch) {
   EXPECT_GT(std::unique(tokens.begin(), tokens.end()) - tokens.begin(), 10);
 }
 
-TEST_F(SamplingTest, GreedyTakesTheLowestIdOfTheLargest) {
+TEST_P(SamplingTest, GreedyTakesTheLowestIdOfTheLargest) {
   const std::vector<float> logits = {0, 3, 1, 3, kMinusInf};
   const Result r = Sample(logits, {{.temperature = 0}}, 3);
   EXPECT_EQ(r.tokens[0], 1);
@@ -227,7 +225,7 @@ TEST_F(SamplingTest, GreedyTakesTheLowestIdOfTheLargest) {
   EXPECT_NEAR(r.top_values[2], std::log(Softmax(logits, 1)[2]), tolerance::kLogProb);
 }
 
-TEST_F(SamplingTest, TinyTemperatureIsGreedyAndSplitsTies) {
+TEST_P(SamplingTest, TinyTemperatureIsGreedyAndSplitsTies) {
   const std::vector<float> logits = {0, 3, 1, 3, 2.9f};
   for (const float temperature : {1e-3f, 1e-10f, 1e-38f, 1e-42f}) {
     ExpectDistribution(Draws(logits, {.temperature = temperature, .seed = 5}, 2000),
@@ -235,7 +233,7 @@ TEST_F(SamplingTest, TinyTemperatureIsGreedyAndSplitsTies) {
   }
 }
 
-TEST_F(SamplingTest, MinusInfinityIsNeverDrawn) {
+TEST_P(SamplingTest, MinusInfinityIsNeverDrawn) {
   const std::vector<float> logits = {kMinusInf, 1, kMinusInf, 1, kMinusInf};
   for (const SamplingRow& row : {SamplingRow{.temperature = 1}, SamplingRow{.temperature = 100},
                                  SamplingRow{.temperature = 1, .top_k = 4},
@@ -244,7 +242,7 @@ TEST_F(SamplingTest, MinusInfinityIsNeverDrawn) {
   }
 }
 
-TEST_F(SamplingTest, BiasMovesTheDrawButNotTheRawLogProb) {
+TEST_P(SamplingTest, BiasMovesTheDrawButNotTheRawLogProb) {
   const std::vector<float> logits = RandomLogits(6, 50, 1);
   const SamplingRow row = {.temperature = 0.5f, .bias_begin = 0, .bias_end = 2};
   const Result forced = Sample(logits, {row}, 0, {{7, 100.0f}, {8, kMinusInf}});
@@ -265,7 +263,7 @@ TEST_F(SamplingTest, BiasMovesTheDrawButNotTheRawLogProb) {
       {0.25, 0.75});
 }
 
-TEST_F(SamplingTest, TopLogprobsAreSortedAndComplete) {
+TEST_P(SamplingTest, TopLogprobsAreSortedAndComplete) {
   const std::vector<float> logits = RandomLogits(8, 5, 1);
   const Result r = Sample(logits, {{.temperature = 1}}, 20);
   const Vector p = Softmax(logits, 1);
@@ -275,7 +273,7 @@ TEST_F(SamplingTest, TopLogprobsAreSortedAndComplete) {
   EXPECT_EQ(r.top_ids[5], -1);
 }
 
-TEST_F(SamplingTest, BadRowsAreRefused) {
+TEST_P(SamplingTest, BadRowsAreRefused) {
   const std::vector<float> logits = {0, 1};
   const SamplingRow bad[] = {{.temperature = -1},
                              {.temperature = NAN},

@@ -5,6 +5,7 @@
 
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -49,8 +50,16 @@ class GuardedTensor {
   }
   void FillNormal(std::mt19937_64& random, float deviation = 1) {
     std::normal_distribution<float> normal(0, deviation);
-    for (int64_t i = 0; i < size(); ++i) (*this)[i] = normal(random);
+    for (int64_t i = 0; i < size(); ++i) {
+      const float x = normal(random);
+      (*this)[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(x) & normal_bits);
+    }
   }
+  // The bits of normals that are kept. The upper half while a test runs on a device that computes
+  // in bf16, so that device and reference see the same inputs.
+  static constexpr uint32_t kAllBits = ~0u, kBf16Bits = 0xffff0000u;
+  inline static uint32_t normal_bits = kAllBits;
+
   std::vector<double> ToDouble() const {
     std::vector<double> values(size());
     for (int64_t i = 0; i < size(); ++i) values[i] = (*this)[i];

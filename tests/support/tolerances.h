@@ -9,6 +9,13 @@ namespace coppice::tolerance {
 inline constexpr double kOpForward = 4e-6;
 // The same for gradients, which chain two or three such sums and an exp.
 inline constexpr double kOpBackward = 1e-5;
+// The same on a device that computes in bf16 and sums in f32, with inputs that bf16 holds: one
+// rounding of the result, 2^-9 of its size.
+inline constexpr double kBf16Forward = 4e-3;
+// A product with bias rounds before the bias and after it, and the first may be the larger.
+inline constexpr double kBf16Bias = 8e-3;
+// Gradients there chain two or three such roundings.
+inline constexpr double kBf16Backward = 1e-2;
 // Central differences in double precision with step 1e-5: truncation about step^2 = 1e-10, rounding
 // about 1e-16 / step = 1e-11.
 inline constexpr double kFiniteDifferenceStep = 1e-5;
@@ -20,6 +27,9 @@ inline constexpr double kLogProb = 1e-5;
 
 // Gradients of a shared tree against the sum over its sequences, run one by one, fp32 (promise P3).
 inline constexpr double kTreeVersusFlat = 1e-5;
+// Two ways through a whole model in bf16 (shared or flat, in chunks or at once): both round every
+// activation to 2^-9, and the largest difference of any element counts.
+inline constexpr double kBf16Model = 5e-2;
 // Sums of a few dozen terms of size 1 in double precision.
 inline constexpr double kDoubleSums = 1e-12;
 // Derivatives of a loss against its central differences with kFiniteDifferenceStep; third

@@ -1,0 +1,147 @@
+// Tree attention: checks, the plan's schedule, scratch, and the launchers of attention/.
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status_macros.h"
+#include "kernels/cuda/attention/tree_attention.h"
+#include "kernels/cuda/batch_plan.h"
+#include "kernels/cuda/families.h"
+#include "kernels/ops/shape_check.h"
+
+namespace coppice::cuda {
+namespace {
+
+constexpr int64_t kBackwardBudgetBytes = int64_t{8}
+                                         << 30;  // for dS kept between the passes of backward
+
+// Heads of a row side by side, rows at 16-byte boundaries: what the kernels want of q, k, v, out
+// and their gradients.
+void CheckRows(ops::ShapeCheck& check, absl::string_view name, const TensorView& t, int64_t rows,
+               int64_t heads, int64_t head_dim) {
+  check.Tensor(name, t, DType::kBF16, {rows, heads, head_dim})
+      .That(heads <= 1 || t.stride[1] == head_dim, name, "heads side by side", t.stride[1])
+      .That(rows <= 1 || t.stride[0] % 8 == 0, name, "a row stride that is a multiple of 8",
+            t.stride[0])
+      .That(reinterpret_cast<uintptr_t>(t.data) % 16 == 0, name, "memory at a 16-byte boundary", 0);
+}
+
+absl::Status CheckInputs(absl::string_view op, const ops::BatchPlan* plan, const TensorView& q,
+                         const TensorView& k, const TensorView& v, const ops::PagedKv& context,
+                         float scale) {
+  RETURN_IF_ERROR(ops::ShapeCheck(op)
+                      .That(plan != nullptr, "plan", "a batch plan", 0)
+                      .That(scale > 0, "scale", "a positive number", static_cast<int64_t>(scale))
+                      .Rank("q", q, 3)
+                      .Rank("k", k, 3)
+                      .status());
+  const int64_t rows = plan->batch().num_rows();
+  const int64_t q_heads = q.dim(1), kv_heads = k.dim(1), head_dim = q.dim(2);
+  ops::ShapeCheck check(op);
+  CheckRows(check, "q", q, rows, q_heads, head_dim);
+  CheckRows(check, "k", k, rows, kv_heads, head_dim);
+  CheckRows(check, "v", v, rows, kv_heads, head_dim);
+  check.That(kv_heads > 0 && q_heads % kv_heads == 0, "q_heads", "a multiple of kv_heads", q_heads);
+  const int64_t last_block = CudaPlan(plan).max_context_block();
+  if (last_block < 0) return check.status();
+  const int64_t blocks = context.k.dim(0), block_tokens = plan->batch().block_tokens;
+  return check
+      .Dense("context.k", context.k, DType::kBF16, {blocks, block_tokens, kv_heads, head_dim})
+      .Dense("context.v", context.v, DType::kBF16, {blocks, block_tokens, kv_heads, head_dim})
+      .That(last_block < blocks, "context block", "below the blocks of context.k", last_block)
+      .status();
+}
+
+RowMatrix Rows(const TensorView& t) {
+  return {t.data, t.dim(0) > 1 ? t.stride[0] : t.dim(1) * t.dim(2)};
+}
+
+AttentionShape ShapeOf(const TensorView& q, const TensorView& k, float scale) {
+  return {.rows = q.dim(0),
+          .q_heads = static_cast<int32_t>(q.dim(1)),
+          .kv_heads = static_cast<int32_t>(k.dim(1)),
+          .head_dim = static_cast<int32_t>(q.dim(2)),
+          .scale = scale};
+}
+
+absl::StatusOr<const CudaBatchPlan::Attention*> ScheduleFor(const Context& context,
+                                                            const ops::BatchPlan* plan,
+                                                            const AttentionShape& shape) {
+  return CudaPlan(plan).PlanFor(
+      {.tiles = HasTileKernels(shape.head_dim, context.compute_capability()),
+       .group_size = shape.q_heads / shape.kv_heads});
+}
+
+absl::Status Launched(Context& context, cudaError_t error, absl::string_view op,
+                      const AttentionShape& shape) {
+  if (error != cudaErrorNotSupported) return context.Check(error, op);
+  return absl::UnimplementedError(
+      absl::StrCat(op, ": want a head_dim with kernels (64, 128, 256), got ", shape.head_dim,
+                   "; use --device=cpu"));
+}
+
+}  // namespace
+
+absl::Status TreeAttention(Context& context, const ops::TreeAttentionParams& p) {
+  constexpr absl::string_view kOp = "tree_attention";
+  RETURN_IF_ERROR(CheckInputs(kOp, p.plan, p.q, p.k, p.v, p.context, p.scale));
+  const AttentionShape shape = ShapeOf(p.q, p.k, p.scale);
+  ops::ShapeCheck check(kOp);
+  CheckRows(check, "out", p.out, shape.rows, shape.q_heads, shape.head_dim);
+  if (p.lse.present()) check.Dense("lse", p.lse, DType::kF32, {shape.rows, shape.q_heads});
+  RETURN_IF_ERROR(check.status());
+  if (shape.rows == 0) return absl::OkStatus();
+  ASSIGN_OR_RETURN(const CudaBatchPlan::Attention* attention, ScheduleFor(context, p.plan, shape));
+  TreeAttentionArgs args = {.shape = shape,
+                            .schedule = attention->schedule,
+                            .q = Rows(p.q),
+                            .k = Rows(p.k),
+                            .v = Rows(p.v),
+                            .context = {},
+                            .out = Rows(p.out),
+                            .lse = p.lse.f32()};
+  if (attention->has_context) {
+    args.context = {p.context.k.data, p.context.v.data, p.context.k.dim(0),
+                    p.plan->batch().block_tokens};
+  }
+  ASSIGN_OR_RETURN(args.scratch, context.Scratch(TreeAttentionScratchBytes(args.schedule, shape)));
+  return Launched(context, LaunchTreeAttention(args, context.stream()), kOp, shape);
+}
+
+absl::Status TreeAttentionBackward(Context& context, const ops::TreeAttentionBackwardParams& p) {
+  constexpr absl::string_view kOp = "tree_attention_backward";
+  RETURN_IF_ERROR(CheckInputs(kOp, p.plan, p.q, p.k, p.v, p.context, p.scale));
+  const AttentionShape shape = ShapeOf(p.q, p.k, p.scale);
+  ops::ShapeCheck check(kOp);
+  for (const auto& [name, t] : {std::pair("out", &p.out), {"d_out", &p.d_out}, {"d_q", &p.d_q}}) {
+    CheckRows(check, name, *t, shape.rows, shape.q_heads, shape.head_dim);
+  }
+  CheckRows(check, "d_k", p.d_k, shape.rows, shape.kv_heads, shape.head_dim);
+  CheckRows(check, "d_v", p.d_v, shape.rows, shape.kv_heads, shape.head_dim);
+  check.Dense("lse", p.lse, DType::kF32, {shape.rows, shape.q_heads});
+  RETURN_IF_ERROR(check.status());
+  if (shape.rows == 0) return absl::OkStatus();
+  ASSIGN_OR_RETURN(const CudaBatchPlan::Attention* attention, ScheduleFor(context, p.plan, shape));
+  if (attention->has_context) {
+    return absl::UnimplementedError(
+        absl::StrCat(kOp,
+                     ": want a batch whose keys are all rows of its own, got cached context; put "
+                     "the context into the batch"));
+  }
+  TreeAttentionBackwardArgs args = {.shape = shape,
+                                    .schedule = attention->schedule,
+                                    .q = Rows(p.q),
+                                    .k = Rows(p.k),
+                                    .v = Rows(p.v),
+                                    .out = Rows(p.out),
+                                    .lse = p.lse.f32(),
+                                    .d_out = Rows(p.d_out),
+                                    .d_q = Rows(p.d_q),
+                                    .d_k = Rows(p.d_k),
+                                    .d_v = Rows(p.d_v)};
+  const int64_t budget = std::max(context.scratch_bytes(), kBackwardBudgetBytes);
+  args.scratch_bytes = TreeAttentionBackwardScratchBytes(args.schedule, shape, budget);
+  ASSIGN_OR_RETURN(args.scratch, context.Scratch(args.scratch_bytes));
+  return Launched(context, LaunchTreeAttentionBackward(args, context.stream()), kOp, shape);
+}
+
+}  // namespace coppice::cuda

@@ -1,0 +1,85 @@
+#include "kernels/cuda/context.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/status_macros.h"
+#include "kernels/cuda/matmul_cache.h"
+
+namespace coppice::cuda {
+
+absl::Status StatusOf(cudaError_t error, absl::string_view call) {
+  if (error == cudaSuccess) return absl::OkStatus();
+  return absl::InternalError(absl::StrCat("cuda ", call, " failed: want cudaSuccess, got ",
+                                          cudaGetErrorName(error), " (", cudaGetErrorString(error),
+                                          "); restart the process"));
+}
+
+absl::StatusOr<std::unique_ptr<Context>> Context::Create(bool deterministic) {
+  int devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&devices);
+  if (error != cudaSuccess || devices == 0) {
+    return absl::UnavailableError(absl::StrCat("no cuda device: want at least 1, got ", devices,
+                                               " (", cudaGetErrorString(error),
+                                               "); check the driver or use --device=cpu"));
+  }
+  std::unique_ptr<Context> context(new Context(deterministic));
+  RETURN_IF_ERROR(context->Init());
+  return context;
+}
+
+absl::Status Context::Init() {
+  RETURN_IF_ERROR(Check(cudaSetDevice(0), "set device"));
+  RETURN_IF_ERROR(
+      Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream create"));
+  int major = 0, minor = 0;
+  RETURN_IF_ERROR(
+      Check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attribute"));
+  RETURN_IF_ERROR(
+      Check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "attribute"));
+  compute_capability_ = 10 * major + minor;
+  if (cublasLtCreate(&blas_) != CUBLAS_STATUS_SUCCESS) {
+    return absl::InternalError("cublasLt create failed: want status 0; check the cuda libraries");
+  }
+  RETURN_IF_ERROR(Check(cudaMalloc(&workspace_, kWorkspaceBytes), "workspace"));
+  matmuls_ = std::make_unique<MatMulCache>();
+  return Scratch(int64_t{64} << 20).status();
+}
+
+Context::Context(bool deterministic) : deterministic_(deterministic) {}
+
+Context::~Context() {
+  if (stream_ != nullptr) cudaStreamSynchronize(stream_);
+  matmuls_.reset();
+  cudaFree(scratch_);
+  cudaFree(workspace_);
+  if (blas_ != nullptr) cublasLtDestroy(blas_);
+  if (stream_ != nullptr) cudaStreamDestroy(stream_);
+}
+
+absl::StatusOr<char*> Context::Scratch(int64_t size_bytes) {
+  if (size_bytes <= scratch_bytes_) return scratch_;
+  const int64_t rounded = (size_bytes + (1 << 20) - 1) >> 20 << 20;
+  RETURN_IF_ERROR(Synchronize());
+  cudaFree(scratch_);
+  scratch_ = nullptr;
+  scratch_bytes_ = 0;
+  const cudaError_t error = cudaMalloc(&scratch_, rounded);
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    return absl::ResourceExhaustedError(absl::StrCat("out of device memory for scratch: want ",
+                                                     rounded, " bytes; lower --kv_bytes"));
+  }
+  RETURN_IF_ERROR(Check(error, "scratch"));
+  scratch_bytes_ = rounded;
+  return scratch_;
+}
+
+absl::Status Context::Check(cudaError_t error, absl::string_view call) {
+  if (failure_.ok()) failure_ = StatusOf(error, call);
+  return failure_;
+}
+
+absl::Status Context::Synchronize() { return Check(cudaStreamSynchronize(stream_), "synchronize"); }
+
+}  // namespace coppice::cuda

@@ -1,0 +1,82 @@
+// What every CUDA op needs besides its tensors: one stream, cuBLASLt with its workspace, scratch
+// memory that is kept between calls, and the first device error, which is final: kernels of a
+// broken context cannot be trusted. Owned by CudaOps; used by one op at a time.
+#pragma once
+
+#include <cublasLt.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+
+namespace coppice::cuda {
+
+class MatMulCache;
+
+// INTERNAL naming the call and CUDA's reason; OK for cudaSuccess.
+absl::Status StatusOf(cudaError_t error, absl::string_view call);
+
+class Context {
+ public:
+  static constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
+
+  // UNAVAILABLE without a usable device.
+  static absl::StatusOr<std::unique_ptr<Context>> Create(bool deterministic);
+  ~Context();
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
+
+  cudaStream_t stream() const { return stream_; }
+  cublasLtHandle_t blas() const { return blas_; }
+  void* workspace() const { return workspace_; }
+  bool deterministic() const { return deterministic_; }
+  int compute_capability() const { return compute_capability_; }  // major * 10 + minor
+  int64_t scratch_bytes() const { return scratch_bytes_; }
+  MatMulCache& matmuls() { return *matmuls_; }
+
+  // At least `size_bytes`, 256-byte aligned, contents undefined; work queued later may reuse it
+  // after the next call. An op asks once and divides the memory itself. Grows, never shrinks.
+  absl::StatusOr<char*> Scratch(int64_t size_bytes);
+
+  // The status of `call`; the first error is remembered and returned from then on.
+  absl::Status Check(cudaError_t error, absl::string_view call);
+  absl::Status Synchronize();
+
+ private:
+  explicit Context(bool deterministic);
+  absl::Status Init();
+
+  const bool deterministic_;
+  int compute_capability_ = 0;
+  cudaStream_t stream_ = nullptr;
+  cublasLtHandle_t blas_ = nullptr;
+  void* workspace_ = nullptr;
+  char* scratch_ = nullptr;
+  int64_t scratch_bytes_ = 0;
+  absl::Status failure_;
+  std::unique_ptr<MatMulCache> matmuls_;
+};
+
+// Divides one scratch buffer: each piece starts at a 256-byte boundary. With a null base it only
+// counts.
+class ScratchCursor {
+ public:
+  explicit ScratchCursor(char* base) : base_(base) {}
+  template <typename T>
+  T* Take(int64_t n) {
+    char* piece = base_ == nullptr ? nullptr : base_ + size_bytes_;
+    size_bytes_ += (n * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return reinterpret_cast<T*>(piece);
+  }
+  int64_t size_bytes() const { return size_bytes_; }
+
+ private:
+  char* base_;
+  int64_t size_bytes_ = 0;
+};
+
+}  // namespace coppice::cuda

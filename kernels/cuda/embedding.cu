@@ -1,0 +1,112 @@
+// Rows of tables: gather (embedding), its transposes. One block per row; an index outside the table
+// gives a row of NaN and is never followed. Bytes: each row once in, once out (+= reads it as
+// well); bound by memory bandwidth.
+//
+// EmbeddingBackward: the block of the first row with an id adds all rows with that id, ascending;
+// the blocks of the others leave. Finding them reads ids only: rows^2 * 4 bytes of L2 traffic,
+// spread over all blocks.
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launchers.h"
+
+namespace coppice::cuda {
+namespace {
+
+template <int N>
+__global__ void GatherRowsKernel(const bf16* src, int64_t src_stride, int64_t src_rows,
+                                 const int32_t* indices, bf16* out, int64_t out_stride,
+                                 int64_t hidden) {
+  const int32_t index = indices[blockIdx.x];
+  bf16* to = out + blockIdx.x * out_stride;
+  const bool valid = index >= 0 && index < src_rows;
+  const bf16* from = src + (valid ? index : 0) * src_stride;
+  for (int64_t i = threadIdx.x * N; i < hidden; i += blockDim.x * N) {
+    Pack<bf16, N> x = Load<bf16, N>(from + i);
+    if (!valid) {
+      for (int j = 0; j < N; ++j) x.v[j] = __float2bfloat16_rn(__int_as_float(0x7fc00000));
+    }
+    Store<bf16, N>(to + i, x);
+  }
+}
+
+template <int N>
+__global__ void ScatterAddRowsKernel(const bf16* src, int64_t src_stride, const int32_t* indices,
+                                     bf16* dst, int64_t dst_stride, int64_t dst_rows,
+                                     int64_t hidden) {
+  const int32_t index = indices[blockIdx.x];
+  if (index < 0 || index >= dst_rows) return;
+  const bf16* from = src + blockIdx.x * src_stride;
+  bf16* to = dst + index * dst_stride;
+  for (int64_t i = threadIdx.x * N; i < hidden; i += blockDim.x * N) {
+    const Pack<bf16, N> x = Load<bf16, N>(from + i);
+    Pack<bf16, N> y = Load<bf16, N>(to + i);
+    for (int j = 0; j < N; ++j) y.v[j] = FromFloat<bf16>(ToFloat(y.v[j]) + ToFloat(x.v[j]));
+    Store<bf16, N>(to + i, y);
+  }
+}
+
+constexpr int kScanThreads = 256;
+
+__global__ void EmbeddingBackwardKernel(const int32_t* ids, int64_t rows, const bf16* d_out,
+                                        int64_t d_out_stride, float* d_table,
+                                        int64_t d_table_stride, int64_t vocab, int64_t hidden) {
+  extern __shared__ float sums[];  // [hidden]; each thread touches its own columns only
+  __shared__ unsigned matches[kScanThreads / 32];
+  const int64_t row = blockIdx.x;
+  const int32_t id = ids[row];
+  bool repeated = false;
+  for (int64_t i = threadIdx.x; i < row; i += kScanThreads) repeated |= ids[i] == id;
+  if (__syncthreads_or(repeated) || id < 0 || id >= vocab) return;
+
+  float* to = d_table + id * d_table_stride;
+  for (int64_t c = threadIdx.x; c < hidden; c += kScanThreads) sums[c] = to[c];
+  for (int64_t base = row; base < rows; base += kScanThreads) {
+    const int64_t i = base + threadIdx.x;
+    const unsigned mine = __ballot_sync(~0u, i < rows && ids[i] == id);
+    __syncthreads();
+    if (threadIdx.x % 32 == 0) matches[threadIdx.x / 32] = mine;
+    __syncthreads();
+    for (int w = 0; w < kScanThreads / 32; ++w) {
+      for (unsigned bits = matches[w]; bits != 0; bits &= bits - 1) {
+        const bf16* from = d_out + (base + 32 * w + __ffs(bits) - 1) * d_out_stride;
+        for (int64_t c = threadIdx.x; c < hidden; c += kScanThreads) sums[c] += ToFloat(from[c]);
+      }
+    }
+  }
+  for (int64_t c = threadIdx.x; c < hidden; c += kScanThreads) to[c] = sums[c];
+}
+
+}  // namespace
+
+cudaError_t LaunchGatherRows(const ops::GatherRowsParams& p, cudaStream_t stream) {
+  const int64_t n = p.out.shape[0], hidden = p.out.shape[1];
+  if (n == 0 || hidden == 0) return cudaSuccess;
+  const bool wide = Aligned16(p.src) && Aligned16(p.out);
+  const auto kernel = wide ? GatherRowsKernel<8> : GatherRowsKernel<1>;
+  kernel<<<static_cast<unsigned>(n), RowThreads(wide ? hidden / 8 : hidden), 0, stream>>>(
+      p.src.as<bf16>(), p.src.stride[0], p.src.shape[0], p.indices.i32(), p.out.as<bf16>(),
+      p.out.stride[0], hidden);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchScatterAddRows(const ops::ScatterAddRowsParams& p, cudaStream_t stream) {
+  const int64_t n = p.src.shape[0], hidden = p.src.shape[1];
+  if (n == 0 || hidden == 0) return cudaSuccess;
+  const bool wide = Aligned16(p.src) && Aligned16(p.dst);
+  const auto kernel = wide ? ScatterAddRowsKernel<8> : ScatterAddRowsKernel<1>;
+  kernel<<<static_cast<unsigned>(n), RowThreads(wide ? hidden / 8 : hidden), 0, stream>>>(
+      p.src.as<bf16>(), p.src.stride[0], p.indices.i32(), p.dst.as<bf16>(), p.dst.stride[0],
+      p.dst.shape[0], hidden);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchEmbeddingBackward(const ops::EmbeddingBackwardParams& p, cudaStream_t stream) {
+  const int64_t rows = p.d_out.shape[0], hidden = p.d_out.shape[1];
+  if (rows == 0 || hidden == 0) return cudaSuccess;
+  EmbeddingBackwardKernel<<<static_cast<unsigned>(rows), kScanThreads, hidden * sizeof(float),
+                            stream>>>(p.ids.i32(), rows, p.d_out.as<bf16>(), p.d_out.stride[0],
+                                      p.d_table.f32(), p.d_table.stride[0], p.d_table.shape[0],
+                                      hidden);
+  return cudaGetLastError();
+}
+
+}  // namespace coppice::cuda

@@ -1,0 +1,54 @@
+// The op families, one function per method of ops::Ops and one file per family. Each checks its
+// tensors, then computes. Errors: INVALID_ARGUMENT naming op, tensor, want and got; nothing is
+// written then.
+#pragma once
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/cuda/context.h"
+#include "kernels/ops/params.h"
+
+namespace coppice::cuda {
+
+// memory.cc
+absl::Status Copy(Context& context, TensorView src, TensorView dst);
+absl::Status CopyBlocks(Context& context, const ops::CopyBlocksParams& p);
+
+// embedding.cc
+absl::Status Embedding(Context& context, const ops::EmbeddingParams& p);
+absl::Status EmbeddingBackward(Context& context, const ops::EmbeddingBackwardParams& p);
+absl::Status GatherRows(Context& context, const ops::GatherRowsParams& p);
+absl::Status ScatterAddRows(Context& context, const ops::ScatterAddRowsParams& p);
+
+// norm.cc
+absl::Status RmsNorm(Context& context, const ops::RmsNormParams& p);
+absl::Status RmsNormBackward(Context& context, const ops::RmsNormBackwardParams& p);
+
+// matmul.cc
+absl::Status MatMul(Context& context, const ops::MatMulParams& p);
+absl::Status SumRows(Context& context, const ops::SumRowsParams& p);
+
+// rope.cc
+absl::Status QkNormRope(Context& context, const ops::QkNormRopeParams& p);
+absl::Status QkNormRopeBackward(Context& context, const ops::QkNormRopeBackwardParams& p);
+
+// attention.cc
+absl::Status TreeAttention(Context& context, const ops::TreeAttentionParams& p);
+absl::Status TreeAttentionBackward(Context& context, const ops::TreeAttentionBackwardParams& p);
+
+// activation.cc
+absl::Status SwiGlu(Context& context, const ops::SwiGluParams& p);
+absl::Status SwiGluBackward(Context& context, const ops::SwiGluBackwardParams& p);
+
+// logprob_head.cc
+absl::Status LogProbHead(Context& context, const ops::LogProbHeadParams& p);
+absl::Status LogProbHeadBackward(Context& context, const ops::LogProbHeadBackwardParams& p);
+
+// sampling.cc
+absl::Status Sample(Context& context, const ops::SampleParams& p);
+
+// adamw.cc
+absl::StatusOr<double> SumSquares(Context& context, TensorView x);
+absl::Status AdamW(Context& context, const ops::AdamWParams& p);
+
+}  // namespace coppice::cuda
