@@ -249,6 +249,7 @@ def test_the_remaining_calls(client):
         (grpc.StatusCode.UNAVAILABLE, coppice.UnavailableError),
         (grpc.StatusCode.DATA_LOSS, coppice.DataLossError),
         (grpc.StatusCode.INTERNAL, coppice.InternalError),
+        (grpc.StatusCode.UNAUTHENTICATED, coppice.UnauthenticatedError),
         (grpc.StatusCode.UNIMPLEMENTED, coppice.CoppiceError),
     ],
 )

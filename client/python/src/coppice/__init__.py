@@ -24,6 +24,7 @@ from coppice.errors import (
     InvalidArgumentError,
     NotFoundError,
     ResourceExhaustedError,
+    UnauthenticatedError,
     UnavailableError,
 )
 from coppice.types import (
@@ -94,6 +95,7 @@ __all__ = [
     "TrainGroup",
     "TrainResult",
     "TrainSample",
+    "UnauthenticatedError",
     "UnavailableError",
     "Usage",
     "WarmResult",

@@ -96,9 +96,9 @@ class Client:
 
     Every method raises a CoppiceError subclass: ConnectionFailedError if nobody answers,
     InvalidArgumentError if the request can never succeed, and so on (coppice.errors). A refused
-    call has changed nothing. Two cases leave it open whether a train step was committed: the
-    connection or the deadline ended during the step (repeat it with its step_id to find out), and a
-    durable step whose write failed (the message says so).
+    call has changed nothing. A train step may have been applied all the same if the connection or
+    the deadline ended during it (repeat it with its step_id to find out), and has been applied if a
+    durable one raises DataLossError.
     """
 
     def __init__(
@@ -372,7 +372,10 @@ class Client:
         )
 
     def pause(self, running: types.RunningRequests = "keep", *, abort: bool = False) -> int:
-        """Stops generation (training goes on); returns the number of requests affected."""
+        """Stops generation (training goes on); returns the number of requests affected.
+
+        abort: running requests end at once with what they have and finish_reason "paused".
+        """
         request = admin_pb2.PauseRequest(running=_requests.running_requests(running), abort=abort)
         return int(self._call("Admin/Pause", self._admin.Pause, request).requests)
 

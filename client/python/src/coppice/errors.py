@@ -81,9 +81,16 @@ class CancelledError(CoppiceError):
 
 
 class DataLossError(CoppiceError):
-    """A checkpoint on disk is corrupt."""
+    """A checkpoint on disk is corrupt; or a durable step was applied but is not on disk: repeat it
+    with the same step_id to try the disk again."""
 
     code = grpc.StatusCode.DATA_LOSS
+
+
+class UnauthenticatedError(CoppiceError):
+    """The daemon wants to be told the tenant by a proxy, and the call came without one."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
 
 
 class InternalError(CoppiceError):
@@ -103,6 +110,7 @@ _CLASSES: dict[grpc.StatusCode, type[CoppiceError]] = {
         DeadlineExceededError,
         CancelledError,
         DataLossError,
+        UnauthenticatedError,
         InternalError,
     )
 }
