@@ -172,8 +172,8 @@ struct Case {
     plan = PlanAttention(batch, options);
     words = std::make_unique<Buffer<int32_t>>(plan.words);
     schedule = plan.Bind(words->data);
-    FillKernel<<<1024, 256>>>(qkv.data, rows, qkv_width, qkv_width, seed);
-    FillKernel<<<1024, 256>>>(d_out.data, rows, q_width, q_width, seed + 1);
+    FillKernel<<<1024, 256, 0, nullptr>>>(qkv.data, rows, qkv_width, qkv_width, seed);
+    FillKernel<<<1024, 256, 0, nullptr>>>(d_out.data, rows, q_width, q_width, seed + 1);
     FillContext(seed + 2);
     scratch_bytes = TreeAttentionScratchBytes(schedule, Shape());
     SetBackwardBudget(0);
@@ -208,8 +208,10 @@ struct Case {
     context_end = std::make_unique<Buffer<int32_t>>(end);
     if (slots.empty()) return;
     const auto n = static_cast<int64_t>(slots.size());
-    FillSlotsKernel<<<1024, 256>>>(pages_k->data, context_slots->data, n, kv_width, seed);
-    FillSlotsKernel<<<1024, 256>>>(pages_v->data, context_slots->data, n, kv_width, seed + 1);
+    FillSlotsKernel<<<1024, 256, 0, nullptr>>>(pages_k->data, context_slots->data, n, kv_width,
+                                               seed);
+    FillSlotsKernel<<<1024, 256, 0, nullptr>>>(pages_v->data, context_slots->data, n, kv_width,
+                                               seed + 1);
   }
 
   // Scratch for dS of as many KV heads; 0: none.
@@ -356,7 +358,7 @@ void CheckForward(const std::string& name, Case& c, const char* mode, reference:
   Buffer<float> want_out(size_t(rows.count) * c.q_width), want_lse(size_t(rows.count) * c.heads.q);
   reference::Problem p = c.Reference();
   p.d_out.data = nullptr;
-  reference::QueryRowsKernel<<<dim3(rows.count, c.heads.q), reference::kThreads>>>(
+  reference::QueryRowsKernel<<<dim3(rows.count, c.heads.q), reference::kThreads, 0, nullptr>>>(
       p, rows, want_out.data, want_lse.data, nullptr, nullptr);
   MUST(cudaDeviceSynchronize());
   c.Poison();
@@ -383,13 +385,13 @@ void CheckBoth(const std::string& name, Case& c, reference::Sample rows) {
       want_dq(want_out.count), want_dk(size_t(rows.count) * c.kv_width), want_dv(want_dk.count),
       delta(c.lse.count);
   const reference::Problem p = c.Reference();
-  reference::QueryRowsKernel<<<dim3(rows.count, c.heads.q), reference::kThreads>>>(
+  reference::QueryRowsKernel<<<dim3(rows.count, c.heads.q), reference::kThreads, 0, nullptr>>>(
       p, rows, want_out.data, want_lse.data, want_delta.data, want_dq.data);
   if (!every_row) {
-    reference::RowDeltaKernel<<<dim3(c.rows, c.heads.q), 1>>>(p, {c.out.data, c.out_stride},
-                                                              delta.data);
+    reference::RowDeltaKernel<<<dim3(c.rows, c.heads.q), 1, 0, nullptr>>>(
+        p, {c.out.data, c.out_stride}, delta.data);
   }
-  reference::KeyRowsKernel<<<dim3(rows.count, c.heads.kv), reference::kThreads>>>(
+  reference::KeyRowsKernel<<<dim3(rows.count, c.heads.kv), reference::kThreads, 0, nullptr>>>(
       p, rows, every_row ? want_lse.data : c.lse.data, every_row ? want_delta.data : delta.data,
       want_dk.data, want_dv.data);
   MUST(cudaDeviceSynchronize());

@@ -1,0 +1,266 @@
+// The attention plan against the definition of the mask: whichever kernels share the work, every
+// row meets every key it sees exactly once, and no other.
+#include "kernels/cuda/attention/attention_plan.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace coppice::cuda {
+namespace {
+
+// A key: a slot of the pages, or packed row -1 - key.
+using Visits = std::vector<std::vector<int64_t>>;  // [rows] keys
+
+int64_t Packed(int32_t row) { return -1 - int64_t{row}; }
+
+struct BatchBuilder {
+  ops::TokenBatch batch;
+
+  explicit BatchBuilder(int32_t block_tokens) { batch.block_tokens = block_tokens; }
+  int32_t Node(int32_t parent, int32_t tokens) {
+    const auto begin = static_cast<int32_t>(batch.context_blocks.size());
+    batch.context_nodes.push_back({parent, tokens, begin});
+    for (int32_t t = 0; t < tokens; t += batch.block_tokens) {
+      batch.context_blocks.push_back(static_cast<int32_t>(batch.context_blocks.size() * 37 % 8191));
+    }
+    return static_cast<int32_t>(batch.context_nodes.size()) - 1;
+  }
+  void Segment(int32_t node, std::vector<int32_t> ends) {
+    const auto begin = static_cast<int32_t>(batch.subtree_end.size());
+    for (int32_t& end : ends) end += begin;
+    batch.subtree_end.insert(batch.subtree_end.end(), ends.begin(), ends.end());
+    batch.segments.push_back({begin, static_cast<int32_t>(batch.subtree_end.size()), node});
+    batch.tokens.resize(batch.subtree_end.size());
+    batch.positions.resize(batch.subtree_end.size());
+    const auto context = static_cast<int32_t>(batch.ContextLength(node));
+    std::vector<int32_t> open;  // rows whose subtree is not over
+    for (int32_t row = begin; row < batch.segments.back().row_end; ++row) {
+      while (!open.empty() && batch.subtree_end[open.back()] <= row) open.pop_back();
+      batch.positions[row] = context + static_cast<int32_t>(open.size());
+      open.push_back(row);
+    }
+  }
+};
+
+void Grow(std::vector<int32_t>& end, std::mt19937& random, int depth, int longest) {
+  const size_t first = end.size(), own = 1 + random() % longest;
+  end.resize(first + own);
+  if (depth > 1) {
+    for (int n = static_cast<int>(random() % 3); n > 0; --n) Grow(end, random, depth - 1, longest);
+  }
+  std::fill_n(end.begin() + first, own, static_cast<int32_t>(end.size()));
+}
+
+ops::TokenBatch RandomBatch(uint32_t seed) {
+  std::mt19937 random(seed);
+  const int32_t block_tokens = 8 << random() % 6;
+  BatchBuilder b(block_tokens);
+  std::vector<int32_t> inner;  // nodes of whole blocks
+  for (int segments = 1 + static_cast<int>(random() % 12); segments > 0; --segments) {
+    int32_t node = inner.empty() || random() % 3 == 0 ? -1 : inner[random() % inner.size()];
+    if (random() % 3 != 0) {
+      node =
+          b.Node(node, block_tokens * static_cast<int32_t>(1 + random() % (3000 / block_tokens)));
+      inner.push_back(node);
+    }
+    if (random() % 2 == 0) node = b.Node(node, static_cast<int32_t>(1 + random() % 400));
+    std::vector<int32_t> ends;
+    Grow(ends, random, 1 + static_cast<int>(random() % 3), random() % 2 == 0 ? 3 : 200);
+    b.Segment(node, ends);
+  }
+  return b.batch;
+}
+
+Visits WantVisits(const ops::TokenBatch& batch) {
+  Visits want(batch.subtree_end.size());
+  for (const ops::Segment& s : batch.segments) {
+    for (int32_t row = s.row_begin; row < s.row_end; ++row) {
+      for (int32_t n = s.context_node; n >= 0; n = batch.context_nodes[n].parent) {
+        const ops::ContextNode& node = batch.context_nodes[n];
+        for (int32_t t = 0; t < node.num_tokens; ++t) {
+          const int64_t block = batch.context_blocks[node.block_begin + t / batch.block_tokens];
+          want[row].push_back(block * batch.block_tokens + t % batch.block_tokens);
+        }
+      }
+      for (int32_t k = s.row_begin; k <= row; ++k) {
+        if (row < batch.subtree_end[k]) want[row].push_back(Packed(k));
+      }
+    }
+  }
+  return want;
+}
+
+void VisitTile(const AttentionSchedule& s, const ops::TokenBatch& batch, const QueryTileWork& tile,
+               int32_t entry, bool masked, Visits& visits) {
+  const int32_t piece = std::min(batch.block_tokens, kKeyTile);
+  bool all_full = true, all_stored = true;
+  for (int32_t i = 0; i < kKeyTile; ++i) {
+    for (int32_t row = tile.row_begin; row < tile.row_end; ++row) {
+      if (entry >= 0) {
+        const int32_t k = entry * kKeyTile + i;
+        const bool sees = k <= row && row < s.subtree_end[k];
+        all_full &= sees;
+        if (sees) visits[row].push_back(Packed(k));
+        continue;
+      }
+      const ContextTile& context = s.context_tiles[~entry];
+      const bool sees =
+          s.context_ends[context.first_end + i] == std::numeric_limits<int32_t>::max();
+      const int32_t slot = s.context_slots[context.first_piece + i / piece];
+      all_full &= sees, all_stored &= slot >= 0 || !sees;
+      if (sees) visits[row].push_back(int64_t{slot} + i % piece);
+    }
+  }
+  EXPECT_TRUE(all_full || masked) << "rows from " << tile.row_begin << " entry " << entry;
+  EXPECT_TRUE(all_stored);
+}
+
+void VisitTiles(const AttentionSchedule& s, const ops::TokenBatch& batch, Visits& visits) {
+  for (int32_t t = 0; t < s.num_query_tiles; ++t) {
+    const QueryTileWork& tile = s.query_tiles[t];
+    ASSERT_LE(tile.row_end - tile.row_begin, kQueryTile);
+    ASSERT_LT(tile.list_begin, tile.list_end);
+    ASSERT_LE(tile.list_end - tile.list_begin, s.longest_list);
+    for (int32_t i = tile.list_begin; i < tile.list_end; ++i) {
+      VisitTile(s, batch, tile, s.key_tiles[i], i - tile.list_begin < tile.partial, visits);
+    }
+    if (tile.tail_tokens == kKeyTile) continue;
+    ASSERT_LT(s.key_tiles[tile.list_begin], 0);
+    const int32_t* ends = s.context_ends + s.context_tiles[~s.key_tiles[tile.list_begin]].first_end;
+    EXPECT_GT(ends[tile.tail_tokens - 1], 0);
+    EXPECT_EQ(ends[tile.tail_tokens], 0);
+  }
+}
+
+struct Part {
+  int32_t row, key_begin;
+};
+
+void VisitChunks(const AttentionSchedule& s, const ops::TokenBatch& batch, const ChunkWork* items,
+                 int32_t count, Visits& visits, std::map<int32_t, Part>& parts) {
+  for (const ChunkWork* item = items; item < items + count; ++item) {
+    EXPECT_EQ(item->key_begin % kSplitKeys, 0);
+    for (int32_t r = 0; r < item->num_rows; ++r) {
+      const int32_t row = s.chunk_rows[item->rows_begin + r];
+      if (item->partial >= 0) {
+        EXPECT_TRUE(parts.insert({item->partial + r, {row, item->key_begin}}).second);
+      }
+      for (int32_t j = item->key_begin; j < item->key_end; ++j) {
+        if (j < item->context_tokens) {
+          const int32_t at = j / batch.block_tokens - item->key_begin / batch.block_tokens;
+          const int64_t block = s.chunk_blocks[item->first_block + at];
+          visits[row].push_back(block * batch.block_tokens + j % batch.block_tokens);
+          continue;
+        }
+        const int32_t k = item->packed_begin + j - item->context_tokens;
+        if (k <= row && row < s.subtree_end[k]) visits[row].push_back(Packed(k));
+      }
+    }
+  }
+}
+
+// Every partial result is merged once, into its own row, in the order of its keys.
+void CheckMerges(const AttentionSchedule& s, const std::map<int32_t, Part>& parts) {
+  std::set<int32_t> merged;
+  for (int32_t m = 0; m < s.num_merges; ++m) {
+    int32_t last_key = -1;
+    for (int32_t i = 0; i < s.merges[m].num_parts; ++i) {
+      const int32_t word = s.merge_parts[s.merges[m].parts_begin + i];
+      const auto part = parts.find(word < 0 ? ~word : word);
+      ASSERT_NE(part, parts.end());
+      EXPECT_TRUE(merged.insert(part->first).second);
+      EXPECT_EQ(part->second.row, s.merges[m].row);
+      EXPECT_GT(part->second.key_begin, last_key);
+      EXPECT_EQ(word < 0, part->second.key_begin % kChunkKeys == 0);
+      last_key = part->second.key_begin;
+    }
+  }
+  EXPECT_EQ(merged.size(), parts.size());
+  EXPECT_EQ(static_cast<int32_t>(parts.size()), s.num_partials);
+}
+
+void CheckPlan(const ops::TokenBatch& batch, const AttentionPlanOptions& options) {
+  const AttentionPlan plan = PlanAttention(batch, options);
+  const AttentionSchedule s = plan.Bind(plan.words.data());
+  Visits visits(batch.subtree_end.size());
+  VisitTiles(s, batch, visits);
+  std::map<int32_t, Part> parts;
+  VisitChunks(s, batch, s.wide_chunks, s.num_wide, visits, parts);
+  VisitChunks(s, batch, s.narrow_chunks, s.num_narrow, visits, parts);
+  VisitChunks(s, batch, s.stacked_chunks, s.num_stacked, visits, parts);
+  CheckMerges(s, parts);
+  Visits want = WantVisits(batch);
+  for (auto& row : visits) std::sort(row.begin(), row.end());
+  for (auto& row : want) std::sort(row.begin(), row.end());
+  EXPECT_TRUE(visits == want);
+}
+
+TEST(AttentionPlanTest, EveryRowMeetsEveryVisibleKeyOnce) {
+  for (uint32_t seed = 1; seed <= 5; ++seed) {
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    const ops::TokenBatch batch = RandomBatch(seed);
+    for (bool tiles : {true, false}) {
+      for (bool batch_invariant : {true, false}) {
+        for (int32_t group_size : {1, 3, 32}) {
+          CheckPlan(batch, {.tiles = tiles,
+                            .group_size = group_size,
+                            .batch_invariant = batch_invariant,
+                            .max_decode_rows = 8});
+        }
+      }
+    }
+    if (HasFailure()) return;
+  }
+}
+
+TEST(AttentionPlanTest, SharedContextIsReadOnceForAllSamples) {
+  BatchBuilder b(64);
+  const int32_t prompt = b.Node(-1, 4096);
+  for (int i = 0; i < 16; ++i) b.Segment(b.Node(prompt, 10), {1});
+  const AttentionPlan plan = PlanAttention(b.batch, {.group_size = 4});
+  const AttentionSchedule s = plan.Bind(plan.words.data());
+  int64_t keys = 0;
+  for (int32_t i = 0; i < s.num_stacked; ++i) {
+    EXPECT_EQ(s.stacked_chunks[i].num_rows, 16);
+    keys += s.stacked_chunks[i].key_end - s.stacked_chunks[i].key_begin;
+  }
+  EXPECT_EQ(keys, 4096);
+  EXPECT_EQ(s.num_narrow, 16);
+}
+
+TEST(AttentionPlanTest, BackwardRangesHoldExactlyTheRowsThatSeeATile) {
+  std::mt19937 random(5);
+  BatchBuilder b(0);
+  std::vector<int32_t> ends;
+  while (ends.size() < 900) Grow(ends, random, 3, 150);
+  b.batch.subtree_end = ends;
+  b.batch.tokens.resize(ends.size());
+  b.batch.segments = {{0, static_cast<int32_t>(ends.size()), -1}};
+  const AttentionPlan plan = PlanAttention(b.batch, AttentionPlanOptions());
+  const AttentionSchedule s = plan.Bind(plan.words.data());
+  int32_t images = 0;
+  for (int32_t t = 0; t < s.num_key_tiles; ++t) {
+    const QueryRange& r = s.key_ranges[t];
+    EXPECT_EQ(r.image + r.first, images);
+    images += r.last - r.first;
+    for (int32_t q = 0; q < static_cast<int32_t>(ends.size()); ++q) {
+      int32_t sees = 0;
+      for (int32_t k = t * kKeyTile; k < (t + 1) * kKeyTile; ++k)
+        sees += k <= q && q < s.subtree_end[k];
+      const int32_t tile = q / kBackwardQueryTile;
+      EXPECT_TRUE(sees == 0 || (r.first <= tile && tile < r.last));
+      EXPECT_TRUE(tile < r.full_first || tile >= r.full_last || sees == kKeyTile);
+    }
+  }
+  EXPECT_EQ(images, s.num_images);
+}
+
+}  // namespace
+}  // namespace coppice::cuda
