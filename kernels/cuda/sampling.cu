@@ -53,6 +53,7 @@ __device__ inline Best BlockBest(Best x) {
 // The largest score and its lowest id; id -1 if there is none. NaN and +inf win as +inf.
 __device__ Best ArgMax(const float* scores, int64_t vocab) {
   Best best = {0, -1};
+#pragma unroll 8  // loads in flight: one block must draw on all of its multiprocessor's bandwidth
   for (int64_t i = threadIdx.x; i < vocab; i += kThreads) {
     const float x = isnan(scores[i]) ? INFINITY : scores[i];
     best = Better(best, {x, static_cast<int32_t>(i)});
