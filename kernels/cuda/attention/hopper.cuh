@@ -15,8 +15,6 @@ __device__ __forceinline__ uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// ---- mbarriers
-// -----------------------------------------------------------------------------------------------------
 struct Barrier {
   uint64_t word;
 
@@ -73,8 +71,6 @@ __device__ __forceinline__ void NamedSync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// ---- register budget per warpgroup
-// ---------------------------------------------------------------------------------
 template <int kRegisters>
 __device__ __forceinline__ void GiveRegisters() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -84,8 +80,6 @@ __device__ __forceinline__ void TakeRegisters() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// ---- bulk copies
-// ---------------------------------------------------------------------------------------------------
 // Box at (column, head, row) of a [rows, heads, columns] tensor into shared memory.
 __device__ __forceinline__ void LoadBox(void* to, const CUtensorMap& map, int column, int head,
                                         int row, Barrier& full) {
@@ -124,9 +118,7 @@ __device__ __forceinline__ void FenceAsyncShared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- shared-memory tiles
-// ------------------------------------------------------------------------------------------- A
-// tile of R rows x D columns of Bf16 is D/64 panels of R x 64: 128 bytes a row, 128-byte swizzle
+// A tile of R rows x D columns of Bf16 is D/64 panels of R x 64: 128 bytes a row, 128-byte swizzle
 // (16-byte chunk c of row r sits at chunk c ^ (r & 7)), panels on 1024-byte boundaries. A box of 64
 // columns x R rows writes one panel.
 inline constexpr int kPanel = 64;
@@ -160,8 +152,7 @@ __device__ __forceinline__ uint64_t Advanced(uint64_t descriptor, int bytes) {
   return descriptor + (bytes >> 4);
 }
 
-// ---- warpgroup matrix products
-// ------------------------------------------------------------------------------------- m64nNk16,
+// Warpgroup products m64nNk16,
 // Bf16 x Bf16 -> fp32. Accumulator of lane l, warp w: element 4j + 2h + e is row 16w + l/4 + 8h,
 // column 8j + 2(l % 4) + e.
 __device__ __forceinline__ void WgmmaFence() {
@@ -293,8 +284,6 @@ __device__ __forceinline__ void MultiplyAddAtb(float (&d)[kAccumulators], uint64
   for (int k = 0; k < kDepth; k += 16) WgmmaStepRows(d, Advanced(a, k * 128), Advanced(b, k * 128));
 }
 
-// ---- small arithmetic
-// ----------------------------------------------------------------------------------------------
 __device__ __forceinline__ float Exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -312,8 +301,6 @@ __device__ __forceinline__ void PackOperand(uint32_t (&a)[kCount / 2], const flo
   for (int i = 0; i < kCount / 2; ++i) a[i] = PackBf16(d[2 * i], d[2 * i + 1]);
 }
 
-// ---- epilogue
-// ------------------------------------------------------------------------------------------------------
 // Rounds this warpgroup's accumulators [64, 2 * kAccumulators] times `factor` (one per row half)
 // into rows [row0, row0 + 64) of a swizzled tile of kRows rows.
 template <int kRows, int kAccumulators>

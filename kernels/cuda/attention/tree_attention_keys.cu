@@ -1,9 +1,9 @@
 // Backward pass, first half: row sums, dK and dV. Every sum runs in registers in list order, no
 // atomics. Query tiles go from the last to the first: key tiles of one KV head that start together
 // then read the same rows at the same time.
-//   backward_rows   delta = rowsum(o * do); lse to log2 units; both head-major so that a tile's
-//   rows are contiguous backward_keys   dK, dV: a CTA owns 128 keys of one KV head and loops over
-//   query tiles of 64 and the heads of the group
+//   row sums  delta = rowsum(out * d_out); lse in log2 units; both head-major, a tile's rows
+//   together dK, dV    a block owns 128 keys of one KV head, loops over row tiles of 64 and the
+//   group's heads
 #include "kernels/cuda/attention/launchers.h"
 #include "kernels/cuda/attention/pipeline.cuh"
 

@@ -1,8 +1,8 @@
 // Backward pass, second half: dQ. A CTA sums over the key tiles of its query tile in registers, in
 // list order, no atomics.
 //   recompute   S and dP once more: three products per tile pair, no scratch
-//   stored      dS^T from backward_keys: one product per tile pair, 32 KB of scratch per tile pair
-//   and query head
+//   stored      dS^T of the dK/dV kernel: one product per tile pair, 32 KB of scratch per tile pair
+//               and query head
 #include "kernels/cuda/attention/launchers.h"
 #include "kernels/cuda/attention/pipeline.cuh"
 
@@ -12,8 +12,6 @@ namespace {
 constexpr int kStages = 2;
 constexpr int kColumns = kBackwardQueryTile;
 
-// ---- recompute
-// -----------------------------------------------------------------------------------------------------
 // Per key tile of 128 and warpgroup (64 queries):
 //   S  = Q K^T      8 x m64n128k16      P  = exp2(scale' S - lse)
 //   dP = dO V^T     8 x m64n128k16      dS = P * (dP - delta)
@@ -200,10 +198,8 @@ cudaError_t LaunchRecompute(const BackwardPass& b, cudaStream_t stream) {
   return LaunchPersistent<RecomputeShared<D>>(TreeAttentionQueriesKernel<D>, p, p.counter, stream);
 }
 
-// ---- stored
-// --------------------------------------------------------------------------------------------------------
-// dQ = dS K, dS^T as backward_keys stored it. An item is one 128-row query tile of two heads that
-// share a KV head; a consumer warpgroup owns one head: per key tile 2 x 8 x m64n128k16, both
+// dQ = dS K, dS^T as the dK/dV kernel stored it. An item is one 128-row query tile of two heads
+// that share a KV head; a consumer warpgroup owns one head: per key tile 2 x 8 x m64n128k16, both
 // operands from shared memory, rows are k. Registers: dQ 128. Shared memory: 2 x (K 32 + dS 2 heads
 // x 32) + staging 32 = 224 KB. Traffic: 32 KB of dS from memory and 16 KB of K from L2 per 128 x
 // 128 tile pair for 4.2 MFLOP.
