@@ -28,6 +28,7 @@ while [ $# -gt 0 ]; do
 done
 
 readonly BUILD=build/release
+export CCACHE_BASEDIR=$PWD
 readonly VENV=build/venv
 readonly OUT=build/quickstart
 readonly START_TIMEOUT_S=120

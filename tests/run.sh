@@ -38,6 +38,7 @@ done
 deploy/install_deps.sh
 deploy/fetch_model.sh
 readonly JOBS=$(nproc)
+export CCACHE_BASEDIR=$PWD  # equal objects in every lane and clone
 readonly LOGS=build/test-logs
 mkdir -p "$LOGS"
 rm -f "$LOGS"/*.log
