@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/clock.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/cpu/batch_plan.h"
 #include "kernels/cpu/families.h"
@@ -40,7 +41,32 @@ absl::Status CheckContiguous(absl::string_view op, const TensorView& t) {
       absl::StrCat(op, ": want dense memory, got a strided or null view; copy it first"));
 }
 
+// An op is done when its call returns: wall time is the device's time.
+class WallTimeline final : public ops::Timeline {
+ public:
+  absl::Status Mark() override {
+    marks_.push_back(clock_.Now());
+    return absl::OkStatus();
+  }
+  absl::StatusOr<std::vector<double>> Take() override {
+    std::vector<double> seconds;
+    for (const absl::Duration mark : marks_) {
+      seconds.push_back(absl::ToDoubleSeconds(mark - marks_.front()));
+    }
+    marks_.clear();
+    return seconds;
+  }
+
+ private:
+  SteadyClock clock_;
+  std::vector<absl::Duration> marks_;
+};
+
 }  // namespace
+
+absl::StatusOr<std::unique_ptr<ops::Timeline>> CpuOps::CreateTimeline() {
+  return std::make_unique<WallTimeline>();
+}
 
 absl::StatusOr<std::unique_ptr<ops::Ops>> CpuOps::Create(int threads) {
   if (threads < 0) {

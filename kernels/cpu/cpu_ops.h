@@ -28,6 +28,7 @@ class CpuOps final : public ops::Ops {
   absl::Status Copy(TensorView src, TensorView dst) override;
   absl::Status Zero(TensorView dst) override;
   absl::Status Synchronize() override { return absl::OkStatus(); }
+  absl::StatusOr<std::unique_ptr<ops::Timeline>> CreateTimeline() override;  // wall time
 
   absl::StatusOr<std::unique_ptr<ops::BatchPlan>> PlanBatch(const ops::TokenBatch& batch) override;
 

@@ -6,6 +6,7 @@
 #include "kernels/base/status_macros.h"
 #include "kernels/cuda/batch_plan.h"
 #include "kernels/cuda/families.h"
+#include "kernels/cuda/timeline.h"
 #include "kernels/ops/ops_factory_cuda.h"
 
 namespace coppice {
@@ -96,6 +97,10 @@ absl::Status CudaOps::Zero(TensorView dst) {
 }
 
 absl::Status CudaOps::Synchronize() { return context_->Synchronize(); }
+
+absl::StatusOr<std::unique_ptr<ops::Timeline>> CudaOps::CreateTimeline() {
+  return std::make_unique<CudaTimeline>(*context_);
+}
 
 absl::StatusOr<std::unique_ptr<ops::BatchPlan>> CudaOps::PlanBatch(const ops::TokenBatch& batch) {
   // Ids are bounded by the tensors that each op gets; here only the structure is known.

@@ -33,6 +33,7 @@ class CudaOps final : public ops::Ops {
   absl::Status Copy(TensorView src, TensorView dst) override;
   absl::Status Zero(TensorView dst) override;
   absl::Status Synchronize() override;
+  absl::StatusOr<std::unique_ptr<ops::Timeline>> CreateTimeline() override;
 
   absl::StatusOr<std::unique_ptr<ops::BatchPlan>> PlanBatch(const ops::TokenBatch& batch) override;
 

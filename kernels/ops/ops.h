@@ -11,6 +11,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -44,6 +45,15 @@ struct DeviceInfo {
   int64_t free_bytes = 0;
 };
 
+// Marks on the device's own timeline, between the ops that are queued around them. Borrows its Ops.
+class Timeline {
+ public:
+  virtual ~Timeline() = default;
+  virtual absl::Status Mark() = 0;
+  // Seconds of every mark since the first; forgets them. Synchronises.
+  virtual absl::StatusOr<std::vector<double>> Take() = 0;
+};
+
 class Ops {
  public:
   virtual ~Ops() = default;
@@ -58,6 +68,7 @@ class Ops {
   virtual absl::Status Copy(TensorView src, TensorView dst) = 0;
   virtual absl::Status Zero(TensorView dst) = 0;  // contiguous
   virtual absl::Status Synchronize() = 0;
+  virtual absl::StatusOr<std::unique_ptr<Timeline>> CreateTimeline() = 0;
 
   // Validates the batch and prepares it. The plan borrows nothing from `batch`.
   virtual absl::StatusOr<std::unique_ptr<BatchPlan>> PlanBatch(const TokenBatch& batch) = 0;

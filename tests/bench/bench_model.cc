@@ -13,6 +13,12 @@ namespace coppice::bench {
 absl::StatusOr<std::unique_ptr<BenchModel>> BenchModel::Create(const Options& options) {
   auto bench = std::make_unique<BenchModel>();
   ASSIGN_OR_RETURN(bench->ops_, ops::CreateOps(options.device, static_cast<int>(options.threads)));
+  if (options.phases) {
+    ASSIGN_OR_RETURN(std::unique_ptr<ops::ProfiledOps> profiled,
+                     ops::ProfiledOps::Create(std::move(bench->ops_)));
+    bench->profiled_ops_ = profiled.get();
+    bench->ops_ = std::move(profiled);
+  }
   ASSIGN_OR_RETURN(const ModelConfig config, NamedGeometry(options.geometry));
   ASSIGN_OR_RETURN(bench->model_, RandomModel(config, options.seed, *bench->ops_));
   ASSIGN_OR_RETURN(bench->decoder_, Decoder::Create(config, *bench->ops_));

@@ -10,6 +10,7 @@
 #include "kernels/model/kv_pool.h"
 #include "kernels/model/model_loader.h"
 #include "kernels/ops/ops.h"
+#include "kernels/ops/profiled_ops.h"
 #include "tests/bench/options.h"
 
 namespace coppice::bench {
@@ -19,6 +20,7 @@ class BenchModel {
   static absl::StatusOr<std::unique_ptr<BenchModel>> Create(const Options& options);
 
   ops::Ops& ops() { return *ops_; }
+  ops::ProfiledOps* profiled_ops() { return profiled_ops_; }  // null without options.phases
   Model& model() { return model_; }
   const Decoder& decoder() const { return *decoder_; }
   const ModelConfig& config() const { return model_.config; }
@@ -29,6 +31,7 @@ class BenchModel {
 
  private:
   std::unique_ptr<ops::Ops> ops_;
+  ops::ProfiledOps* profiled_ops_ = nullptr;  // ops_ itself
   Model model_;
   std::unique_ptr<Decoder> decoder_;
 };

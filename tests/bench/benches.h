@@ -11,6 +11,8 @@ namespace coppice::bench {
 absl::Status RunPrefill(const Options& options);
 absl::Status RunDecode(const Options& options);
 absl::Status RunTrainStep(const Options& options);
+absl::Status RunAdamW(const Options& options);
+absl::Status RunLogProbHead(const Options& options);
 absl::Status RunRadix(const Options& options);
 absl::Status RunAttention(const Options& options);
 

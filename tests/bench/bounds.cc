@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_format.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/model/parameters.h"
 #include "tests/bench/measure.h"
 
 namespace coppice::bench {
@@ -47,13 +48,14 @@ absl::StatusOr<double> OpsSeconds(ops::Ops& ops, const GemmShape& s) {
   const int64_t size = SizeOf(dtype);
   ASSIGN_OR_RETURN(const DeviceBuffer a, ops.Allocate(s.m * s.k * size, "bound a"));
   ASSIGN_OR_RETURN(const DeviceBuffer b, ops.Allocate(s.k * s.n * size, "bound b"));
-  ASSIGN_OR_RETURN(const DeviceBuffer c, ops.Allocate(s.m * s.n * size, "bound c"));
+  const DType out = s.f32_out ? DType::kF32 : dtype;
+  ASSIGN_OR_RETURN(const DeviceBuffer c, ops.Allocate(s.m * s.n * SizeOf(out), "bound c"));
   const ops::MatMulParams params = {
       .a = s.trans_a ? View2D(a.data(), dtype, s.k, s.m) : View2D(a.data(), dtype, s.m, s.k),
       .b = s.trans_b ? View2D(b.data(), dtype, s.n, s.k) : View2D(b.data(), dtype, s.k, s.n),
       .trans_a = s.trans_a,
       .trans_b = s.trans_b,
-      .c = View2D(c.data(), dtype, s.m, s.n)};
+      .c = View2D(c.data(), out, s.m, s.n)};
   return Seconds([&]() -> absl::Status {
     RETURN_IF_ERROR(ops.MatMul(params));
     return ops.Synchronize();
@@ -111,7 +113,7 @@ std::vector<GemmShape> ForwardGemms(const ModelConfig& config, int64_t rows, int
   };
   second_half(rows, config.num_layers - 1);
   second_half(head_rows, 1);
-  add(head_rows, config.vocab, config.hidden, 1);
+  shapes.push_back({.m = head_rows, .n = config.vocab, .k = config.hidden, .f32_out = true});
   return shapes;
 }
 
@@ -120,8 +122,13 @@ std::vector<GemmShape> BackwardGemms(const std::vector<GemmShape>& forward) {
   for (const GemmShape& f : forward) {
     // d_a [m, k] = d_c [m, n] b [n, k];  d_b [n, k] = d_c^T a
     shapes.push_back({.m = f.m, .n = f.k, .k = f.n, .trans_b = false, .count = f.count});
-    shapes.push_back(
-        {.m = f.n, .n = f.k, .k = f.m, .trans_a = true, .trans_b = false, .count = f.count});
+    shapes.push_back({.m = f.n,
+                      .n = f.k,
+                      .k = f.m,
+                      .trans_a = true,
+                      .trans_b = false,
+                      .count = f.count,
+                      .f32_out = true});
   }
   return shapes;
 }
@@ -143,6 +150,10 @@ std::string GemmBoundName(const ops::Ops& ops) {
 
 std::string BandwidthBoundName(double bytes_per_second) {
   return absl::StrFormat("bytes read at the measured %.1f GB/s", bytes_per_second / 1e9);
+}
+
+double UpdateBytes(const ModelConfig& config) {
+  return 32.0 * static_cast<double>(NumParameters(config));
 }
 
 absl::StatusOr<double> MemoryBandwidth(ops::Ops& ops, int threads) {

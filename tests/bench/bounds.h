@@ -17,6 +17,7 @@ struct GemmShape {
   int64_t m = 0, n = 0, k = 0;
   bool trans_a = false, trans_b = true;
   int64_t count = 1;
+  bool f32_out = false;  // whatever the compute dtype: logits and weight gradients
 };
 
 // Of one forward pass over `rows` rows of which `head_rows` have logits: the last layer runs its
@@ -32,6 +33,9 @@ absl::StatusOr<double> GemmSeconds(ops::Ops& ops, int threads,
 std::string GemmBoundName(const ops::Ops& ops);
 // "bytes at 21.3 GB/s", for Result::bound.
 std::string BandwidthBoundName(double bytes_per_second);
+// Bytes that the norm of the gradients and AdamW move: 4 a parameter and 28 (gradient, moments,
+// parameter with its master: in; all but the gradient: out).
+double UpdateBytes(const ModelConfig& config);
 // Bytes a second: reading on the CPU, reading and writing of a copy elsewhere.
 absl::StatusOr<double> MemoryBandwidth(ops::Ops& ops, int threads);
 

@@ -14,8 +14,10 @@ constexpr int kBadArguments = 2;
 
 int Main(const std::vector<absl::string_view>& arguments) {
   const std::map<std::string, absl::Status (*)(const Options&)> subcommands = {
-      {"prefill", RunPrefill}, {"decode", RunDecode},       {"train_step", RunTrainStep},
-      {"radix", RunRadix},     {"attention", RunAttention},
+      {"prefill", RunPrefill},          {"decode", RunDecode},
+      {"train_step", RunTrainStep},     {"adamw", RunAdamW},
+      {"logprob_head", RunLogProbHead}, {"radix", RunRadix},
+      {"attention", RunAttention},
   };
   bool help = false;
   const absl::StatusOr<Options> options = ParseOptions(arguments, help);

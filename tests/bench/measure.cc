@@ -12,21 +12,35 @@
 
 namespace coppice::bench {
 
-absl::StatusOr<double> MedianSeconds(int64_t repeats, const std::function<absl::Status()>& run,
-                                     absl::Duration warm_up) {
+absl::StatusOr<std::vector<double>> MedianSecondsOfStages(int64_t repeats,
+                                                          const std::vector<Stage>& stages,
+                                                          absl::Duration warm_up) {
   const SteadyClock clock;
   const absl::Duration start = clock.Now();
   do {
-    RETURN_IF_ERROR(run());
+    for (const Stage& stage : stages) RETURN_IF_ERROR(stage());
   } while (clock.Now() - start < warm_up);
-  std::vector<double> seconds;
+  std::vector<std::vector<double>> seconds(stages.size());
   for (int64_t i = 0; i < repeats; ++i) {
-    const absl::Duration begin = clock.Now();
-    RETURN_IF_ERROR(run());
-    seconds.push_back(absl::ToDoubleSeconds(clock.Now() - begin));
+    for (size_t s = 0; s < stages.size(); ++s) {
+      const absl::Duration begin = clock.Now();
+      RETURN_IF_ERROR(stages[s]());
+      seconds[s].push_back(absl::ToDoubleSeconds(clock.Now() - begin));
+    }
   }
-  std::nth_element(seconds.begin(), seconds.begin() + repeats / 2, seconds.end());
-  return seconds[repeats / 2];
+  std::vector<double> medians;
+  for (std::vector<double>& stage : seconds) {
+    std::nth_element(stage.begin(), stage.begin() + repeats / 2, stage.end());
+    medians.push_back(stage[repeats / 2]);
+  }
+  return medians;
+}
+
+absl::StatusOr<double> MedianSeconds(int64_t repeats, const std::function<absl::Status()>& run,
+                                     absl::Duration warm_up) {
+  ASSIGN_OR_RETURN(const std::vector<double> seconds,
+                   MedianSecondsOfStages(repeats, {run}, warm_up));
+  return seconds[0];
 }
 
 void Print(const Options& options, const Result& result) {
@@ -49,6 +63,7 @@ void Print(const Options& options, const Result& result) {
     line["peer"] = result.peer;
     line["peer_seconds"] = result.peer_seconds;
   }
+  for (const auto& [phase, seconds] : result.phases) line["phases"][phase] = seconds;
   std::cout << line.dump() << std::endl;
 }
 

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <functional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -18,6 +20,12 @@ inline constexpr absl::Duration kWarmUp = absl::Milliseconds(500);
 absl::StatusOr<double> MedianSeconds(int64_t repeats, const std::function<absl::Status()>& run,
                                      absl::Duration warm_up = kWarmUp);
 
+// The same for runs that consist of stages, one after the other: a median for each stage.
+using Stage = std::function<absl::Status()>;
+absl::StatusOr<std::vector<double>> MedianSecondsOfStages(int64_t repeats,
+                                                          const std::vector<Stage>& stages,
+                                                          absl::Duration warm_up = kWarmUp);
+
 struct Result {
   std::string bench;
   double seconds = 0;
@@ -26,7 +34,9 @@ struct Result {
   std::string peer;   // empty = none
   double peer_seconds = 0;
   std::string device;
-  std::string pass;  // of attention: forward or backward, part of the shape; empty = none
+  std::string pass;  // which part of the work, e.g. forward or backward; empty = all of it
+  // Seconds by phase, printed after everything else; empty = none.
+  std::vector<std::pair<std::string, double>> phases;
 };
 void Print(const Options& options, const Result& result);
 

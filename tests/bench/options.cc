@@ -19,7 +19,9 @@ Verifies a result, then times it, then prints one JSON object a line:
 Subcommands
   prefill      one forward pass over a prompt into the KV pool, with the logits of its last token
   decode       one token for each of a group of samples of one prompt: forward, logits, greedy sampling
-  train_step   forward, loss, backward and AdamW over one prompt and its responses
+  train_step   one prompt and its responses: forward, loss and backward; then AdamW
+  adamw        the gradient norm, and the update of all parameters of the geometry
+  logprob_head the head over group * response rows, forward and backward, against its products alone
   radix        match and publish of a prompt in the radix cache (no device)
   attention    the attention op over one prompt and its responses, forward and backward
 
@@ -35,6 +37,7 @@ Options
   --threads N          CPU threads, 0 = all cores (default)
   --repeats N          timed runs, of which the median counts (default 5)
   --seed N             of weights and tokens (default 1)
+  --phases 0|1         train_step: also the device's seconds by family of ops (default 0)
   --help               this text
 )";
 
@@ -43,6 +46,15 @@ absl::Status SetNumber(absl::string_view name, absl::string_view value, int64_t 
   if (absl::SimpleAtoi(value, &out) && out >= least) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat(name, " wants an integer of at least ", least,
                                                  ", got \"", value, "\"; see --help"));
+}
+
+absl::Status SetBool(absl::string_view name, absl::string_view value, bool& out) {
+  if (value == "0" || value == "1") {
+    out = value == "1";
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat(name, " wants 0 or 1, got \"", value, "\"; see --help"));
 }
 
 absl::Status Set(absl::string_view name, absl::string_view value, Options& options) {
@@ -68,6 +80,8 @@ absl::Status Set(absl::string_view name, absl::string_view value, Options& optio
     return SetNumber(name, value, 0, options.threads);
   } else if (name == "--repeats") {
     return SetNumber(name, value, 1, options.repeats);
+  } else if (name == "--phases") {
+    return SetBool(name, value, options.phases);
   } else if (name == "--seed") {
     return SetNumber(name, value, 0, options.seed);
   } else {

@@ -24,6 +24,7 @@ struct Options {
   int64_t threads = 0;  // 0 = all cores
   int64_t repeats = 5;
   int64_t seed = 1;
+  bool phases = false;
 };
 
 inline const char* Name(Mode mode) { return mode == Mode::kShared ? "shared" : "flat"; }

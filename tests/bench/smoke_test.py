@@ -39,8 +39,22 @@ class CoppiceBench(unittest.TestCase):
         self.check("decode", [None], "--mode=flat")
 
     def test_train_step_in_both_modes(self):
-        self.check("train_step", [None])
-        self.check("train_step", [None], "--mode", "flat")
+        self.check("train_step", ["forward_backward", "adamw"])
+        self.check("train_step", ["forward_backward", "adamw"], "--mode", "flat")
+
+    def test_train_step_by_phases(self):
+        line = self.lines_of("train_step", *TINY, "--phases=1")[0]
+        phases = line["phases"]
+        parts = [phases[name] for name in ("matmul", "attention", "attention_backward", "norm", "rope", "swiglu", "head", "rows",
+                                           "memory", "gaps")]
+        self.assertGreater(min(parts), 0)
+        self.assertAlmostEqual(sum(parts), phases["total"])
+
+    def test_adamw(self):
+        self.check("adamw", ["norm", "update"])
+
+    def test_logprob_head(self):
+        self.check("logprob_head", ["forward", "backward"])
 
     def test_radix(self):
         self.check("radix", ["miss", "hit"])

@@ -1,8 +1,10 @@
-// train_step: forward, loss, backward and AdamW over one prompt with its responses. Bound: oneDNN's
-// own time for the GEMMs of forward and backward over the rows that the mode runs, and the bytes of
-// AdamW at the measured bandwidth of memory.
+// train_step: forward, loss and backward over one prompt with its responses, then AdamW. Bounds:
+// the library's own time for the GEMMs of forward and backward over the rows that the mode runs;
+// the bytes of the update at the measured bandwidth of memory.
 #include <algorithm>
 #include <cmath>
+#include <map>
+#include <string>
 #include <vector>
 
 #include "kernels/base/clock.h"
@@ -67,7 +69,7 @@ absl::Status VerifyGradients(Options options, BenchModel& bench) {
                 f32 ? tolerance::kTreeVersusFlat : tolerance::kBf16Model);
 }
 
-absl::StatusOr<double> BoundSeconds(const Options& options, BenchModel& bench) {
+absl::StatusOr<double> GemmBoundSeconds(const Options& options, BenchModel& bench) {
   const int64_t sequences = options.group, own = options.response - 1;  // the last needs no row
   const bool shared = options.mode == Mode::kShared;
   const int64_t rows =
@@ -76,13 +78,24 @@ absl::StatusOr<double> BoundSeconds(const Options& options, BenchModel& bench) {
   std::vector<GemmShape> gemms = ForwardGemms(bench.config(), rows, head_rows);
   const std::vector<GemmShape> backward = BackwardGemms(gemms);
   gemms.insert(gemms.end(), backward.begin(), backward.end());
-  ASSIGN_OR_RETURN(const double gemm_seconds,
-                   GemmSeconds(bench.ops(), static_cast<int>(options.threads), gemms));
-  ASSIGN_OR_RETURN(const double bandwidth,
-                   MemoryBandwidth(bench.ops(), static_cast<int>(options.threads)));
-  // AdamW reads param, grad, m, v and writes param, m, v; f32 each.
-  const double adam_bytes = 7.0 * 4.0 * static_cast<double>(NumParameters(bench.config()));
-  return gemm_seconds + adam_bytes / bandwidth;
+  return GemmSeconds(bench.ops(), static_cast<int>(options.threads), gemms);
+}
+
+// Families of ops and their share of one more forward and backward.
+absl::Status AddPhases(ops::ProfiledOps& profiled, const Stage& forward_backward, Result& result) {
+  RETURN_IF_ERROR(profiled.Take().status());  // what came before
+  RETURN_IF_ERROR(forward_backward());
+  ASSIGN_OR_RETURN(const ops::OpProfile profile, profiled.Take());
+  for (int f = 0; f < ops::kNumOpFamilies; ++f) {
+    const ops::OpProfile::Entry& entry = profile.families[f];
+    if (entry.calls == 0) continue;
+    const std::string name = Name(static_cast<ops::OpFamily>(f));
+    result.phases.emplace_back(name, entry.seconds);
+    result.phases.emplace_back(name + "_longest", entry.longest_seconds);
+  }
+  result.phases.emplace_back("gaps", profile.gap_seconds);
+  result.phases.emplace_back("total", profile.total_seconds);
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -94,15 +107,37 @@ absl::Status RunTrainStep(const Options& options) {
   ASSIGN_OR_RETURN(const std::unique_ptr<Trainer> trainer, MakeTrainer(options, *bench));
   const ForwardBackwardRequest request = MakeRequest(options, *bench);
   const AdamConfig adam{.learning_rate = 1e-6f};
-  Result result{.bench = "train_step"};
-  ASSIGN_OR_RETURN(result.seconds, MedianSeconds(options.repeats, [&]() -> absl::Status {
-                     RETURN_IF_ERROR(trainer->ForwardBackward(request).status());
-                     return trainer->OptimStep(adam).status();
-                   }));
-  ASSIGN_OR_RETURN(result.bound_seconds, BoundSeconds(options, *bench));
-  result.bound = GemmBoundName(bench->ops()) + " + adamw bytes at memory bandwidth";
-  result.device = bench->ops().Info().name;
-  Print(options, result);
+  std::map<std::string, double> metrics;
+  const Stage forward_backward = [&]() -> absl::Status {
+    ASSIGN_OR_RETURN(const ForwardBackwardResult done, trainer->ForwardBackward(request));
+    metrics = done.metrics;
+    return absl::OkStatus();
+  };
+  const Stage update = [&]() -> absl::Status {
+    RETURN_IF_ERROR(trainer->OptimStep(adam).status());
+    return bench->ops().Synchronize();
+  };
+  ASSIGN_OR_RETURN(const std::vector<double> seconds,
+                   MedianSecondsOfStages(options.repeats, {forward_backward, update}));
+  const std::string device = bench->ops().Info().name;
+
+  Result gradients{
+      .bench = "train_step", .seconds = seconds[0], .device = device, .pass = "forward_backward"};
+  if (options.phases) {
+    RETURN_IF_ERROR(AddPhases(*bench->profiled_ops(), forward_backward, gradients));
+    gradients.phases.emplace_back("activation_bytes", metrics["activation_bytes"]);
+    gradients.phases.emplace_back("recompute", metrics["recompute"]);
+  }
+  ASSIGN_OR_RETURN(gradients.bound_seconds, GemmBoundSeconds(options, *bench));
+  gradients.bound = GemmBoundName(bench->ops());
+  Print(options, gradients);
+
+  Result adamw{.bench = "train_step", .seconds = seconds[1], .device = device, .pass = "adamw"};
+  ASSIGN_OR_RETURN(const double bandwidth,
+                   MemoryBandwidth(bench->ops(), static_cast<int>(options.threads)));
+  adamw.bound_seconds = UpdateBytes(bench->config()) / bandwidth;
+  adamw.bound = BandwidthBoundName(bandwidth);
+  Print(options, adamw);
   return absl::OkStatus();
 }
 

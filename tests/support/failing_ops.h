@@ -3,6 +3,7 @@
 // and uploads can be made to fail by themselves.
 #pragma once
 
+#include <atomic>
 #include <limits>
 #include <memory>
 #include <utility>
@@ -15,8 +16,9 @@ class FailingOps final : public ops::Ops {
  public:
   explicit FailingOps(std::unique_ptr<ops::Ops> inner) : inner_(std::move(inner)) {}
 
-  void Fail() { failing_ = true; }
-  void FailAllocations() { out_of_memory_ = true; }                // RESOURCE_EXHAUSTED from now on
+  void Fail() { failing_ = true; }                   // any thread
+  void FailAllocations() { out_of_memory_ = true; }  // RESOURCE_EXHAUSTED from now on
+  void AllowAllocations() { out_of_memory_ = false; }
   void FailUploadsAfter(int uploads) { uploads_left_ = uploads; }  // INTERNAL after so many more
 
   absl::StatusOr<std::unique_ptr<ops::BatchPlan>> PlanBatch(const ops::TokenBatch& batch) override {
@@ -40,6 +42,9 @@ class FailingOps final : public ops::Ops {
   absl::Status Copy(TensorView src, TensorView dst) override { return inner_->Copy(src, dst); }
   absl::Status Zero(TensorView dst) override { return inner_->Zero(dst); }
   absl::Status Synchronize() override { return inner_->Synchronize(); }
+  absl::StatusOr<std::unique_ptr<ops::Timeline>> CreateTimeline() override {
+    return inner_->CreateTimeline();
+  }
   absl::StatusOr<double> SumSquares(TensorView x) override { return inner_->SumSquares(x); }
 
 #define COPPICE_FORWARD(Op) \
@@ -67,7 +72,7 @@ class FailingOps final : public ops::Ops {
 
  private:
   std::unique_ptr<ops::Ops> inner_;
-  bool failing_ = false;
+  std::atomic<bool> failing_{false};
   bool out_of_memory_ = false;
   int64_t uploads_left_ = std::numeric_limits<int64_t>::max();
 };

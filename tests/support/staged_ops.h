@@ -23,6 +23,9 @@ class StagedOps final : public ops::Ops {
   absl::Status Download(TensorView src, void* host) override { return ops_->Download(src, host); }
   absl::Status Zero(TensorView dst) override { return ops_->Zero(dst); }
   absl::Status Synchronize() override { return ops_->Synchronize(); }
+  absl::StatusOr<std::unique_ptr<ops::Timeline>> CreateTimeline() override {
+    return ops_->CreateTimeline();
+  }
   absl::StatusOr<std::unique_ptr<ops::BatchPlan>> PlanBatch(const ops::TokenBatch& b) override {
     return ops_->PlanBatch(b);
   }

@@ -57,6 +57,10 @@ inline constexpr double kNearTieFraction = 0.05;
 // are rounded to bf16 (2^-9 relative each).
 inline constexpr double kBf16Attention = 1e-2;
 
+// Entropy of a softmax over logits of deviation 1, against log(vocab): less by 1/2 on average, i.e.
+// by an eighth for a vocabulary of 64.
+inline constexpr double kRandomEntropy = 0.2;
+
 // Chi-square tests: the probability that a correct sampler fails. Seeds are fixed, so a pass stays
 // a pass.
 inline constexpr double kChiSquareSignificance = 1e-4;

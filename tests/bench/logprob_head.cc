@@ -1,0 +1,140 @@
+// logprob_head: the head over group * response rows, forward and backward. Bound: its products
+// alone (one forward; backward that one again and two more), by the library's own time.
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "kernels/base/status_macros.h"
+#include "tests/bench/benches.h"
+#include "tests/bench/bounds.h"
+#include "tests/bench/measure.h"
+#include "tests/support/tolerances.h"
+#include "trainer/host_view.h"
+
+namespace coppice::bench {
+namespace {
+
+// One target a row, random tensors.
+class Head {
+ public:
+  static absl::StatusOr<Head> Create(const ModelConfig& config, int64_t rows, uint64_t seed,
+                                     ops::Ops& ops);
+  absl::Status Forward() {
+    return ops_->LogProbHead({.hidden = hidden_,
+                              .weight = weight_,
+                              .target_indptr = HostView(indptr_),
+                              .targets = HostView(targets_),
+                              .logprobs = HostView(logprobs_),
+                              .entropy = HostView(entropy_),
+                              .lse = HostView(lse_)});
+  }
+  absl::Status Backward() {
+    RETURN_IF_ERROR(ops_->LogProbHeadBackward({.hidden = hidden_,
+                                               .weight = weight_,
+                                               .target_indptr = HostView(indptr_),
+                                               .targets = HostView(targets_),
+                                               .lse = HostView(lse_),
+                                               .entropy = HostView(entropy_),
+                                               .d_logprobs = HostView(d_logprobs_),
+                                               .d_hidden = d_hidden_,
+                                               .d_weight = d_weight_}));
+    return ops_->Synchronize();
+  }
+  // Weights of scale 1 / sqrt(hidden) leave logits of size 1: entropy near that of a uniform guess.
+  absl::Status Check() const {
+    double error = 0;
+    for (const float e : entropy_) {
+      error = std::max(error, std::abs(double{e} / std::log(double(weight_.dim(0))) - 1));
+    }
+    return Verify("entropy of random logits", error, tolerance::kRandomEntropy);
+  }
+
+ private:
+  absl::Status Fill(TensorView t, float scale, uint64_t seed);
+
+  ops::Ops* ops_ = nullptr;
+  DeviceBuffer buffers_[4];
+  TensorView hidden_, weight_, d_hidden_, d_weight_;
+  std::vector<int32_t> indptr_, targets_;
+  std::vector<float> logprobs_, entropy_, lse_, d_logprobs_;
+};
+
+absl::Status Head::Fill(TensorView t, float scale, uint64_t seed) {
+  std::mt19937_64 random(seed);
+  std::uniform_real_distribution<float> uniform(-1.7f * scale, 1.7f * scale);
+  const int64_t columns = t.dim(1), block_rows = std::min<int64_t>(t.dim(0), 4096);
+  std::vector<float> block(block_rows * columns);
+  for (float& x : block) x = uniform(random);
+  ASSIGN_OR_RETURN(const DeviceBuffer staged, ops_->Allocate(block.size() * 4, "bench block"));
+  const TensorView rows = View2D(staged.data(), DType::kF32, block_rows, columns);
+  RETURN_IF_ERROR(ops_->Upload(block.data(), rows));
+  for (int64_t r = 0; r < t.dim(0); r += block_rows) {
+    const int64_t end = std::min(t.dim(0), r + block_rows);
+    RETURN_IF_ERROR(ops_->Copy(rows.Rows(0, end - r), t.Rows(r, end)));
+  }
+  return ops_->Synchronize();
+}
+
+absl::StatusOr<Head> Head::Create(const ModelConfig& config, int64_t rows, uint64_t seed,
+                                  ops::Ops& ops) {
+  const DType dtype = ops.Info().compute_dtype;
+  const int64_t vocab = config.vocab, hidden = config.hidden, size = SizeOf(dtype);
+  Head head;
+  head.ops_ = &ops;
+  ASSIGN_OR_RETURN(head.buffers_[0], ops.Allocate(rows * hidden * size, "bench hidden"));
+  ASSIGN_OR_RETURN(head.buffers_[1], ops.Allocate(vocab * hidden * size, "bench head"));
+  ASSIGN_OR_RETURN(head.buffers_[2], ops.Allocate(rows * hidden * size, "bench d_hidden"));
+  ASSIGN_OR_RETURN(head.buffers_[3], ops.Allocate(vocab * hidden * 4, "bench d_head"));
+  head.hidden_ = View2D(head.buffers_[0].data(), dtype, rows, hidden);
+  head.weight_ = View2D(head.buffers_[1].data(), dtype, vocab, hidden);
+  head.d_hidden_ = View2D(head.buffers_[2].data(), dtype, rows, hidden);
+  head.d_weight_ = View2D(head.buffers_[3].data(), DType::kF32, vocab, hidden);
+  RETURN_IF_ERROR(head.Fill(head.hidden_, 1, seed));
+  RETURN_IF_ERROR(head.Fill(head.weight_, 1 / std::sqrt(static_cast<float>(hidden)), seed + 1));
+  std::mt19937_64 random(seed + 2);
+  head.indptr_.push_back(0);
+  for (int64_t r = 0; r < rows; ++r) {
+    head.targets_.push_back(static_cast<int32_t>(random() % vocab));
+    head.indptr_.push_back(static_cast<int32_t>(r + 1));
+    head.d_logprobs_.push_back(r % 2 == 0 ? 1.0f : -0.5f);
+  }
+  head.logprobs_.resize(rows);
+  head.entropy_.resize(rows);
+  head.lse_.resize(rows);
+  return head;
+}
+
+}  // namespace
+
+absl::Status RunLogProbHead(const Options& options) {
+  ASSIGN_OR_RETURN(const ModelConfig config, NamedGeometry(options.geometry));
+  ASSIGN_OR_RETURN(const std::unique_ptr<ops::Ops> ops,
+                   ops::CreateOps(options.device, static_cast<int>(options.threads)));
+  const int64_t rows = options.group * options.response;
+  ASSIGN_OR_RETURN(Head head, Head::Create(config, rows, options.seed, *ops));
+  RETURN_IF_ERROR(head.Forward());
+  RETURN_IF_ERROR(head.Check());
+  ASSIGN_OR_RETURN(const std::vector<double> seconds,
+                   MedianSecondsOfStages(options.repeats, {[&] { return head.Forward(); },
+                                                           [&] { return head.Backward(); }}));
+  const std::vector<GemmShape> forward = {
+      {.m = rows, .n = config.vocab, .k = config.hidden, .f32_out = true}};
+  std::vector<GemmShape> backward = BackwardGemms(forward);
+  backward.push_back(forward[0]);
+  const int threads = static_cast<int>(options.threads);
+  ASSIGN_OR_RETURN(const double forward_bound, GemmSeconds(*ops, threads, forward));
+  ASSIGN_OR_RETURN(const double backward_bound, GemmSeconds(*ops, threads, backward));
+  for (const auto& [pass, time, bound] : {std::tuple("forward", seconds[0], forward_bound),
+                                          {"backward", seconds[1], backward_bound}}) {
+    Print(options, {.bench = "logprob_head",
+                    .seconds = time,
+                    .bound_seconds = bound,
+                    .bound = GemmBoundName(*ops),
+                    .device = ops->Info().name,
+                    .pass = pass});
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace coppice::bench
