@@ -50,6 +50,10 @@ const std::vector<Flag>& Flags() {
        Unit::kNone,
        {"cpu", "cuda"}},
       {"Device", "threads", &Config::threads, "CPU threads of the model; 0 = all cores.", 0, 4096},
+      {"Device", "deterministic", &Config::deterministic,
+       "A token's numbers depend on its own prefix alone, bit for bit: cached or not, whatever "
+       "else "
+       "is in the batch. Costs speed on cuda, checked at start; cpu is always so."},
       {"Network", "host", &Config::host,
        "Address to listen on, gRPC and HTTP. There is no authentication: beyond loopback put a "
        "proxy in front."},
@@ -85,6 +89,10 @@ const std::vector<Flag>& Flags() {
        "Requests that may wait; more are refused with RESOURCE_EXHAUSTED at once.", 1, kMaxCount},
       {"Scheduling", "max_group_size", &Config::max_group_size, "Largest n of a Generate call.", 1,
        kMaxCount},
+      {"Scheduling", "max_reader_stall_s", &Config::max_reader_stall_s,
+       "Seconds for which a reader may leave no room for another token before its stream ends with "
+       "RESOURCE_EXHAUSTED and its blocks are free.",
+       1, 86400},
       {"Training", "max_train_rows", &Config::max_train_rows,
        "Unique tokens in one training pass; more is split into micro-batches.", 1, kMaxCount},
       {"Training", "activation_bytes", &Config::activation_bytes,
@@ -286,9 +294,10 @@ std::string HelpText() {
       "Usage: coppiced --model=PATH [--flag=value ...]\n"
       "Flags can also be set by the environment variable COPPICE_<FLAG>; the command line "
       "wins.\n"
-      "Exit codes: 0 drained, 1 device or runtime error, 2 bad flags, 3 model not loaded, 4 port "
+      "Exit codes: 0 drained, 1 system error, 2 bad flags, 3 model not loaded, 4 port "
       "taken,\n"
-      "5 stopped while requests were open (second signal, or --drain_timeout_s over).\n";
+      "5 stopped while requests were open (second signal, or --drain_timeout_s over), 6 device "
+      "failed.\n";
   absl::string_view group;
   for (const Flag& flag : Flags()) {
     if (group != flag.group) absl::StrAppend(&text, "\n", flag.group, "\n");

@@ -24,6 +24,7 @@ struct Config {
   // Device
   std::string device = "cpu";
   int64_t threads = 0;
+  bool deterministic = false;
   // Network
   std::string host = "127.0.0.1";
   int64_t port = 7700;
@@ -42,6 +43,7 @@ struct Config {
   int64_t max_running_samples = 256;
   int64_t max_queued_requests = 1024;
   int64_t max_group_size = 256;
+  int64_t max_reader_stall_s = 60;
   // Training
   int64_t max_train_rows = 16384;
   int64_t activation_bytes = 0;

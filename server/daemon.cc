@@ -97,12 +97,13 @@ absl::Status Daemon::StartHttp() {
   options.port = static_cast<int>(config_.http_port);
   options.metrics = [this] { return metrics_.Serialize(); };
   options.not_ready_reason = [this] { return readiness_.NotReadyReason(); };
+  options.healthy = [this] { return !readiness_.failed(); };
   ASSIGN_OR_RETURN(http_, HttpServer::Start(std::move(options)));
   return absl::OkStatus();
 }
 
 absl::Status Daemon::Load() {
-  ASSIGN_OR_RETURN(ops_, ops::CreateOps(config_.device, static_cast<int>(config_.threads)));
+  ASSIGN_OR_RETURN(ops_, make_ops_(config_));
   const ops::DeviceInfo device = ops_->Info();
   ASSIGN_OR_RETURN(model_, LoadOrMakeModel(config_, *ops_));
   LOG(INFO) << "model_loaded device=\"" << device.name << "\" " << model_.config.ToString()
@@ -115,6 +116,7 @@ absl::Status Daemon::Load() {
   LOG(INFO) << "memory_plan " << memory_.ToString() << " device_mib=" << (device.total_bytes >> 20)
             << " note=\"gradients and optimizer are allocated by the first training step\"";
   EngineOptions options = MakeEngineOptions();
+  options.on_device_error = [this](const absl::Status&) { readiness_.SetFailed(); };
   ASSIGN_OR_RETURN(options.trainer.step_log_dir, StepLogDir(config_));
   ASSIGN_OR_RETURN(engine_, Engine::Create(options, model_, *decoder_, metrics_, clock_));
   return absl::OkStatus();
@@ -132,6 +134,7 @@ EngineOptions Daemon::MakeEngineOptions() const {
   options.max_rollouts = config_.max_rollouts;
   options.max_step_records = config_.max_step_records;
   options.seed = config_.seed;
+  options.max_reader_stall = absl::Seconds(config_.max_reader_stall_s);
   options.trainer.max_rows = config_.max_train_rows;
   options.trainer.activation_bytes = config_.activation_bytes;
   return options;
@@ -173,9 +176,8 @@ ExitCode Daemon::Serve() {
     events_->Wait(absl::InfiniteDuration());
   }
   if (!engine_ended_) return Drain();
-  readiness_.SetDraining();
   StopEngine();
-  return Fail(ExitCode::kRuntimeError, "engine_failed", engine_status_);
+  return Fail(ExitCode::kDeviceError, "engine_failed", engine_status_);
 }
 
 ExitCode Daemon::Drain() {
@@ -191,7 +193,7 @@ ExitCode Daemon::Drain() {
   }
   const bool drained = drainer_->drained();
   StopEngine();
-  if (!engine_status_.ok()) return Fail(ExitCode::kRuntimeError, "engine_failed", engine_status_);
+  if (!engine_status_.ok()) return Fail(ExitCode::kDeviceError, "engine_failed", engine_status_);
   if (drained) {
     LOG(INFO) << "stopped drained=yes";
     return ExitCode::kDrained;

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
@@ -32,7 +33,10 @@ namespace coppice {
 
 class Daemon {
  public:
-  explicit Daemon(Config config) : config_(std::move(config)) {}
+  // `make_ops` opens the device that the flags name.
+  using MakeOps = std::function<absl::StatusOr<std::unique_ptr<ops::Ops>>(const Config&)>;
+  Daemon(Config config, MakeOps make_ops)
+      : config_(std::move(config)), make_ops_(std::move(make_ops)) {}
   ~Daemon();
   Daemon(const Daemon&) = delete;
   Daemon& operator=(const Daemon&) = delete;
@@ -54,6 +58,7 @@ class Daemon {
   EngineOptions MakeEngineOptions() const;
 
   const Config config_;
+  const MakeOps make_ops_;
   SteadyClock clock_;
   Metrics metrics_;
   Readiness readiness_;

@@ -5,11 +5,12 @@ namespace coppice {
 
 enum class ExitCode {
   kDrained = 0,       // SIGTERM or SIGINT, everything answered
-  kRuntimeError = 1,  // device or system failure: restart
+  kRuntimeError = 1,  // system failure: restart
   kBadFlags = 2,      // do not restart, change the flags
   kModelError = 3,    // model missing, corrupt or too large for the memory
   kPortTaken = 4,     // another process listens there
   kNotDrained = 5,    // stopped while requests were open: second signal or drain timeout
+  kDeviceError = 6,   // the device failed while serving: restart, elsewhere if it happens again
 };
 
 }  // namespace coppice

@@ -1,11 +1,13 @@
 // coppiced: see HelpText() in config.cc for flags and exit codes.
 #include <cstdlib>
 #include <iostream>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "kernels/base/log.h"
+#include "kernels/ops/ops.h"
 #include "server/config.h"
 #include "server/daemon.h"
 #include "server/exit_code.h"
@@ -23,6 +25,10 @@ LogSeverity Severity(const std::string& level) {
   return level == "warning" ? LogSeverity::kWarning : LogSeverity::kInfo;
 }
 
+absl::StatusOr<std::unique_ptr<ops::Ops>> OpenDevice(const Config& config) {
+  return ops::CreateOps(config.device, static_cast<int>(config.threads), config.deterministic);
+}
+
 ExitCode Main(const std::vector<std::string>& args) {
   absl::StatusOr<Config> config = ParseConfig(args, Environment);
   if (!config.ok()) {
@@ -34,7 +40,7 @@ ExitCode Main(const std::vector<std::string>& args) {
     return ExitCode::kDrained;
   }
   SetMinLogSeverity(Severity(config->log_level));
-  return Daemon(*std::move(config)).Run();
+  return Daemon(*std::move(config), OpenDevice).Run();
 }
 
 }  // namespace

@@ -161,6 +161,8 @@ absl::Status CudaOps::AdamW(const ops::AdamWParams& p) { return cuda::AdamW(*con
 
 }  // namespace cuda
 
-absl::StatusOr<std::unique_ptr<ops::Ops>> ops::CreateCudaOps() { return cuda::CudaOps::Create({}); }
+absl::StatusOr<std::unique_ptr<ops::Ops>> ops::CreateCudaOps(bool deterministic) {
+  return cuda::CudaOps::Create({.deterministic = deterministic});
+}
 
 }  // namespace coppice

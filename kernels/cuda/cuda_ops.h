@@ -17,8 +17,7 @@
 namespace coppice::cuda {
 
 struct CudaOptions {
-  bool deterministic =
-      false;  // forbids products that split k: a row then depends less on its batch
+  bool deterministic = false;  // see ops::CreateOps
 };
 
 class CudaOps final : public ops::Ops {

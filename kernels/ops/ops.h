@@ -103,7 +103,10 @@ class Ops {
 };
 
 // `device`: "cpu" or "cuda" (UNIMPLEMENTED when built without CUDA).
-// `threads`: 0 = all cores (CPU only).
-absl::StatusOr<std::unique_ptr<Ops>> CreateOps(absl::string_view device, int threads = 0);
+// `threads`: 0 = all cores (CPU only). `deterministic`: a row's bits do not depend on the other
+// rows of its batch, nor on which of its keys were cached; the CPU is always so. It covers what
+// generation runs; training is repeatable anyway (equal batches, equal bits).
+absl::StatusOr<std::unique_ptr<Ops>> CreateOps(absl::string_view device, int threads = 0,
+                                               bool deterministic = false);
 
 }  // namespace coppice::ops

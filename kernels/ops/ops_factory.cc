@@ -7,9 +7,10 @@
 
 namespace coppice::ops {
 
-absl::StatusOr<std::unique_ptr<Ops>> CreateOps(absl::string_view device, int threads) {
+absl::StatusOr<std::unique_ptr<Ops>> CreateOps(absl::string_view device, int threads,
+                                               bool deterministic) {
   if (device == "cpu") return cpu::CpuOps::Create(threads);
-  if (device == "cuda") return CreateCudaOps();
+  if (device == "cuda") return CreateCudaOps(deterministic);
   return absl::InvalidArgumentError(
       absl::StrCat("unknown device: want cpu or cuda, got \"", device, "\"; fix --device"));
 }

@@ -9,6 +9,6 @@
 
 namespace coppice::ops {
 
-absl::StatusOr<std::unique_ptr<Ops>> CreateCudaOps();
+absl::StatusOr<std::unique_ptr<Ops>> CreateCudaOps(bool deterministic);
 
 }  // namespace coppice::ops

@@ -109,7 +109,7 @@ absl::Status EngineImpl::Run() {
   while (!stop_.load()) {
     const absl::StatusOr<bool> changed = Turn();
     if (!changed.ok()) {
-      Shutdown(changed.status());
+      Fail(changed.status());
       return changed.status();
     }
     if (!*changed) bell_.Wait(IdleTime());
@@ -126,7 +126,7 @@ void EngineImpl::Stop() {
 bool EngineImpl::StepForTest() {
   const absl::StatusOr<bool> changed = Turn();
   if (changed.ok()) return *changed;
-  Shutdown(changed.status());
+  Fail(changed.status());
   return false;
 }
 
@@ -179,8 +179,13 @@ absl::Duration EngineImpl::IdleTime() const {
   return std::clamp(generator_->NextDeadline() - clock_.Now(), absl::ZeroDuration(), kMaxIdle);
 }
 
+void EngineImpl::Fail(const absl::Status& status) {
+  LOG(ERROR) << "engine_failed status=\"" << status << '"';
+  if (options_.on_device_error) options_.on_device_error(status);
+  Shutdown(status);
+}
+
 void EngineImpl::Shutdown(const absl::Status& status) {
-  if (!absl::IsUnavailable(status)) LOG(ERROR) << "engine_failed status=\"" << status << '"';
   arrivals_.Close();
   commands_.Close();
   TakeArrivals();

@@ -96,6 +96,9 @@ struct EngineOptions {
   int64_t max_rollouts = 4096;      // retained; the oldest goes first
   int64_t max_step_records = 1024;  // idempotency answers kept
   uint64_t seed = 0;                // of drawn seeds; 0 = from the OS
+  // Told of the device error that ends the loop, on the engine thread, before anybody is answered
+  // with it. Optional.
+  std::function<void(const absl::Status&)> on_device_error;
   Trainer::Options trainer;
 };
 

@@ -78,6 +78,8 @@ class EngineImpl final : public Engine {
   void StartPause(RunningRequests running, bool abort, Reply<int64_t> reply);
   EngineStatus Status() const;
   absl::Duration IdleTime() const;
+  // A device error: says so, then shuts down.
+  void Fail(const absl::Status& status);
   // Answers everybody with `status`, now and from now on.
   void Shutdown(const absl::Status& status);
 

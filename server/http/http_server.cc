@@ -58,8 +58,10 @@ class HttplibServer final : public HttpServer {
     server_.Get("/metrics", [this](const httplib::Request&, httplib::Response& response) {
       response.set_content(options_.metrics(), "text/plain; version=0.0.4; charset=utf-8");
     });
-    server_.Get("/healthz", [](const httplib::Request&, httplib::Response& response) {
-      response.set_content("ok\n", "text/plain");
+    server_.Get("/healthz", [this](const httplib::Request&, httplib::Response& response) {
+      const bool healthy = options_.healthy();
+      if (!healthy) response.status = 503;
+      response.set_content(healthy ? "ok\n" : "failed\n", "text/plain");
     });
     server_.Get("/readyz", [this](const httplib::Request&, httplib::Response& response) {
       const std::string reason = options_.not_ready_reason();

@@ -22,6 +22,8 @@ class HttpServer {
     std::function<std::string()> metrics;  // body of /metrics, text exposition format 0.0.4
     // Body of /readyz if not ready ("loading", "paused", "draining"): 503. Empty = ready: 200.
     std::function<std::string()> not_ready_reason;
+    // False: /healthz is 503, the process cannot serve any more and is about to end.
+    std::function<bool()> healthy = [] { return true; };
   };
   // UNAVAILABLE if the port is taken or the host is not an address of this machine.
   static absl::StatusOr<std::unique_ptr<HttpServer>> Start(Options options);

@@ -1,4 +1,5 @@
-// Readiness: whether the daemon wants traffic, for /readyz and the health service. Any thread.
+// Readiness: whether the daemon wants traffic, for /readyz and the health service, and whether it
+// is still whole, for /healthz. Any thread.
 #pragma once
 
 #include <functional>
@@ -12,7 +13,7 @@ namespace coppice {
 
 class Readiness {
  public:
-  // Empty = ready; else the strongest reason against: "draining", "loading", "paused".
+  // Empty = ready; else the strongest reason against: "failed", "draining", "loading", "paused".
   std::string NotReadyReason() const {
     absl::MutexLock lock(&mutex_);
     return Reason();
@@ -20,6 +21,11 @@ class Readiness {
   void SetLoaded() { Set(&Readiness::loading_, false); }
   void SetPaused(bool paused) { Set(&Readiness::paused_, paused); }
   void SetDraining() { Set(&Readiness::draining_, true); }  // there is no way back
+  void SetFailed() { Set(&Readiness::failed_, true); }      // nor here
+  bool failed() const {
+    absl::MutexLock lock(&mutex_);
+    return failed_;
+  }
   // Called with `ready` now and after every change, one call at a time.
   void SetListener(std::function<void(bool ready)> listener) {
     absl::MutexLock lock(&mutex_);
@@ -29,6 +35,7 @@ class Readiness {
 
  private:
   std::string Reason() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (failed_) return "failed";
     if (draining_) return "draining";
     if (loading_) return "loading";
     return paused_ ? "paused" : "";
@@ -43,6 +50,7 @@ class Readiness {
   bool loading_ ABSL_GUARDED_BY(mutex_) = true;
   bool paused_ ABSL_GUARDED_BY(mutex_) = false;
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  bool failed_ ABSL_GUARDED_BY(mutex_) = false;
   std::function<void(bool)> listener_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -374,6 +374,23 @@ TEST(GenerateTest, ManyThreadsMaySubmitWhileTheLoopRuns) {
   }
 }
 
+TEST(GenerateTest, ADeviceErrorIsToldBeforeItIsAnswered) {
+  std::shared_ptr<RecordingSink> sink;
+  bool told = false;
+  EngineOptions options;
+  options.on_device_error = [&](const absl::Status& status) {
+    EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+    EXPECT_FALSE(sink->done);
+    told = true;
+  };
+  EngineUnderTest test(options);
+  sink = test.Submit(Request(RandomPrompt(20, 1), 50));
+  test.Steps(3);
+  test.device().Fail();
+  test.Steps(1);
+  EXPECT_TRUE(told && sink->done);
+}
+
 TEST(GenerateTest, ADeviceErrorEndsEveryStreamAndTheLoop) {
   EngineUnderTest test;
   const auto running = test.Submit(Request(RandomPrompt(40, 7), 500, 2));

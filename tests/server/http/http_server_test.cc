@@ -56,6 +56,19 @@ TEST_F(HttpServerTest, ReadyFollowsTheDaemonAndHealthDoesNot) {
   EXPECT_EQ(client.Get("/other")->status, 404);
 }
 
+TEST_F(HttpServerTest, AFailedProcessIsUnhealthy) {
+  HttpServer::Options options = Options();
+  std::atomic<bool> healthy{true};
+  options.healthy = [&healthy] { return healthy.load(); };
+  auto server = HttpServer::Start(std::move(options));
+  ASSERT_TRUE(server.ok()) << server.status();
+  httplib::Client client("127.0.0.1", (*server)->port());
+
+  EXPECT_EQ(client.Get("/healthz")->status, 200);
+  healthy = false;
+  EXPECT_EQ(client.Get("/healthz")->status, 503);
+}
+
 TEST_F(HttpServerTest, TakenPortIsAnError) {
   auto first = HttpServer::Start(Options());
   ASSERT_TRUE(first.ok()) << first.status();

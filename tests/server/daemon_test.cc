@@ -1,0 +1,87 @@
+// The daemon in this process, on a device that breaks: what callers, probes and the supervisor see.
+#include "server/daemon.h"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <filesystem>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <thread>
+
+#include "absl/strings/str_cat.h"
+#include "coppice/v1/generation.grpc.pb.h"
+#include "grpcpp/create_channel.h"
+#include "grpcpp/security/credentials.h"
+#include "httplib.h"
+#include "tests/support/failing_ops.h"
+#include "tests/support/raw_call.h"
+
+namespace coppice {
+namespace {
+
+// Serves a tiny model in a thread of its own.
+class DaemonTest : public testing::Test {
+ protected:
+  DaemonTest() : port_file_(absl::StrCat(testing::TempDir(), "coppice_", getpid(), ".json")) {
+    Config config;
+    config.model_geometry = "tiny-llama";
+    config.threads = 1;
+    config.port = config.http_port = 0;
+    config.port_file = port_file_;
+    const auto make_ops = [this](const Config& c) -> absl::StatusOr<std::unique_ptr<ops::Ops>> {
+      auto ops = ops::CreateOps(c.device, static_cast<int>(c.threads));
+      if (!ops.ok()) return ops.status();
+      auto device = std::make_unique<FailingOps>(*std::move(ops));
+      device_ = device.get();
+      return device;
+    };
+    daemon_ = std::make_unique<Daemon>(config, make_ops);
+    thread_ = std::thread([this] { exit_ = daemon_->Run(); });
+    while (!std::filesystem::exists(port_file_)) std::this_thread::yield();
+    const nlohmann::json ports = nlohmann::json::parse(std::ifstream(port_file_));
+    http_port_ = ports["http"];
+    channel_ = grpc::CreateChannel(absl::StrCat("127.0.0.1:", ports["grpc"].get<int>()),
+                                   grpc::InsecureChannelCredentials());
+  }
+  ~DaemonTest() override { std::filesystem::remove(port_file_); }
+
+  const std::string port_file_;
+  FailingOps* device_ = nullptr;
+  std::unique_ptr<Daemon> daemon_;
+  std::thread thread_;
+  ExitCode exit_ = ExitCode::kDrained;
+  int http_port_ = 0;
+  std::shared_ptr<grpc::Channel> channel_;
+};
+
+TEST_F(DaemonTest, ADeviceErrorEndsEveryStreamAndTheProcess) {
+  // An open watch keeps the server up for its grace, in which a probe can ask.
+  RawStream watch(channel_, "/grpc.health.v1.Health/Watch", "");
+  ASSERT_EQ(watch.Read(), kServing);
+  grpc::ClientContext context;
+  const auto generation = v1::Generation::NewStub(channel_);
+  v1::GenerateRequest request;
+  for (int i = 1; i < 9; ++i) request.mutable_prompt()->mutable_tokens()->add_ids(i);
+  request.mutable_sampling()->set_max_tokens(100000);
+  request.mutable_sampling()->set_ignore_eos(true);
+  const auto stream = generation->Generate(&context, request);
+  v1::GenerateEvent event;
+  ASSERT_TRUE(stream->Read(&event));
+
+  device_->Fail();
+
+  EXPECT_EQ(watch.Read(), kNotServing);
+  const auto probe = httplib::Client("127.0.0.1", http_port_).Get("/healthz");
+  ASSERT_TRUE(probe) << "the probe found nobody";
+  EXPECT_EQ(probe->status, 503);
+  while (stream->Read(&event)) {
+  }
+  EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::INTERNAL);
+  thread_.join();
+  EXPECT_EQ(exit_, ExitCode::kDeviceError);
+  EXPECT_EQ(static_cast<int>(exit_), 6);
+}
+
+}  // namespace
+}  // namespace coppice
