@@ -55,6 +55,10 @@ RowMatrix Rows(const TensorView& t) {
   return {t.data, t.dim(0) > 1 ? t.stride[0] : t.dim(1) * t.dim(2)};
 }
 
+ContextPages Pages(const ops::PagedKv& context, const ops::BatchPlan& plan) {
+  return {context.k.data, context.v.data, context.k.dim(0), plan.batch().block_tokens};
+}
+
 AttentionShape ShapeOf(const TensorView& q, const TensorView& k, float scale) {
   return {.rows = q.dim(0),
           .q_heads = static_cast<int32_t>(q.dim(1)),
@@ -65,9 +69,12 @@ AttentionShape ShapeOf(const TensorView& q, const TensorView& k, float scale) {
 
 absl::StatusOr<const CudaBatchPlan::Attention*> ScheduleFor(const Context& context,
                                                             const ops::BatchPlan* plan,
-                                                            const AttentionShape& shape) {
+                                                            const AttentionShape& shape,
+                                                            bool backward) {
   return CudaPlan(plan).PlanFor(
       {.tiles = HasTileKernels(shape.head_dim, context.compute_capability()),
+       .stacked = HasStackedKernels(shape.head_dim, context.compute_capability()),
+       .backward = backward,
        .group_size = shape.q_heads / shape.kv_heads});
 }
 
@@ -90,7 +97,8 @@ absl::Status TreeAttention(Context& context, const ops::TreeAttentionParams& p) 
   if (p.lse.present()) check.Dense("lse", p.lse, DType::kF32, {shape.rows, shape.q_heads});
   RETURN_IF_ERROR(check.status());
   if (shape.rows == 0) return absl::OkStatus();
-  ASSIGN_OR_RETURN(const CudaBatchPlan::Attention* attention, ScheduleFor(context, p.plan, shape));
+  ASSIGN_OR_RETURN(const CudaBatchPlan::Attention* attention,
+                   ScheduleFor(context, p.plan, shape, false));
   TreeAttentionArgs args = {.shape = shape,
                             .schedule = attention->schedule,
                             .q = Rows(p.q),
@@ -100,8 +108,7 @@ absl::Status TreeAttention(Context& context, const ops::TreeAttentionParams& p) 
                             .out = Rows(p.out),
                             .lse = p.lse.f32()};
   if (attention->has_context) {
-    args.context = {p.context.k.data, p.context.v.data, p.context.k.dim(0),
-                    p.plan->batch().block_tokens};
+    args.context = Pages(p.context, *p.plan);
   }
   ASSIGN_OR_RETURN(args.scratch, context.Scratch(TreeAttentionScratchBytes(args.schedule, shape)));
   return Launched(context, LaunchTreeAttention(args, context.stream()), kOp, shape);
@@ -118,26 +125,35 @@ absl::Status TreeAttentionBackward(Context& context, const ops::TreeAttentionBac
   CheckRows(check, "d_k", p.d_k, shape.rows, shape.kv_heads, shape.head_dim);
   CheckRows(check, "d_v", p.d_v, shape.rows, shape.kv_heads, shape.head_dim);
   check.Dense("lse", p.lse, DType::kF32, {shape.rows, shape.q_heads});
+  if (CudaPlan(p.plan).max_context_block() >= 0 && p.d_context.k.present()) {
+    for (const auto& [name, t] :
+         {std::pair("d_context.k", &p.d_context.k), {"d_context.v", &p.d_context.v}}) {
+      check.Dense(
+          name, *t, DType::kF32,
+          {p.context.k.dim(0), p.plan->batch().block_tokens, shape.kv_heads, shape.head_dim});
+    }
+  }
   RETURN_IF_ERROR(check.status());
   if (shape.rows == 0) return absl::OkStatus();
-  ASSIGN_OR_RETURN(const CudaBatchPlan::Attention* attention, ScheduleFor(context, p.plan, shape));
-  if (attention->has_context) {
-    return absl::UnimplementedError(
-        absl::StrCat(kOp,
-                     ": want a batch whose keys are all rows of its own, got cached context; put "
-                     "the context into the batch"));
-  }
+  ASSIGN_OR_RETURN(const CudaBatchPlan::Attention* attention,
+                   ScheduleFor(context, p.plan, shape, true));
   TreeAttentionBackwardArgs args = {.shape = shape,
                                     .schedule = attention->schedule,
                                     .q = Rows(p.q),
                                     .k = Rows(p.k),
                                     .v = Rows(p.v),
+                                    .context = {},
+                                    .d_context = {},
                                     .out = Rows(p.out),
                                     .lse = p.lse.f32(),
                                     .d_out = Rows(p.d_out),
                                     .d_q = Rows(p.d_q),
                                     .d_k = Rows(p.d_k),
                                     .d_v = Rows(p.d_v)};
+  if (attention->has_context) {
+    args.context = Pages(p.context, *p.plan);
+    args.d_context = {p.d_context.k.f32(), p.d_context.v.f32()};
+  }
   const int64_t budget = std::max(context.scratch_bytes(), kBackwardBudgetBytes);
   args.scratch_bytes = TreeAttentionBackwardScratchBytes(args.schedule, shape, budget);
   ASSIGN_OR_RETURN(args.scratch, context.Scratch(args.scratch_bytes));

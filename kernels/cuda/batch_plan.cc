@@ -76,11 +76,9 @@ absl::Status CudaBatchPlan::Upload() {
 
 absl::StatusOr<const CudaBatchPlan::Attention*> CudaBatchPlan::PlanFor(
     const AttentionPlanOptions& options) const {
-  if (attention_ && attention_->options.tiles == options.tiles &&
-      attention_->options.group_size == options.group_size &&
-      attention_->options.max_decode_rows == options.max_decode_rows) {
-    return &*attention_;
-  }
+  AttentionPlanOptions enough = options;
+  if (attention_) enough.backward |= attention_->options.backward;
+  if (attention_ && attention_->options == enough) return &*attention_;
   if (attention_) cudaFreeAsync(attention_->words, context_.stream());
   attention_.reset();
   const AttentionPlan plan = PlanAttention(batch_, options);

@@ -235,31 +235,107 @@ TEST(AttentionPlanTest, SharedContextIsReadOnceForAllSamples) {
   EXPECT_EQ(s.num_narrow, 16);
 }
 
-TEST(AttentionPlanTest, BackwardRangesHoldExactlyTheRowsThatSeeATile) {
+bool Sees(const AttentionSchedule& s, const KeyRun& run, int32_t i, int32_t row) {
+  if (run.tile >= 0) {
+    const int32_t key = run.tile * kKeyTile + i;
+    return key <= row && row < s.subtree_end[key];
+  }
+  const int32_t* ends = s.context_ends + s.context_tiles[~run.tile].first_end;
+  return run.row_begin <= row && row < run.row_end && ends[i] > 0;
+}
+
+int64_t KeyOf(const AttentionSchedule& s, const ops::TokenBatch& batch, int32_t tile, int32_t i) {
+  if (tile >= 0) return Packed(tile * kKeyTile + i);
+  const int32_t piece = std::min(batch.block_tokens, kKeyTile);
+  return s.context_slots[s.context_tiles[~tile].first_piece + i / piece] + i % piece;
+}
+
+// What the dK/dV kernel does: key tiles, their runs, query tiles of 64 rows.
+Visits VisitByKeys(const AttentionSchedule& s, const ops::TokenBatch& batch) {
+  Visits visits(batch.subtree_end.size());
+  for (int32_t w = 0; w < s.num_key_work; ++w) {
+    const KeyWork& work = s.key_work[w];
+    for (int32_t r = work.runs_begin; r < work.runs_begin + work.num_runs; ++r) {
+      const KeyRun& run = s.key_runs[r];
+      EXPECT_EQ(run.tile, work.tile);
+      const int32_t end = std::min(run.last * kBackwardQueryTile, s.rows);
+      for (int32_t row = run.first * kBackwardQueryTile; row < end; ++row) {
+        const int32_t tile = row / kBackwardQueryTile;
+        for (int32_t i = 0; i < kKeyTile; ++i) {
+          const bool sees = Sees(s, run, i, row);
+          EXPECT_TRUE(sees || tile < run.full_first || tile >= run.full_last);
+          if (sees) visits[row].push_back(KeyOf(s, batch, work.tile, i));
+        }
+      }
+    }
+  }
+  return visits;
+}
+
+// What the dQ kernels do: query tiles, their entries; those that are not partial run without mask.
+Visits VisitByQueries(const AttentionSchedule& s, const ops::TokenBatch& batch) {
+  Visits visits(batch.subtree_end.size());
+  for (int32_t t = 0; t < s.num_backward_tiles; ++t) {
+    const QueryTileWork& tile = s.backward_tiles[t];
+    EXPECT_EQ(tile.row_begin % kQueryTile, 0);
+    for (int32_t e = tile.list_begin; e < tile.list_end; ++e) {
+      const KeyRun& run = s.key_runs[s.backward_entries[e]];
+      const int32_t half = tile.row_begin / kBackwardQueryTile;
+      EXPECT_TRUE(run.first <= half && half + 2 <= run.last);  // both halves have an image
+      for (int32_t row = tile.row_begin; row < tile.row_end; ++row) {
+        for (int32_t i = 0; i < kKeyTile; ++i) {
+          const bool sees = Sees(s, run, i, row);
+          EXPECT_TRUE(sees || e - tile.list_begin < tile.partial);
+          if (sees) visits[row].push_back(KeyOf(s, batch, run.tile, i));
+        }
+      }
+    }
+  }
+  return visits;
+}
+
+void ExpectBackwardVisits(const ops::TokenBatch& batch) {
+  const AttentionPlan plan = PlanAttention(batch, {.backward = true});
+  const AttentionSchedule s = plan.Bind(plan.words.data());
+  Visits want = WantVisits(batch), by_keys = VisitByKeys(s, batch),
+         by_queries = VisitByQueries(s, batch);
+  for (size_t row = 0; row < want.size(); ++row) {
+    for (auto* keys : {&want[row], &by_keys[row], &by_queries[row]}) {
+      std::sort(keys->begin(), keys->end());
+    }
+    ASSERT_EQ(by_keys[row], want[row]) << "row " << row;
+    ASSERT_EQ(by_queries[row], want[row]) << "row " << row;
+  }
+  std::vector<bool> used(s.num_images);  // no two tile pairs share an image
+  for (int32_t w = 0; w < s.num_key_work; ++w) {
+    for (int32_t r = 0; r < s.key_work[w].num_runs; ++r) {
+      const KeyRun& run = s.key_runs[s.key_work[w].runs_begin + r];
+      for (int32_t t = run.first; t < run.last; ++t) {
+        ASSERT_FALSE(used.at(run.image + t));
+        used[run.image + t] = true;
+      }
+    }
+  }
+}
+
+TEST(AttentionPlanTest, BackwardMeetsEveryVisibleKeyOnceFromBothSides) {
+  for (uint32_t seed = 0; seed < 8; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    ExpectBackwardVisits(RandomBatch(seed));
+  }
+}
+
+TEST(AttentionPlanTest, BackwardWithoutContextSharesForwardsLists) {
   std::mt19937 random(5);
   BatchBuilder b(0);
   std::vector<int32_t> ends;
   while (ends.size() < 900) Grow(ends, random, 3, 150);
-  b.batch.subtree_end = ends;
-  b.batch.tokens.resize(ends.size());
-  b.batch.segments = {{0, static_cast<int32_t>(ends.size()), -1}};
+  b.Segment(-1, ends);
+  ExpectBackwardVisits(b.batch);
   const AttentionPlan plan = PlanAttention(b.batch, AttentionPlanOptions());
-  const AttentionSchedule s = plan.Bind(plan.words.data());
-  int32_t images = 0;
-  for (int32_t t = 0; t < s.num_key_tiles; ++t) {
-    const QueryRange& r = s.key_ranges[t];
-    EXPECT_EQ(r.image + r.first, images);
-    images += r.last - r.first;
-    for (int32_t q = 0; q < static_cast<int32_t>(ends.size()); ++q) {
-      int32_t sees = 0;
-      for (int32_t k = t * kKeyTile; k < (t + 1) * kKeyTile; ++k)
-        sees += k <= q && q < s.subtree_end[k];
-      const int32_t tile = q / kBackwardQueryTile;
-      EXPECT_TRUE(sees == 0 || (r.first <= tile && tile < r.last));
-      EXPECT_TRUE(tile < r.full_first || tile >= r.full_last || sees == kKeyTile);
-    }
-  }
-  EXPECT_EQ(images, s.num_images);
+  EXPECT_EQ(plan.schedule.backward_tiles, plan.schedule.query_tiles);
+  EXPECT_EQ(plan.schedule.backward_entries, plan.schedule.key_tiles);
+  EXPECT_GT(plan.schedule.num_key_work, 0);
 }
 
 }  // namespace

@@ -4,10 +4,10 @@
 #include <limits>
 #include <numeric>
 
+#include "kernels/cuda/attention/backward_plan.h"
+
 namespace coppice::cuda {
 namespace {
-
-int32_t CeilDiv(int32_t a, int32_t b) { return (a + b - 1) / b; }
 
 template <typename T>
 int32_t Size(const std::vector<T>& v) {
@@ -29,10 +29,8 @@ class Planner {
     PadEnds();
     SplitSegments();
     for (const RowRange& range : tile_ranges_) AddQueryTiles(range);
-    std::stable_sort(query_tiles_.begin(), query_tiles_.end(), [](const auto& a, const auto& b) {
-      return a.list_end - a.list_begin > b.list_end - b.list_begin;
-    });
-    if (options_.tiles && batch_.context_nodes.empty()) AddKeyRanges();
+    SortLongestFirst(query_tiles_);
+    if (options_.tiles && (batch_.context_nodes.empty() || options_.backward)) AddBackward();
     AddSharedChunks();
     for (const ops::Segment& segment : chunk_segments_) AddSegmentChunks(segment);
     AddMerges();
@@ -150,24 +148,10 @@ class Planner {
     return ends_of_[tokens];
   }
 
-  void AddKeyRanges() {
-    constexpr int32_t kRows = kBackwardQueryTile;
-    for (int32_t t = 0; t < Size(least_end_); ++t) {
-      QueryRange r = {t * kKeyTile / kRows, (t + 1) * kKeyTile / kRows, 0,
-                      2 * CeilDiv(greatest_end_[t], 2 * kRows), 0};
-      r.full_last = least_end_[t] >= num_rows_ ? r.last : least_end_[t] / kRows;
-      r.full_first = std::min(r.full_first, r.last);
-      r.full_last = std::max(r.full_last, r.full_first);
-      r.image = num_images_ - r.first;
-      num_images_ += r.last - r.first;
-      key_ranges_.push_back(r);
-    }
-    key_order_.resize(key_ranges_.size());
-    std::iota(key_order_.begin(), key_order_.end(), 0);
-    std::stable_sort(key_order_.begin(), key_order_.end(), [this](int32_t a, int32_t b) {
-      const QueryRange &x = key_ranges_[a], &y = key_ranges_[b];
-      return x.last - x.first > y.last - y.first;
-    });
+  void AddBackward() {
+    std::vector<int32_t> first_tile(batch_.context_nodes.size());
+    for (int32_t node = 0; node < Size(first_tile); ++node) first_tile[node] = ContextTiles(node);
+    backward_ = PlanBackward(batch_, {least_end_, greatest_end_}, first_tile);
   }
 
   // Keys of the path that are left to the users of `node`: whole splits go with the node itself,
@@ -223,8 +207,8 @@ class Planner {
 
   ItemKind KindOf(int32_t num_rows, bool is_shared) const {
     if (num_rows * options_.group_size <= kNarrowRows) return ItemKind::kNarrow;
-    const bool stacks = options_.tiles && !options_.batch_invariant && is_shared &&
-                        options_.group_size <= kStackedRows;
+    const bool stacks = options_.tiles && options_.stacked && !options_.batch_invariant &&
+                        is_shared && options_.group_size <= kStackedRows;
     return stacks ? ItemKind::kStacked : ItemKind::kWide;
   }
 
@@ -316,6 +300,10 @@ class Planner {
     return reinterpret_cast<const T*>(at * sizeof(int32_t));
   }
 
+  static int32_t LongestList(const std::vector<QueryTileWork>& sorted) {
+    return sorted.empty() ? 0 : sorted[0].list_end - sorted[0].list_begin;
+  }
+
   AttentionPlan Pack() {
     AttentionSchedule& s = plan_.schedule;
     s.rows = num_rows_;
@@ -326,13 +314,19 @@ class Planner {
     s.context_slots = Put(context_slots_);
     s.context_ends = Put(context_ends_);
     s.num_query_tiles = Size(query_tiles_);
-    s.longest_list =
-        query_tiles_.empty() ? 0 : query_tiles_[0].list_end - query_tiles_[0].list_begin;
+    s.longest_list = LongestList(query_tiles_);
     s.num_list_entries = Size(key_tiles_);
-    s.key_order = Put(key_order_);
-    s.key_ranges = Put(key_ranges_);
-    s.num_key_tiles = Size(key_ranges_);
-    s.num_images = num_images_;
+    const bool shares = backward_.tiles.empty();  // forward's lists are the same
+    s.backward_tiles = shares ? s.query_tiles : Put(backward_.tiles);
+    s.backward_entries = shares ? s.key_tiles : Put(backward_.entries);
+    s.num_backward_tiles = shares ? s.num_query_tiles : Size(backward_.tiles);
+    s.longest_backward_list = shares ? s.longest_list : LongestList(backward_.tiles);
+    s.num_backward_entries = shares ? s.num_list_entries : Size(backward_.entries);
+    s.key_work = Put(backward_.work);
+    s.key_runs = Put(backward_.runs);
+    s.num_key_work = Size(backward_.work);
+    s.num_images = backward_.num_images;
+    s.num_context_tiles = Size(context_tiles_);
     s.wide_chunks = Put(wide_);
     s.narrow_chunks = Put(narrow_);
     s.stacked_chunks = Put(stacked_);
@@ -363,9 +357,7 @@ class Planner {
   std::vector<QueryTileWork> query_tiles_;
   std::vector<int32_t> key_tiles_, context_slots_, context_ends_, first_tile_, ends_of_;
   std::vector<ContextTile> context_tiles_;
-  std::vector<int32_t> key_order_;
-  std::vector<QueryRange> key_ranges_;
-  int32_t num_images_ = 0;
+  BackwardLists backward_;
 
   std::vector<ChunkWork> wide_, narrow_, stacked_;
   std::vector<int32_t> chunk_rows_, chunk_blocks_, merge_parts_;
@@ -390,8 +382,10 @@ AttentionSchedule AttentionPlan::Bind(const int32_t* device_words) const {
   Rebase(s.context_tiles, device_words);
   Rebase(s.context_slots, device_words);
   Rebase(s.context_ends, device_words);
-  Rebase(s.key_order, device_words);
-  Rebase(s.key_ranges, device_words);
+  Rebase(s.backward_tiles, device_words);
+  Rebase(s.backward_entries, device_words);
+  Rebase(s.key_work, device_words);
+  Rebase(s.key_runs, device_words);
   Rebase(s.wide_chunks, device_words);
   Rebase(s.narrow_chunks, device_words);
   Rebase(s.stacked_chunks, device_words);

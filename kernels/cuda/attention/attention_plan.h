@@ -2,8 +2,8 @@
 //
 // Key row k is visible to query row q iff k <= q < subtree_end[k]; a segment's rows also see their
 // context. Two kernel families share the work, by segment:
-//   tiles   128 x 128 tiles on the tensor cores' wide path (sm_90a, head_dim 64 or 128): prefill,
-//   scoring, training chunks  stacked query heads on mma.sync, keys in chunks of 1024 by absolute
+//   tiles   128 x 128 tiles on the tensor cores' wide path (sm_90a): prefill, scoring, training
+//   chunks  stacked query heads on mma.sync, keys in chunks of 1024 by absolute
 //   position: decode (each shared context node
 //           is read once for all its rows), every other architecture and head_dim, and the oracle
 // For a query tile [q0, q1) and a key tile [k0, k1), with lo and hi the least and greatest
@@ -24,18 +24,21 @@
 namespace coppice::cuda {
 
 struct AttentionPlanOptions {
-  bool tiles = true;  // false: everything as chunks (not sm_90a, or head_dim is neither 64 nor 128)
+  bool tiles = true;       // false: everything as chunks (see HasTileKernels)
+  bool stacked = true;     // shared context on the wide tensor path (see HasStackedKernels)
+  bool backward = false;   // with what backward needs; batches without context always have it
   int32_t group_size = 1;  // query heads of a KV head
   bool batch_invariant =
       false;  // true: a row's bits do not depend on the other rows of the batch; costs speed
   int32_t max_decode_rows = 8;  // segments with context and at most as many rows go as chunks
+
+  bool operator==(const AttentionPlanOptions&) const = default;
 };
 
 struct AttentionPlan {
   std::vector<int32_t> words;  // the schedule's arrays
   AttentionSchedule schedule;  // its pointers are offsets into `words` until Bind
-
-  bool has_context = false;  // backward refuses such a plan
+  bool has_context = false;
   // The schedule over an uploaded copy of `words`, 16-byte aligned.
   AttentionSchedule Bind(const int32_t* device_words) const;
 };

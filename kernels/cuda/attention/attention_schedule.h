@@ -32,10 +32,18 @@ struct ContextTile {
                       // else 0
 };
 
-// Query tiles of 64 rows that see a key tile: [first, full_first) partial, [full_first, full_last)
-// full, [full_last, last) partial. Tile pair (query tile t, key tile) is image number `image + t`.
-struct QueryRange {
+// Contiguous rows that see a key tile, as query tiles of 64 rows: [first, full_first) partial,
+// [full_first, full_last) full, [full_last, last) partial. Tile pair (query tile t, key tile) is
+// image number `image + t`. `first` and `last` are even.
+struct KeyRun {
+  int32_t tile;  // packed key tile, or context tile ~tile
   int32_t first, full_first, full_last, last, image;
+  int32_t row_begin, row_end;  // rows that see a context tile; packed keys are tested one by one
+};
+
+// A key tile and its runs key_runs[runs_begin, + num_runs), last rows first. A packed tile has one.
+struct KeyWork {
+  int32_t tile, runs_begin, num_runs;
 };
 
 // Stacked rows and the keys they visit. Keys of a path are numbered from 0: first the context's
@@ -70,10 +78,15 @@ struct AttentionSchedule {
   const int32_t* context_ends = nullptr;
   int32_t num_query_tiles = 0, longest_list = 0, num_list_entries = 0;
 
-  // Tiles, backward.
-  const int32_t* key_order = nullptr;      // packed key tiles, longest range first
-  const QueryRange* key_ranges = nullptr;  // [key tiles]
-  int32_t num_key_tiles = 0, num_images = 0;
+  // Tiles, backward. Query tiles lie on multiples of kQueryTile whatever contexts their rows have;
+  // packed key tile t is run t, the runs of context tiles follow.
+  const QueryTileWork* backward_tiles = nullptr;  // longest list first; tail_tokens is not used
+  const int32_t* backward_entries = nullptr;      // indices into key_runs
+  const KeyWork* key_work = nullptr;              // most rows first
+  const KeyRun* key_runs = nullptr;
+  int32_t num_backward_tiles = 0, longest_backward_list = 0, num_backward_entries = 0;
+  int32_t num_key_work = 0, num_images = 0;
+  int32_t num_context_tiles = 0;
 
   // Chunks.
   const ChunkWork* wide_chunks = nullptr;    // up to kChunkRows stacked rows, longest first

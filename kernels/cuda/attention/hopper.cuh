@@ -174,6 +174,12 @@ __device__ __forceinline__ void Pin(float (&r)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(r[i])::"memory");
 }
 
+template <int kParts, int kCount>
+__device__ __forceinline__ void Pin(float (&r)[kParts][kCount]) {
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) Pin(r[part]);
+}
+
 #define HOPPER_ACC4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define HOPPER_ACC8(d, i) HOPPER_ACC4(d, i), HOPPER_ACC4(d, i + 4)
 #define HOPPER_ACC32(d, i) \
@@ -274,6 +280,21 @@ __device__ __forceinline__ void MultiplyAdd(float (&d)[kAccumulators],
   WgmmaFence();
 #pragma unroll
   for (int k = 0; k < kDepth; k += 16) WgmmaStep(d, a + k / 4, Advanced(b, k * 128));
+  WgmmaCommit();
+}
+
+// d[part][64, N] += A B for neighbouring column parts of B; A as above. Commits one group.
+template <int kDepth, int kParts, int kAccumulators>
+__device__ __forceinline__ void MultiplyAdd(float (&d)[kParts][kAccumulators],
+                                            const uint32_t (&a)[kDepth / 4], uint64_t b) {
+  constexpr int kPartBytes = 2 * kAccumulators / kPanel * kDepth * 128;
+  WgmmaFence();
+#pragma unroll
+  for (int k = 0; k < kDepth; k += 16) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+      WgmmaStep(d[part], a + k / 4, Advanced(b, part * kPartBytes + k * 128));
+  }
   WgmmaCommit();
 }
 

@@ -24,12 +24,17 @@ struct BackwardPass {
   const TreeAttentionBackwardArgs* args = nullptr;
   float* row_lse = nullptr;    // [q_heads, padded rows] lse in log2 units, +inf past the last row
   float* row_delta = nullptr;  // [q_heads, padded rows]
+  void* context_k = nullptr;   // [context tiles, kKeyTile, kv_heads, head_dim] bf16, if any
+  void* context_v = nullptr;   // same
   void* ds = nullptr;          // bf16 dS of these heads, or null: dQ recomputes S and dP
   int* counters = nullptr;     // two ints of scratch
   int32_t first_kv_head = 0, num_kv_heads = 0;
 };
-cudaError_t LaunchBackwardRowSums(const BackwardPass& pass, cudaStream_t stream);  // of all heads
-cudaError_t LaunchBackwardKeys(const BackwardPass& pass, cudaStream_t stream);     // d_k, d_v, dS
-cudaError_t LaunchBackwardQueries(const BackwardPass& pass, cudaStream_t stream);  // d_q
+cudaError_t LaunchBackwardRowSums(const BackwardPass& pass, cudaStream_t stream);   // of all heads
+cudaError_t LaunchGatherContext(const BackwardPass& pass, cudaStream_t stream);     // of all heads
+cudaError_t LaunchBackwardKeys(const BackwardPass& pass, cudaStream_t stream);      // d_k, d_v, dS
+cudaError_t LaunchWideBackwardKeys(const BackwardPass& pass, cudaStream_t stream);  // head_dim 256
+cudaError_t LaunchBackwardQueries(const BackwardPass& pass, cudaStream_t stream);   // d_q
+cudaError_t LaunchStoredQueries(const BackwardPass& pass, cudaStream_t stream);     // from dS
 
 }  // namespace coppice::cuda

@@ -7,6 +7,7 @@
 
 #include "kernels/cuda/attention/attention_schedule.h"
 #include "kernels/cuda/attention/hopper.cuh"
+#include "kernels/cuda/attention/launchers.h"
 #include "kernels/cuda/attention/tensor_map.cuh"
 #include "kernels/cuda/attention/tree_attention.h"
 
@@ -48,33 +49,36 @@ inline int Multiprocessors() {
   return count;
 }
 
-// Order of (query tile, head). The heads that go together hold at least
-// twice the longest item's work for every multiprocessor.
-inline ItemOrder MakeItemOrder(const AttentionSchedule& schedule, int kv_heads, int per_kv_head) {
-  const int64_t work = int64_t{schedule.num_list_entries} * per_kv_head;
-  const int64_t together =
-      (int64_t{2} * schedule.longest_list * Multiprocessors() + work - 1) / work;
+// Order of (tile, head) for `tiles` tiles with `entries` list entries in all, `longest` at most.
+// The heads that go together hold at least twice the longest item's work for every multiprocessor.
+inline ItemOrder MakeItemOrder(int tiles, int longest, int entries, int kv_heads, int per_kv_head) {
+  const int64_t work = int64_t{entries} * per_kv_head;
+  const int64_t together = (int64_t{2} * longest * Multiprocessors() + work - 1) / work;
   const int solo = kv_heads - static_cast<int>(together < kv_heads ? together : kv_heads);
-  return {schedule.num_query_tiles, kv_heads, per_kv_head, solo};
+  return {tiles, kv_heads, per_kv_head, solo};
+}
+inline ItemOrder BackwardOrder(const AttentionSchedule& s, int kv_heads, int per_kv_head) {
+  return MakeItemOrder(s.num_backward_tiles, s.longest_backward_list, s.num_backward_entries,
+                       kv_heads, per_kv_head);
 }
 
-// A tile of kRows rows of one head, panel by panel.
-template <int D, int kRows>
+// A tile of kRows rows x kWidth columns of one head, from `column` on, panel by panel.
+template <int kWidth, int kRows>
 __device__ __forceinline__ void LoadTile(Bf16* to, const CUtensorMap& map, int head, int row,
-                                         Barrier& full) {
+                                         Barrier& full, int column = 0) {
 #pragma unroll
-  for (int panel = 0; panel < D / kPanel; ++panel)
-    LoadBox(to + panel * kPanel * kRows, map, panel * kPanel, head, row, full);
+  for (int panel = 0; panel < kWidth / kPanel; ++panel)
+    LoadBox(to + panel * kPanel * kRows, map, column + panel * kPanel, head, row, full);
 }
 
-// Rows [row0, row0 + 64) of a staged tile of kRows rows, to rows from `row` of the tensor. One
-// thread.
-template <int D, int kRows>
+// Rows [row0, row0 + 64) of a staged tile of kRows rows, to rows from `row` and columns from
+// `column` of the tensor. One thread.
+template <int kWidth, int kRows>
 __device__ __forceinline__ void StoreRows(const CUtensorMap& map, const Bf16* tile, int row0,
-                                          int head, int row) {
+                                          int head, int row, int column = 0) {
 #pragma unroll
-  for (int panel = 0; panel < D / kPanel; ++panel)
-    StoreBox(map, tile + (panel * kRows + row0) * kPanel, panel * kPanel, head, row);
+  for (int panel = 0; panel < kWidth / kPanel; ++panel)
+    StoreBox(map, tile + (panel * kRows + row0) * kPanel, column + panel * kPanel, head, row);
 }
 
 // A consumer warp has finished reading a buffer.
@@ -87,14 +91,20 @@ __device__ __forceinline__ void Clear(float (&r)[kCount]) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) r[i] = 0.f;
 }
+template <int kParts, int kCount>
+__device__ __forceinline__ void Clear(float (&r)[kParts][kCount]) {
+#pragma unroll
+  for (int part = 0; part < kParts; ++part) Clear(r[part]);
+}
 
-// Sets scores [64 queries, 128 keys] to `value` where the query does not see the key. `row` is this
-// thread's first query row, the other one is 8 below; `end` holds subtree_end of the tile's keys.
-__device__ __forceinline__ void MaskRows(float (&x)[kKeyTile / 2], int row, int key0,
-                                         const int* end, float value) {
+// Sets scores [64 queries, 2 kCount keys] to `value` where the query does not see the key. `row` is
+// this thread's first query row, the other one is 8 below; `end` holds subtree_end of the keys.
+template <int kCount>
+__device__ __forceinline__ void MaskRows(float (&x)[kCount], int row, int key0, const int* end,
+                                         float value) {
   const int column0 = threadIdx.x % 4 * 2;
 #pragma unroll
-  for (int j = 0; j < kKeyTile / 8; ++j) {
+  for (int j = 0; j < kCount / 4; ++j) {
     const int2 last = *reinterpret_cast<const int2*>(end + 8 * j + column0);
     const int key = key0 + 8 * j + column0;
 #pragma unroll
@@ -109,6 +119,21 @@ __device__ __forceinline__ void MaskRows(float (&x)[kKeyTile / 2], int row, int 
 // The [rows, heads, head_dim] tensor of a row matrix.
 inline MapShape MapOf(const RowMatrix& m, const AttentionShape& shape, int32_t heads) {
   return {m.data, shape.rows, m.row_stride, heads, shape.head_dim};
+}
+
+// Row of a key tile, packed or ~context, in its tensor.
+__device__ __forceinline__ int FirstRow(int tile) { return (tile < 0 ? ~tile : tile) * kKeyTile; }
+
+// Slots of a run of a context tile (ContextTile::first_piece).
+inline int RunSlots(const ContextPages& pages) {
+  return pages.block_tokens < kKeyTile ? pages.block_tokens : kKeyTile;
+}
+
+// Context that LaunchGatherContext gathered into `data`.
+inline MapShape GatheredContext(const BackwardPass& b, const void* data) {
+  const AttentionShape& shape = b.args->shape;
+  return {data, int64_t{b.args->schedule.num_context_tiles} * kKeyTile,
+          int64_t{shape.kv_heads} * shape.head_dim, shape.kv_heads, shape.head_dim};
 }
 
 inline int64_t PaddedRows(int64_t rows) { return (rows + kKeyTile - 1) / kKeyTile * kKeyTile; }

@@ -12,13 +12,15 @@ inline constexpr float kMaximumSlack = 8.f;
 // Scores to probabilities: m is the base of the exponentials in raw scores, l this thread's share
 // of the running row sum, shrink the factor that moves older sums to a new base. A row that saw no
 // key yet keeps m = -inf, l = 0.
-__device__ __forceinline__ void OnlineSoftmax(float (&s)[64], float (&m)[2], float (&l)[2],
+template <int kCount>
+__device__ __forceinline__ void OnlineSoftmax(float (&s)[kCount], float (&m)[2], float (&l)[2],
                                               float (&shrink)[2], float scale_log2) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float top = m[h];
 #pragma unroll
-    for (int j = 0; j < 16; ++j) top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
+    for (int j = 0; j < kCount / 4; ++j)
+      top = fmaxf(top, fmaxf(s[4 * j + 2 * h], s[4 * j + 2 * h + 1]));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
     top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
     if ((top - m[h]) * scale_log2 <= kMaximumSlack) top = m[h];
@@ -27,7 +29,7 @@ __device__ __forceinline__ void OnlineSoftmax(float (&s)[64], float (&m)[2], flo
     m[h] = top;
     float sum = 0.f;
 #pragma unroll
-    for (int j = 0; j < 16; ++j) {
+    for (int j = 0; j < kCount / 4; ++j) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         float& x = s[4 * j + 2 * h + e];

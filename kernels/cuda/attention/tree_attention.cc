@@ -45,16 +45,21 @@ struct ForwardScratch {
 };
 
 struct BackwardScratch {
-  BackwardScratch(Scratch scratch, const AttentionShape& shape) {
+  BackwardScratch(Scratch scratch, const AttentionSchedule& schedule, const AttentionShape& shape) {
+    const int64_t context =
+        int64_t{schedule.num_context_tiles} * kKeyTile * shape.kv_heads * shape.head_dim;
     const int64_t padded = (shape.rows + kKeyTile - 1) / kKeyTile * kKeyTile;
     counters = scratch.Take<int>(2);
     row_lse = scratch.Take<float>(padded * shape.q_heads);
     row_delta = scratch.Take<float>(padded * shape.q_heads);
+    context_k = scratch.Take<uint16_t>(context);
+    context_v = scratch.Take<uint16_t>(context);
     ds = scratch.Take<char>(0);
     used = scratch.used();
   }
   int* counters;
   float *row_lse, *row_delta;
+  uint16_t *context_k, *context_v;
   char* ds;
   int64_t used;
 };
@@ -69,7 +74,11 @@ bool StoresDs(const AttentionShape& shape) { return shape.head_dim >= 128; }
 }  // namespace
 
 bool HasTileKernels(int32_t head_dim, int compute_capability) {
-  return compute_capability == 90 && (head_dim == 64 || head_dim == 128);
+  return compute_capability == 90 && (head_dim == 64 || head_dim == 128 || head_dim == 256);
+}
+
+bool HasStackedKernels(int32_t head_dim, int compute_capability) {
+  return HasTileKernels(head_dim, compute_capability) && head_dim <= 128;
 }
 
 int64_t TreeAttentionScratchBytes(const AttentionSchedule& schedule, const AttentionShape& shape) {
@@ -92,7 +101,7 @@ cudaError_t LaunchTreeAttention(const TreeAttentionArgs& args, cudaStream_t stre
 
 int64_t TreeAttentionBackwardScratchBytes(const AttentionSchedule& schedule,
                                           const AttentionShape& shape, int64_t budget_bytes) {
-  const int64_t fixed = BackwardScratch(Scratch(nullptr), shape).used;
+  const int64_t fixed = BackwardScratch(Scratch(nullptr), schedule, shape).used;
   const int64_t per_head = DsBytesPerKvHead(schedule, shape);
   if (!StoresDs(shape) || per_head == 0 || budget_bytes < fixed + per_head) return fixed;
   const int64_t heads = std::min<int64_t>((budget_bytes - fixed) / per_head, shape.kv_heads);
@@ -103,9 +112,9 @@ cudaError_t LaunchTreeAttentionBackward(const TreeAttentionBackwardArgs& args,
                                         cudaStream_t stream) {
   const AttentionShape& shape = args.shape;
   if (shape.rows == 0) return cudaSuccess;
-  const BackwardScratch scratch(Scratch(args.scratch), shape);
+  const BackwardScratch scratch(Scratch(args.scratch), args.schedule, shape);
   if (args.scratch_bytes < scratch.used) return cudaErrorInvalidValue;
-  if (args.schedule.num_key_tiles == 0) return cudaErrorNotSupported;
+  if (args.schedule.num_key_work == 0) return cudaErrorNotSupported;
   const int64_t fit = (args.scratch_bytes - scratch.used) / DsBytesPerKvHead(args.schedule, shape);
   const bool stores = fit > 0;
   // Rounds of even size.
@@ -115,9 +124,14 @@ cudaError_t LaunchTreeAttentionBackward(const TreeAttentionBackwardArgs& args,
   BackwardPass pass = {.args = &args,
                        .row_lse = scratch.row_lse,
                        .row_delta = scratch.row_delta,
+                       .context_k = scratch.context_k,
+                       .context_v = scratch.context_v,
                        .ds = stores ? scratch.ds : nullptr,
                        .counters = scratch.counters};
   if (const cudaError_t e = LaunchBackwardRowSums(pass, stream)) return e;
+  if (args.schedule.num_context_tiles > 0) {
+    if (const cudaError_t e = LaunchGatherContext(pass, stream)) return e;
+  }
   for (int32_t first = 0; first < shape.kv_heads; first += per_round) {
     pass.first_kv_head = first;
     pass.num_kv_heads = std::min(per_round, shape.kv_heads - first);

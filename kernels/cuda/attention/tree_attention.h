@@ -41,6 +41,12 @@ struct ContextPages {
   int32_t block_tokens = 0;
 };
 
+// Gradients of one layer's pages, +=; null: not wanted.
+struct ContextGradients {
+  float* k = nullptr;  // [blocks, block_tokens, kv_heads, head_dim] f32
+  float* v = nullptr;  // same
+};
+
 struct TreeAttentionArgs {
   AttentionShape shape;
   AttentionSchedule schedule;
@@ -53,8 +59,10 @@ struct TreeAttentionArgs {
 
 struct TreeAttentionBackwardArgs {
   AttentionShape shape;
-  AttentionSchedule schedule;  // of a plan without context
+  AttentionSchedule schedule;  // planned with `backward`
   RowMatrix q, k, v;
+  ContextPages context;  // where the schedule has context
+  ContextGradients d_context;
   RowMatrix out;
   const float* lse = nullptr;  // [rows, q_heads] f32, of forward
   RowMatrix d_out;
@@ -66,6 +74,8 @@ struct TreeAttentionBackwardArgs {
 // True if the tile kernels run this head_dim on this device (compute capability major * 10 +
 // minor): AttentionPlanOptions::tiles.
 bool HasTileKernels(int32_t head_dim, int compute_capability);
+// The same for AttentionPlanOptions::stacked.
+bool HasStackedKernels(int32_t head_dim, int compute_capability);
 
 int64_t TreeAttentionScratchBytes(const AttentionSchedule& schedule, const AttentionShape& shape);
 cudaError_t LaunchTreeAttention(const TreeAttentionArgs& args, cudaStream_t stream);

@@ -1,13 +1,16 @@
 // Forward pass. One persistent CTA per multiprocessor; a work item is one 128-row query tile of one
 // query head. Producer warpgroup: loads Q once per item, then K and V tiles of 128 keys into rings
-// of two stages. Two consumer warpgroups, 64 query rows each; per key tile and warpgroup
-//   S = Q K^T          8 x m64n128k16, both operands from shared memory
+// of two stages; with D = 256 in steps of half a tile. Two consumer warpgroups, 64 query rows each;
+// per step and warpgroup
+//   S = Q K^T          D / 16 x m64n128k16 (D = 256: n64), both operands from shared memory
 //   online softmax     in registers, base 2
-//   O += P V           8 x m64n128k16, P from registers
-// S of the next tile is issued before O += P V of this one, so the softmax of the next tile runs
-// under O += P V. Shared memory (D = 128): Q 32 + 2 x (K 32 + V 32) + O 32 = 192 KB. Traffic per
-// item: 64 KB a key tile for 4 * 128 * 128 * D = 8.4 MFLOP, 131 FLOP per L2 byte; query heads of
-// one KV head are neighbours in the item order, so they share the tiles in L2.
+//   O += P V           8 x m64n128k16 (D = 256: 4 x 2, O in two parts), P from registers
+// S of the next step is issued before O += P V of this one, so the softmax of the next step runs
+// under O += P V. Shared memory: D = 128: Q 32 + 2 x (K 32 + V 32) + O 32 = 192 KB; D = 256: Q 64,
+// the rest the same. Traffic per item: 512 D bytes a key tile for 65536 D FLOP, 128 FLOP per L2
+// byte; query heads of one KV head are neighbours in the item order, so they share the tiles in L2.
+#include <algorithm>
+
 #include "kernels/cuda/attention/launchers.h"
 #include "kernels/cuda/attention/pipeline.cuh"
 #include "kernels/cuda/attention/softmax.cuh"
@@ -17,6 +20,15 @@ namespace {
 
 constexpr int kStages = 2;
 constexpr int kAllConsumers = 3;  // named barrier
+// Keys of a step, and the columns that one product covers.
+template <int D>
+constexpr int kStepKeys = D == 256 ? kKeyTile / 2 : kKeyTile;
+template <int D>
+constexpr int kSteps = kKeyTile / kStepKeys<D>;
+template <int D>
+constexpr int kWidth = D < 128 ? D : 128;
+template <int D>
+constexpr int kParts = D / kWidth<D>;
 
 struct ForwardParameters {
   CUtensorMap q, k, v, o, context_k, context_v;
@@ -26,46 +38,47 @@ struct ForwardParameters {
   int64_t out_stride, no_slot;  // a row past the pages: loads as zeros
   float* lse;
   int* counter;
-  int pieces;  // of a context tile
+  int run_slots, piece;  // of a context tile: slots of a run, rows of one load
   int q_heads, group_size;
   float scale;
 };
 
 struct ForwardWork {
-  int head, count;  // count < 0: no more work
+  int head, count;  // steps; < 0: no more work
   QueryTileWork tile;
 };
 
 template <int D>
 struct ForwardShared {
   alignas(1024) Bf16 q[kQueryTile * D];
-  alignas(1024) Bf16 k[kStages][kKeyTile * D];
-  alignas(1024) Bf16 v[kStages][kKeyTile * D];
-  alignas(1024) Bf16 o[kQueryTile * D];
-  alignas(16) int end[kStages][kKeyTile];
+  alignas(1024) Bf16 k[kStages][kStepKeys<D> * D];
+  alignas(1024) Bf16 v[kStages][kStepKeys<D> * D];
+  alignas(1024) Bf16 o[kQueryTile * kWidth<D>];
+  alignas(16) int end[kStages][kStepKeys<D>];
   int first_key[kStages];
   ForwardWork work;
   Barrier q_full, q_empty;
   Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
 
-// Loads one key tile of one tensor: packed rows, or a context tile piece by piece.
+// Loads one step of a key tile, its keys from `first` on, of one tensor: packed rows, or context
+// piece by piece.
 template <int D>
 __device__ __forceinline__ void LoadKeys(const ForwardParameters& p, Bf16* to,
                                          const CUtensorMap& packed, const CUtensorMap& pages,
-                                         int kv_head, int entry, Barrier& full) {
+                                         int kv_head, int entry, int first, Barrier& full) {
+  constexpr int kRows = kStepKeys<D>;
   if (entry >= 0) {
-    LoadTile<D, kKeyTile>(to, packed, kv_head, entry * kKeyTile, full);
+    LoadTile<D, kRows>(to, packed, kv_head, entry * kKeyTile + first, full);
     return;
   }
-  const int rows = kKeyTile / p.pieces;
   const int* slots = p.schedule.context_slots + p.schedule.context_tiles[~entry].first_piece;
-  for (int i = 0; i < p.pieces; ++i) {
-    const int slot = slots[i] < 0 ? static_cast<int>(p.no_slot) : slots[i];
+  for (int row = 0; row < kRows; row += p.piece) {
+    const int run = slots[(first + row) / p.run_slots];
+    const int slot = run < 0 ? static_cast<int>(p.no_slot) : run + (first + row) % p.run_slots;
 #pragma unroll
     for (int panel = 0; panel < D / kPanel; ++panel)
-      LoadBox(to + (panel * kKeyTile + i * rows) * kPanel, pages, panel * kPanel, kv_head, slot,
-              full);
+      LoadBox(to + (panel * kRows + row) * kPanel, pages, panel * kPanel, kv_head, slot, full);
   }
 }
 
@@ -73,6 +86,7 @@ __device__ __forceinline__ void LoadKeys(const ForwardParameters& p, Bf16* to,
 // one loads.
 template <int D>
 __device__ void Produce(const ForwardParameters& p, ForwardShared<D>& s) {
+  constexpr int kKeys = kStepKeys<D>;
   Ring<1> items;
   Ring<kStages> ring;
   for (int item, next = atomicAdd(p.counter, 1);; items.Advance()) {
@@ -83,23 +97,25 @@ __device__ void Produce(const ForwardParameters& p, ForwardShared<D>& s) {
     const QueryTileWork tile = p.schedule.query_tiles[tile_idx];
     const int kv_head = head / p.group_size;
     s.q_empty.Wait(items.phase ^ 1);
-    s.work = {head, tile.list_end - tile.list_begin, tile};
+    s.work = {head, (tile.list_end - tile.list_begin) * kSteps<D>, tile};
     s.q_full.ArriveExpecting(kQueryTile * D * 2);
     LoadTile<D, kQueryTile>(s.q, p.q, head, tile.row_begin, s.q_full);
-    for (int i = tile.list_begin; i < tile.list_end; ++i, ring.Advance()) {
-      const int entry = p.schedule.key_tiles[i], stage = ring.stage;
+    const int steps = s.work.count;
+    for (int i = 0; i < steps; ++i, ring.Advance()) {
+      const int entry = p.schedule.key_tiles[tile.list_begin + i / kSteps<D>], stage = ring.stage;
+      const int first = i % kSteps<D> * kKeys;
       const int* end = entry >= 0
                            ? p.schedule.subtree_end + entry * kKeyTile
                            : p.schedule.context_ends + p.schedule.context_tiles[~entry].first_end;
       s.k_empty[stage].Wait(ring.phase ^ 1);
       s.first_key[stage] =
-          entry >= 0 ? entry * kKeyTile : -kKeyTile;  // context comes before all rows
-      s.k_full[stage].ArriveExpecting(kKeyTile * D * 2 + kKeyTile * 4);
-      LoadKeys<D>(p, s.k[stage], p.k, p.context_k, kv_head, entry, s.k_full[stage]);
-      LoadBytes(s.end[stage], end, kKeyTile * 4, s.k_full[stage]);
+          entry >= 0 ? entry * kKeyTile + first : -kKeyTile;  // context comes before all rows
+      s.k_full[stage].ArriveExpecting(kKeys * (D * 2 + 4));
+      LoadKeys<D>(p, s.k[stage], p.k, p.context_k, kv_head, entry, first, s.k_full[stage]);
+      LoadBytes(s.end[stage], end + first, kKeys * 4, s.k_full[stage]);
       s.v_empty[stage].Wait(ring.phase ^ 1);
-      s.v_full[stage].ArriveExpecting(kKeyTile * D * 2);
-      LoadKeys<D>(p, s.v[stage], p.v, p.context_v, kv_head, entry, s.v_full[stage]);
+      s.v_full[stage].ArriveExpecting(kKeys * D * 2);
+      LoadKeys<D>(p, s.v[stage], p.v, p.context_v, kv_head, entry, first, s.v_full[stage]);
     }
   }
   s.q_empty.Wait(items.phase ^ 1);
@@ -107,17 +123,17 @@ __device__ void Produce(const ForwardParameters& p, ForwardShared<D>& s) {
   s.q_full.Arrive();
 }
 
-// Zeros in rows [first, kKeyTile) of a swizzled tile: whatever the pages hold there must not meet a
-// zero probability. All consumers share the work; rows are whole 128-byte lines, so the swizzle
+// Zeros in rows [first, end) of a step's swizzled keys: whatever the pages hold there must not meet
+// a zero probability. All consumers share the work; rows are whole 128-byte lines, so the swizzle
 // does not matter.
 template <int D>
 __device__ void ClearRows(Bf16* tile, int first) {
-  constexpr int kChunks = kPanel / 8;  // 16 bytes each
-  const int lines = (D / kPanel) * (kKeyTile - first);
+  constexpr int kChunks = kPanel / 8, kRows = kStepKeys<D>;  // 16 bytes each
+  const int lines = (D / kPanel) * (kRows - first);
   for (int i = threadIdx.x - 128; i < lines * kChunks; i += 128 * kConsumers) {
-    const int line = i / kChunks, panel = line / (kKeyTile - first);
-    const int row = first + line - panel * (kKeyTile - first);
-    reinterpret_cast<uint4*>(tile + (panel * kKeyTile + row) * kPanel)[i % kChunks] =
+    const int line = i / kChunks, panel = line / (kRows - first);
+    const int row = first + line - panel * (kRows - first);
+    reinterpret_cast<uint4*>(tile + (panel * kRows + row) * kPanel)[i % kChunks] =
         uint4{0, 0, 0, 0};
   }
 }
@@ -126,21 +142,47 @@ __device__ void ClearRows(Bf16* tile, int first) {
 // to another tile.
 template <int D>
 __device__ void StoreSomeRows(const ForwardParameters& p, const Bf16* staged, int first,
-                              const ForwardWork& work) {
-  constexpr int kChunks = D / 8;
+                              const ForwardWork& work, int column) {
+  constexpr int kChunks = kWidth<D> / 8;
   const int row0 = work.tile.row_begin + first, rows = work.tile.row_end - row0;
   for (int i = threadIdx.x % 128; i < rows * kChunks; i += 128) {
     const int row = first + i / kChunks, chunk = i % kChunks, panel = chunk / 8;
     const Bf16* from = staged + (panel * kQueryTile + row) * kPanel + ((chunk % 8) ^ (row & 7)) * 8;
-    Bf16* to = p.out + int64_t{row0 + i / kChunks} * p.out_stride + work.head * D + chunk * 8;
+    Bf16* to =
+        p.out + int64_t{row0 + i / kChunks} * p.out_stride + work.head * D + column + chunk * 8;
     *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+  }
+}
+
+// Stages this warpgroup's rows, one part of the columns after the other, and stores them.
+template <int D>
+__device__ void StoreOutput(const ForwardParameters& p, Bf16* staged, int group,
+                            const ForwardWork& work, const float (&o)[kParts<D>][kWidth<D> / 2],
+                            const float (&inverse)[2]) {
+  const int epilogue = 1 + group, first_row = work.tile.row_begin + group * 64;
+  const bool whole = work.tile.row_end - first_row >= 64 || work.tile.row_end == p.schedule.rows;
+#pragma unroll
+  for (int part = 0; part < kParts<D>; ++part) {
+    // The stores before must have read the staging tile before it is overwritten.
+    if (threadIdx.x % 128 == 0) WaitStoresRead();
+    NamedSync(epilogue, 128);
+    StoreAccumulators<kQueryTile>(staged, group * 64, o[part], inverse[0], inverse[1]);
+    FenceAsyncShared();
+    NamedSync(epilogue, 128);
+    if (!whole) {
+      StoreSomeRows<D>(p, staged, group * 64, work, part * kWidth<D>);
+    } else if (threadIdx.x % 128 == 0) {
+      StoreRows<kWidth<D>, kQueryTile>(p.o, staged, group * 64, work.head, first_row,
+                                       part * kWidth<D>);
+      CommitStores();
+    }
   }
 }
 
 template <int D>
 __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int group) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  const int epilogue = 1 + group;
+  constexpr int kKeys = kStepKeys<D>;
   const float scale_log2 = p.scale * kLog2e;
   const uint64_t q = ColumnsAreK(s.q + group * 64 * kPanel);
   Ring<1> items;
@@ -150,11 +192,11 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
     s.q_full.Wait(items.phase);
     const ForwardWork work = s.work;
     if (work.count < 0) break;
-    const int first_row = work.tile.row_begin + group * 64;
-    const int row = first_row + warp * 16 + lane / 4;
+    const int row = work.tile.row_begin + group * 64 + warp * 16 + lane / 4;
+    const int partial = work.tile.partial * kSteps<D>;
     float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.f, 0.f}, shrink[2];
-    float o[D / 2], scores[kKeyTile / 2];
-    uint32_t probabilities[kKeyTile / 4];
+    float o[kParts<D>][kWidth<D> / 2], scores[kKeys / 2];
+    uint32_t probabilities[kKeys / 4];
     Clear(o);
 
     const auto start_scores = [&] {
@@ -163,11 +205,11 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
     };
     const auto start_output = [&] {
       s.v_full[value_ring.stage].Wait(value_ring.phase);
-      MultiplyAdd<kKeyTile>(o, probabilities, RowsAreK(s.v[value_ring.stage], kKeyTile));
+      MultiplyAdd<kKeys>(o, probabilities, RowsAreK(s.v[value_ring.stage], kKeys));
     };
     const auto finish_scores = [&](int i) {
       Pin(scores);
-      if (i < work.tile.partial)
+      if (i < partial)
         MaskRows(scores, row, s.first_key[key_ring.stage], s.end[key_ring.stage], -INFINITY);
       Release(s.k_empty[key_ring.stage]);
       key_ring.Advance();
@@ -181,16 +223,21 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
       value_ring.Advance();
     };
 
+    // Clears what the pages hold behind the last token of the first entry's step i.
+    const auto clear_tail = [&](int i) {
+      const int tokens = max(work.tile.tail_tokens - i * kKeys, 0);
+      if (i >= kSteps<D> || tokens >= kKeys) return;
+      s.v_full[value_ring.stage].Wait(value_ring.phase);
+      ClearRows<D>(s.v[value_ring.stage], tokens);
+      FenceAsyncShared();
+      NamedSync(kAllConsumers, 128 * kConsumers);
+    };
+
     start_scores();
     WgmmaWait<0>();
     finish_scores(0);
     PackOperand(probabilities, scores);
-    if (work.tile.tail_tokens < kKeyTile) {
-      s.v_full[value_ring.stage].Wait(value_ring.phase);
-      ClearRows<D>(s.v[value_ring.stage], work.tile.tail_tokens);
-      FenceAsyncShared();
-      NamedSync(kAllConsumers, 128 * kConsumers);
-    }
+    clear_tail(0);
     for (int i = 1; i < work.count; ++i) {
       start_scores();
       start_output();
@@ -199,9 +246,12 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
       finish_output();
       if (__any_sync(~0u, shrink[0] != 1.f || shrink[1] != 1.f)) {
 #pragma unroll
-        for (int j = 0; j < D / 2; ++j) o[j] *= shrink[j / 2 % 2];
+        for (int part = 0; part < kParts<D>; ++part)
+#pragma unroll
+          for (int j = 0; j < kWidth<D> / 2; ++j) o[part][j] *= shrink[j / 2 % 2];
       }
       PackOperand(probabilities, scores);
+      if constexpr (kSteps < D >> 1) clear_tail(i);
     }
     start_output();
     finish_output();
@@ -215,20 +265,7 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
       if (p.lse && lane % 4 == 0 && row + 8 * h < work.tile.row_end)
         p.lse[int64_t{row + 8 * h} * p.q_heads + work.head] = m[h] * p.scale + logf(l[h]);
     }
-    // The previous item's stores must have read the staging tile before it is overwritten.
-    if (threadIdx.x % 128 == 0) WaitStoresRead();
-    NamedSync(epilogue, 128);
-    StoreAccumulators<kQueryTile>(s.o, group * 64, o, inverse[0], inverse[1]);
-    FenceAsyncShared();
-    NamedSync(epilogue, 128);
-    if (work.tile.row_end - first_row >= 64 || work.tile.row_end == p.schedule.rows) {
-      if (threadIdx.x % 128 == 0) {
-        StoreRows<D, kQueryTile>(p.o, s.o, group * 64, work.head, first_row);
-        CommitStores();
-      }
-    } else {
-      StoreSomeRows<D>(p, s.o, group * 64, work);
-    }
+    StoreOutput<D>(p, s.o, group, work, o, inverse);
   }
   if (threadIdx.x % 128 == 0) WaitStoresRead();
 }
@@ -262,17 +299,16 @@ cudaError_t Launch(const TreeAttentionArgs& a, int* counter, cudaStream_t stream
   ForwardParameters p{};
   const AttentionShape& shape = a.shape;
   if (auto e = MakeMap(p.q, MapOf(a.q, shape, shape.q_heads), kQueryTile)) return e;
-  if (auto e = MakeMap(p.k, MapOf(a.k, shape, shape.kv_heads), kKeyTile)) return e;
-  if (auto e = MakeMap(p.v, MapOf(a.v, shape, shape.kv_heads), kKeyTile)) return e;
+  if (auto e = MakeMap(p.k, MapOf(a.k, shape, shape.kv_heads), kStepKeys<D>)) return e;
+  if (auto e = MakeMap(p.v, MapOf(a.v, shape, shape.kv_heads), kStepKeys<D>)) return e;
   if (auto e = MakeMap(p.o, MapOf(a.out, shape, shape.q_heads), 64)) return e;
-  p.pieces = 1;
   if (a.context.k) {
     const ContextPages& c = a.context;
-    const int piece = c.block_tokens < kKeyTile ? c.block_tokens : kKeyTile;
+    p.run_slots = RunSlots(c);
+    p.piece = std::min(p.run_slots, kStepKeys<D>);
     const int64_t slots = c.num_blocks * c.block_tokens, stride = int64_t{shape.kv_heads} * D;
-    if (auto e = MakeMap(p.context_k, {c.k, slots, stride, shape.kv_heads, D}, piece)) return e;
-    if (auto e = MakeMap(p.context_v, {c.v, slots, stride, shape.kv_heads, D}, piece)) return e;
-    p.pieces = kKeyTile / piece;
+    if (auto e = MakeMap(p.context_k, {c.k, slots, stride, shape.kv_heads, D}, p.piece)) return e;
+    if (auto e = MakeMap(p.context_v, {c.v, slots, stride, shape.kv_heads, D}, p.piece)) return e;
     p.no_slot = slots;
   }
   p.schedule = a.schedule;
@@ -282,7 +318,8 @@ cudaError_t Launch(const TreeAttentionArgs& a, int* counter, cudaStream_t stream
   p.counter = counter;
   p.q_heads = shape.q_heads;
   p.group_size = shape.q_heads / shape.kv_heads;
-  p.order = MakeItemOrder(a.schedule, shape.kv_heads, p.group_size);
+  p.order = MakeItemOrder(a.schedule.num_query_tiles, a.schedule.longest_list,
+                          a.schedule.num_list_entries, shape.kv_heads, p.group_size);
   p.scale = shape.scale;
   return LaunchPersistent<ForwardShared<D>>(TreeAttentionForwardKernel<D>, p, counter, stream);
 }
@@ -292,6 +329,7 @@ cudaError_t Launch(const TreeAttentionArgs& a, int* counter, cudaStream_t stream
 cudaError_t LaunchTileForward(const TreeAttentionArgs& args, int* counter, cudaStream_t stream) {
   if (args.shape.head_dim == 64) return Launch<64>(args, counter, stream);
   if (args.shape.head_dim == 128) return Launch<128>(args, counter, stream);
+  if (args.shape.head_dim == 256) return Launch<256>(args, counter, stream);
   return cudaErrorNotSupported;
 }
 

@@ -138,22 +138,21 @@ __global__ void RowDeltaKernel(Problem p, Rows out, float* delta) {
                                                p.d_out.data + row * p.d_out.stride + head * n, n);
 }
 
-// d_k, d_v of sampled key rows, from lse and delta of every row. Grid (rows, kv heads).
-__global__ void KeyRowsKernel(Problem p, Sample rows, const float* lse, const float* delta,
-                              float* d_k, float* d_v) {
+// d_k, d_v of one key of one KV head that query rows [begin, end) with sees(row) see, from lse and
+// delta of every row.
+template <typename Sees>
+__device__ void KeyGradients(const Problem& p, int kv_head, const Bf16* k, const Bf16* v, int begin,
+                             int end, Sees sees, const float* lse, const float* delta, float* d_k,
+                             float* d_v) {
   __shared__ float weight_k[kThreads], weight_v[kThreads];
-  const int row = rows.first + blockIdx.x * rows.stride, kv_head = blockIdx.y, t = threadIdx.x,
-            n = p.head_dim;
-  const int group = p.q_heads / p.kv_heads, end = p.subtree_end[row];
-  const Bf16* k = p.k.data + row * p.k.stride + kv_head * n;
-  const Bf16* v = p.v.data + row * p.v.stride + kv_head * n;
+  const int t = threadIdx.x, n = p.head_dim, group = p.q_heads / p.kv_heads;
   float grad_k[2] = {}, grad_v[2] = {};
   for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
     const auto at = [&](const Rows& x, int r) { return x.data + r * x.stride + head * n; };
-    for (int q0 = row; q0 < end; q0 += kThreads) {
+    for (int q0 = begin; q0 < end; q0 += kThreads) {
       const int q = q0 + t;
       weight_k[t] = weight_v[t] = 0.f;
-      if (q < end) {
+      if (q < end && sees(q)) {
         const int64_t i = int64_t{q} * p.q_heads + head;
         weight_v[t] = expf(p.scale * Dot(at(p.q, q), k, n) - lse[i]);
         weight_k[t] = weight_v[t] * (Dot(at(p.d_out, q), v, n) - delta[i]) * p.scale;
@@ -170,6 +169,27 @@ __global__ void KeyRowsKernel(Problem p, Sample rows, const float* lse, const fl
   const int64_t to = (int64_t{blockIdx.x} * p.kv_heads + kv_head) * n;
   for (int d = t, i = 0; d < n; d += kThreads, ++i)
     d_k[to + d] = grad_k[i], d_v[to + d] = grad_v[i];
+}
+
+// d_k, d_v of sampled key rows. Grid (rows, kv heads).
+__global__ void KeyRowsKernel(Problem p, Sample rows, const float* lse, const float* delta,
+                              float* d_k, float* d_v) {
+  const int row = rows.first + blockIdx.x * rows.stride, column = blockIdx.y * p.head_dim;
+  KeyGradients(
+      p, blockIdx.y, p.k.data + row * p.k.stride + column, p.v.data + row * p.v.stride + column,
+      row, p.subtree_end[row], [](int) { return true; }, lse, delta, d_k, d_v);
+}
+
+// d_k, d_v of context slots; `sees`: [slots, rows]. Grid (slots, kv heads).
+__global__ void ContextKeysKernel(Problem p, const int* slots, const uint8_t* sees,
+                                  const float* lse, const float* delta, float* d_k, float* d_v) {
+  const int64_t slot = slots[blockIdx.x];
+  const int column = blockIdx.y * p.head_dim;
+  const uint8_t* seen_by = sees + int64_t{blockIdx.x} * p.rows;
+  KeyGradients(
+      p, blockIdx.y, p.context_k.data + slot * p.context_k.stride + column,
+      p.context_v.data + slot * p.context_v.stride + column, 0, p.rows,
+      [=](int row) { return seen_by[row] != 0; }, lse, delta, d_k, d_v);
 }
 
 }  // namespace coppice::cuda::reference

@@ -1,0 +1,182 @@
+// Backward pass, dQ = dS K from the dS^T that the dK/dV kernel stored. An item is 128 columns of
+// one 128-row query tile of two heads that share a KV head; a consumer warpgroup owns one head,
+// sums over the key tiles in list order, no atomics: per key tile 2 x 8 x m64n128k16, both operands
+// from shared memory, rows are k. Registers: dQ 128. Shared memory: 2 x (K 32 + dS 2 heads x 32) +
+// staging 32 = 224 KB. Traffic: 32 KB of dS from memory (D = 256: its two items share them in L2)
+// and 16 KB of K from L2 per 128 x 128 tile pair for 4.2 MFLOP.
+#include "kernels/cuda/attention/launchers.h"
+#include "kernels/cuda/attention/pipeline.cuh"
+
+namespace coppice::cuda {
+namespace {
+
+constexpr int kStages = 2;
+constexpr int kColumns = kBackwardQueryTile;
+constexpr int kHeads = kConsumers;
+constexpr int kHalves = kQueryTile / kColumns;
+template <int D>
+constexpr int kWidth = D < 128 ? D : 128;
+template <int D>
+constexpr int kParts = D / kWidth<D>;
+
+struct StoredParameters {
+  CUtensorMap k, dq;
+  CUtensorMap context_k;  // of the gathered context
+  AttentionSchedule schedule;
+  ItemOrder order;  // its heads are parts of the columns of pairs of heads
+  const Bf16* ds;
+  int* counter;
+  int first_kv_head, group_size, pairs;  // pairs per KV head
+  float scale;
+};
+
+struct StoredWork {
+  int tile, head, heads, column, count;  // count < 0: no more work
+};
+
+template <int D>
+struct StoredShared {
+  alignas(1024) Bf16 k[kStages][kKeyTile * kWidth<D>];
+  alignas(1024) Bf16 ds[kStages][kHalves][kHeads][kImage];
+  alignas(1024) Bf16 staging[kHeads][kColumns * kWidth<D>];
+  StoredWork work;
+  Barrier work_full, work_empty, full[kStages], empty[kStages];
+};
+
+template <int D>
+__device__ void Produce(const StoredParameters& p, StoredShared<D>& s) {
+  Ring<1> items;
+  Ring<kStages> ring;
+  for (int item, next = atomicAdd(p.counter, 1);; items.Advance()) {
+    item = next;
+    if (item >= p.order.items()) break;
+    next = atomicAdd(p.counter, 1);
+    const auto [tile_idx, pair_part] = p.order.at(item);
+    const int pair = pair_part / kParts<D>, column = pair_part % kParts<D> * kWidth<D>;
+    const QueryTileWork work = p.schedule.backward_tiles[tile_idx];
+    const int tile = work.row_begin / kQueryTile;
+    const int local_kv_head = pair / p.pairs, kv_head = p.first_kv_head + local_kv_head;
+    const int in_group = pair % p.pairs * kHeads, heads = min(kHeads, p.group_size - in_group);
+    const int local_head = local_kv_head * p.group_size + in_group;
+    const int begin = work.list_begin, count = work.list_end - begin;
+    s.work_empty.Wait(items.phase ^ 1);
+    s.work = {tile, p.first_kv_head * p.group_size + local_head, heads, column, count};
+    s.work_full.Arrive();
+    for (int i = 0; i < count; ++i, ring.Advance()) {
+      const KeyRun& run = p.schedule.key_runs[p.schedule.backward_entries[begin + i]];
+      const int image = run.image + tile * kHalves, stage = ring.stage;
+      s.empty[stage].Wait(ring.phase ^ 1);
+      s.full[stage].ArriveExpecting(kKeyTile * kWidth<D> * 2 + kHalves * heads * kImage * 2);
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half)
+        LoadBytes(
+            s.ds[stage][half],
+            p.ds + (size_t(image + half) * p.order.kv_heads * p.group_size + local_head) * kImage,
+            heads * kImage * 2, s.full[stage]);
+      LoadTile<kWidth<D>, kKeyTile>(s.k[stage], run.tile < 0 ? p.context_k : p.k, kv_head,
+                                    FirstRow(run.tile), s.full[stage], column);
+    }
+  }
+  s.work_empty.Wait(items.phase ^ 1);
+  s.work.count = -1;
+  s.work_full.Arrive();
+}
+
+template <int D>
+__device__ void Consume(const StoredParameters& p, StoredShared<D>& s, int group) {
+  Ring<1> items;
+  Ring<kStages> ring;
+  for (;; items.Advance()) {
+    s.work_full.Wait(items.phase);
+    const StoredWork work = s.work;
+    __syncwarp();
+    Release(s.work_empty);
+    if (work.count < 0) break;
+    float dq[kHalves][kWidth<D> / 2];
+    Clear(dq[0]), Clear(dq[1]);
+    for (int i = 0; i < work.count; ++i, ring.Advance()) {
+      const int stage = ring.stage;
+      s.full[stage].Wait(ring.phase);
+      const uint64_t k = RowsAreK(s.k[stage], kKeyTile);
+      WgmmaFence();
+      MultiplyAddAtb<kKeyTile>(dq[0], CoreRowsAreK(s.ds[stage][0][group]), k);
+      MultiplyAddAtb<kKeyTile>(dq[1], CoreRowsAreK(s.ds[stage][1][group]), k);
+      WgmmaCommit();
+      WgmmaWait<1>();  // the step before
+      if (i > 0) Release(s.empty[(stage + kStages - 1) % kStages]);
+    }
+    WgmmaWait<0>();
+    Pin(dq[0]), Pin(dq[1]);
+    Release(s.empty[(ring.stage + kStages - 1) % kStages]);
+    if (group >= work.heads) continue;
+
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      if (threadIdx.x % 128 == 0) WaitStoresRead();
+      NamedSync(1 + group, 128);
+      StoreAccumulators<kColumns>(s.staging[group], 0, dq[half], p.scale, p.scale);
+      FenceAsyncShared();
+      NamedSync(1 + group, 128);
+      if (threadIdx.x % 128 == 0) {
+        StoreRows<kWidth<D>, kColumns>(p.dq, s.staging[group], 0, work.head + group,
+                                       work.tile * kQueryTile + half * kColumns, work.column);
+        CommitStores();
+      }
+    }
+  }
+  if (threadIdx.x % 128 == 0) WaitStoresRead();
+}
+
+template <int D>
+__global__ void __launch_bounds__(kThreads, 1)
+    TreeAttentionStoredQueriesKernel(const __grid_constant__ StoredParameters p) {
+  extern __shared__ __align__(1024) unsigned char raw[];
+  auto& s = *reinterpret_cast<StoredShared<D>*>(raw);
+  if (threadIdx.x == 0) {
+    s.work_full.Init(1), s.work_empty.Init(kConsumerWarps);
+    for (int i = 0; i < kStages; ++i) s.full[i].Init(1), s.empty[i].Init(kConsumerWarps);
+    FenceBarrierInit();
+  }
+  __syncthreads();
+  const int group = threadIdx.x / 128;
+  if (group == 0) {
+    GiveRegisters<56>();
+    if (threadIdx.x == 0) Produce(p, s);
+  } else {
+    TakeRegisters<kConsumerRegisters<56>>();
+    Consume(p, s, group - 1);
+  }
+}
+
+template <int D>
+cudaError_t LaunchStored(const BackwardPass& b, cudaStream_t stream) {
+  const TreeAttentionBackwardArgs& a = *b.args;
+  const AttentionShape& shape = a.shape;
+  StoredParameters p{};
+  if (auto e = MakeMap(p.k, MapOf(a.k, shape, shape.kv_heads), kKeyTile)) return e;
+  if (auto e = MakeMap(p.dq, MapOf(a.d_q, shape, shape.q_heads), kColumns)) return e;
+  if (a.schedule.num_context_tiles > 0) {
+    if (auto e = MakeMap(p.context_k, GatheredContext(b, b.context_k), kKeyTile)) return e;
+  }
+  p.schedule = a.schedule;
+  p.ds = static_cast<const Bf16*>(b.ds);
+  p.counter = b.counters + 1;
+  p.group_size = shape.q_heads / shape.kv_heads;
+  p.pairs = (p.group_size + kHeads - 1) / kHeads;
+  p.first_kv_head = b.first_kv_head;
+  p.order = BackwardOrder(a.schedule, b.num_kv_heads, p.pairs * kParts<D>);
+  p.scale = shape.scale;
+  return LaunchPersistent<StoredShared<D>>(TreeAttentionStoredQueriesKernel<D>, p, p.counter,
+                                           stream);
+}
+
+}  // namespace
+
+cudaError_t LaunchStoredQueries(const BackwardPass& pass, cudaStream_t stream) {
+  if (pass.args->shape.head_dim == 64) return LaunchStored<64>(pass, stream);
+  if (pass.args->shape.head_dim == 128) return LaunchStored<128>(pass, stream);
+  if (pass.args->shape.head_dim == 256) return LaunchStored<256>(pass, stream);
+  return cudaErrorNotSupported;
+}
+
+}  // namespace coppice::cuda
