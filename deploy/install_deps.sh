@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Installs everything Coppice needs to build, test and run on Debian 12. Idempotent: asks dpkg first, so a second run
 # costs well under a second and needs neither network nor root.
-# Usage: deploy/install_deps.sh            (as root, or as a user who may sudo)
+# Usage: deploy/install_deps.sh [--with-prometheus]      (as root, or as a user who may sudo)
+#   --with-prometheus   also Prometheus, promtool and shellcheck, for tests/run.sh and deploy/local-cluster.sh; where systemd
+#                       runs, Debian's package starts a server on port 9090 of its own, which we do not use
 set -euo pipefail
 
-readonly PACKAGES=(
+PACKAGES=(
   build-essential cmake ninja-build ccache git pkg-config
   libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev
   prometheus-cpp-dev libspdlog-dev libfmt-dev libdnnl-dev libcpp-httplib-dev nlohmann-json3-dev
@@ -13,6 +15,12 @@ readonly PACKAGES=(
   clang-14 clang-format-14 clang-tidy-14
   python3 python3-venv python3-dev ca-certificates
 )
+case "${1:-}" in
+  '') ;;
+  --with-prometheus) PACKAGES+=(prometheus shellcheck) ;;
+  *) echo "install_deps: unknown argument $1; want --with-prometheus or nothing" >&2; exit 2 ;;
+esac
+readonly PACKAGES
 
 missing=()
 for package in "${PACKAGES[@]}"; do

@@ -35,9 +35,10 @@ for lane in "${lanes[@]}"; do
   esac
 done
 
-deploy/install_deps.sh
+deploy/install_deps.sh --with-prometheus
 deploy/fetch_model.sh
-readonly JOBS=$(nproc)
+JOBS=$(nproc)
+readonly JOBS
 export CCACHE_BASEDIR=$PWD  # equal objects in every lane and clone
 readonly LOGS=build/test-logs
 mkdir -p "$LOGS"

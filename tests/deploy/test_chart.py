@@ -246,6 +246,23 @@ def daemon_flags(coppiced):
     return set(re.findall(r"^  --(\w+)  \(", shown.stdout, re.MULTILINE))
 
 
+# Set by the chart from values of its own, or of no use in a pod.
+CHARTS_OWN = {
+    "model", "model_geometry", "host", "port", "http_port", "port_file", "trust_tenant_header",
+    "checkpoint_dir", "drain_timeout_s", "help", "version",
+}  # fmt: skip
+
+
+def schema_flags(component):
+    """Names that `flags` of the component may have."""
+    schema = json.loads((CHART / "values.schema.json").read_text())
+    return set(schema["properties"][component]["properties"]["flags"]["properties"])
+
+
+def test_every_flag_of_the_daemon_can_be_set(coppiced):
+    assert daemon_flags(coppiced) - CHARTS_OWN <= schema_flags("replicas")
+
+
 def test_the_daemon_accepts_the_flags_of_the_chart(helm, values, everything, coppiced):
     manifests = helm.render(*values, *everything)
     (container,) = pods(manifests)["coppice"]["spec"]["containers"]
@@ -256,10 +273,14 @@ def test_the_daemon_accepts_the_flags_of_the_chart(helm, values, everything, cop
     assert "threads" in daemon_flags(coppiced)
 
 
-def test_large_numbers_reach_the_daemon_as_integers(helm, values, coppiced):
-    manifests = helm.render(*values, "--set", "replicas.flags.max_train_rows=2048000")
+def test_numbers_reach_the_daemon_as_they_were_written(helm, values, tmp_path):
+    (tmp_path / "numbers.yaml").write_text(
+        "replicas: {flags: {max_train_rows: 2048000, kv_fraction: 0.85, deterministic: true}}"
+    )
+    manifests = helm.render(*values, "--values", tmp_path / "numbers.yaml")
     (container,) = pods(manifests)["coppice"]["spec"]["containers"]
-    assert "--max_train_rows=2048000" in container["args"]
+    for arg in ("--max_train_rows=2048000", "--kv_fraction=0.85", "--deterministic=true"):
+        assert arg in container["args"]
 
 
 def test_the_notes_say_how_to_connect(helm, values):

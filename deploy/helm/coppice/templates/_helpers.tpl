@@ -73,7 +73,8 @@ imagePullSecrets: {{- toYaml . | nindent 2 }}
 - --trust_tenant_header
 {{- end }}
 {{- range $name, $value := .values.flags }}
-- {{ printf "--%s=%v" $name (kindIs "float64" $value | ternary (int64 $value) $value) | quote }}
+{{- if and (kindIs "float64" $value) (eq (floor $value) $value) }}{{ $value = int64 $value }}{{ end }}
+- {{ printf "--%s=%v" $name $value | quote }}
 {{- end }}
 {{- end }}
 
