@@ -47,6 +47,7 @@ stops=0 restart_asked=''
 spawn() { # NAME COMMAND...: in a session of its own, so that Ctrl-C reaches this script only; ends when this script does
   local name=$1
   shift
+  : >>"$out/$name/log"
   setsid setpriv --pdeathsig KILL "$@" >>"$out/$name/log" 2>&1 9>&- &
   pid[$name]=$!
 }

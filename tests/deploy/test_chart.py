@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import shutil
 
 import jsonschema
 import kubernetes_validate
@@ -213,6 +214,23 @@ def test_selectors_meet_exactly_the_pods_they_are_for(helm, values, everything):
     assert find(manifests, "StatefulSet", "coppice")["spec"]["serviceName"] == "coppice-replicas"
     target = find(manifests, "ScaledObject", "coppice")["spec"]["scaleTargetRef"]
     assert (target["kind"], target["name"]) == ("StatefulSet", "coppice")
+
+
+def test_an_upgrade_changes_no_field_that_kubernetes_holds_fixed(helm, values, tmp_path):
+    next_chart = shutil.copytree(CHART, tmp_path / "coppice")
+    text = (CHART / "Chart.yaml").read_text()
+    (next_chart / "Chart.yaml").write_text(text.replace("ersion: 0.1.0", "ersion: 0.2.0"))
+    rendered = run(helm.binary, "template", "coppice", next_chart, "--namespace", "rl", *values)
+    after = [document for document in yaml.safe_load_all(rendered.stdout) if document]
+    before = helm.render(*values)
+    may_change = {"replicas", "template", "updateStrategy", "persistentVolumeClaimRetentionPolicy"}
+    old, new = (find(each, "StatefulSet", "coppice")["spec"] for each in (before, after))
+    assert old["template"] != new["template"]  # the new image
+    assert {k: v for k, v in old.items() if k not in may_change} == {
+        k: v for k, v in new.items() if k not in may_change
+    }
+    old, new = (find(each, "Deployment", "coppice-router")["spec"] for each in (before, after))
+    assert old["selector"] == new["selector"]
 
 
 def test_without_a_router_the_service_leads_to_the_replicas(helm, values):

@@ -1,5 +1,7 @@
 """Alert rules and Prometheus' configuration, by promtool; and the runbook beside them."""
 
+import itertools
+import json
 import re
 
 import yaml
@@ -56,3 +58,20 @@ def test_every_alert_has_a_runbook_line_that_names_its_metrics():
         assert len(cells) == 4 and all(cells), lines[name]
         metrics = set(re.findall(r"\b(coppice_\w+?|up)(?:_bucket|_count)?\b", rule["expr"]))
         assert metrics & set(re.findall(r"`(\w+)", cells[2])), f"{name}: want one of {metrics}"
+
+
+def test_panels_of_the_dashboard_have_queries_and_do_not_overlap():
+    panels = json.loads((ROOT / "deploy/grafana/coppice.json").read_text())["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels) > 20
+    for panel in panels:
+        assert panel["type"] == "row" or all(target["expr"] for target in panel["targets"])
+        assert panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24
+
+    def apart(a, b):
+        return (
+            a["x"] + a["w"] <= b["x"] or b["x"] + b["w"] <= a["x"]
+            or a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"]
+        )  # fmt: skip
+
+    for one, other in itertools.combinations(panels, 2):
+        assert apart(one["gridPos"], other["gridPos"]), (one["title"], other["title"])
