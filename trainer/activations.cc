@@ -179,4 +179,14 @@ absl::Status Activations::Prepare(const ModelConfig& config, ops::Ops& ops, int6
   return absl::OkStatus();
 }
 
+void Activations::UsePrompt(const PromptState& state) {
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    const PromptState::Layer& kept = state.layer(l);
+    layers_[l].input = kept.input;
+    layers_[l].attn_out = kept.attn_out;
+    layers_[l].lse = kept.lse;
+    if (l > 0) layers_[l - 1].output = kept.input;
+  }
+}
+
 }  // namespace coppice

@@ -7,6 +7,7 @@
 //   kAll          everything
 //   kProjections  not the norms and the SwiGLU output (elementwise, cheap to recompute)
 //   kInputs       only each layer's input: one more forward pass of compute for the least memory
+//   kPrompt       nothing: what backward starts from lies in a PromptState (UsePrompt)
 //   kNothing      scoring: no backward follows
 // The second half of the last layer runs on the head rows alone (`tail`).
 //
@@ -21,10 +22,11 @@
 #include "kernels/base/device.h"
 #include "kernels/model/decoder.h"
 #include "kernels/ops/ops.h"
+#include "trainer/prompt_state.h"
 
 namespace coppice {
 
-enum class Retain { kNothing, kInputs, kProjections, kAll };
+enum class Retain { kNothing, kPrompt, kInputs, kProjections, kAll };
 
 // Gradients of activations, reused by all layers. f = compute dtype.
 struct ActivationGradients {
@@ -51,6 +53,10 @@ class Activations {
   // Lays the views out for one pass; allocates only to grow. Views of former passes become invalid.
   absl::Status Prepare(const ModelConfig& config, ops::Ops& ops, int64_t rows, int64_t head_rows,
                        Retain retain);
+
+  // Every layer's input, attn_out and lse become those of `state`, until the next Prepare.
+  // REQUIRES: Prepare(kPrompt) for its number of rows.
+  void UsePrompt(const PromptState& state);
 
   Retain retain() const { return retain_; }
   int64_t size_bytes() const { return buffer_.size_bytes(); }

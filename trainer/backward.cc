@@ -42,10 +42,37 @@ absl::Status MlpBackward(ops::Ops& ops, const LayerParameters& params, const Lay
   return LinearBackward(ops, d.residual, acts.attn_out, params.o, grads.o, d.attn_out);
 }
 
-// d_attn_out -> d_qkv, through attention, RoPE and the per-head norms.
+// What one layer needs of a PromptLink.
+struct LayerLink {
+  ops::PagedKv context;    // absent unless the rows are branches
+  ops::PagedKv d_context;  // += of branches
+  TensorView d_keys;       // [rows, kv_dim] f32: what branches added, for the prompt's own rows
+  TensorView d_values;
+};
+
+LayerLink LinkOf(const PromptLink& link, int64_t layer) {
+  if (link.gradients == nullptr) return {};
+  if (link.context != nullptr) {
+    return {.context = link.Context(layer), .d_context = link.gradients->pages(layer)};
+  }
+  return {.d_keys = link.gradients->keys(layer), .d_values = link.gradients->values(layer)};
+}
+
+// d += what the branches of a prompt added, [rows, kv_dim] f32; `rounded`: [rows, kv_dim] f of
+// scratch.
+absl::Status AddFromBranches(ops::Ops& ops, const ops::BatchPlan& plan, TensorView from_branches,
+                             TensorView rounded, TensorView d) {
+  if (!from_branches.present()) return absl::OkStatus();
+  RETURN_IF_ERROR(ops.Copy(from_branches, rounded));
+  // Row p of a prompt is its position p.
+  return ops.ScatterAddRows({.src = rounded, .indices = plan.positions(), .dst = d});
+}
+
+// d_attn_out -> d_qkv, through attention, RoPE and the per-head norms. Consumes d_attn_out.
 absl::Status QkvBackward(const Decoder& decoder, const LayerParameters& params,
                          const ops::BatchPlan& plan, const LayerActivations& acts,
-                         const LayerParameters& grads, TensorView d_attn_out, TensorView d_qkv) {
+                         const LayerParameters& grads, const LayerLink& link, TensorView d_attn_out,
+                         TensorView d_qkv) {
   const ModelConfig& config = decoder.config();
   const QkvHeads d = SplitQkv(config, d_qkv);
   RETURN_IF_ERROR(decoder.ops().TreeAttentionBackward(
@@ -53,13 +80,21 @@ absl::Status QkvBackward(const Decoder& decoder, const LayerParameters& params,
        .q = acts.q,
        .k = acts.k,
        .v = acts.v,
+       .context = link.context,
        .scale = config.attention_scale(),
        .out = acts.attn_out.SplitHeads(config.q_heads, config.head_dim),
        .lse = acts.lse,
        .d_out = d_attn_out.SplitHeads(config.q_heads, config.head_dim),
        .d_q = d.q,
        .d_k = d.k,
-       .d_v = d.v}));
+       .d_v = d.v,
+       .d_context = link.d_context}));
+  const TensorView rounded = d_attn_out.Cols(0, config.kv_dim());
+  const int64_t k_end = config.q_dim() + config.kv_dim();
+  RETURN_IF_ERROR(AddFromBranches(decoder.ops(), plan, link.d_keys, rounded,
+                                  d_qkv.Cols(config.q_dim(), k_end)));
+  RETURN_IF_ERROR(AddFromBranches(decoder.ops(), plan, link.d_values, rounded,
+                                  d_qkv.Cols(k_end, config.qkv_dim())));
   const QkvHeads in = SplitQkv(config, acts.qkv);
   return decoder.ops().QkNormRopeBackward({.plan = &plan,
                                            .d_q_out = d.q,
@@ -79,9 +114,10 @@ absl::Status QkvBackward(const Decoder& decoder, const LayerParameters& params,
 // First half of a layer: d_attn_out, d_mid -> d_input.
 absl::Status AttentionBackward(const Decoder& decoder, const LayerParameters& params,
                                const ops::BatchPlan& plan, const LayerActivations& acts,
-                               const LayerParameters& grads, const ActivationGradients& d) {
+                               const LayerParameters& grads, const LayerLink& link,
+                               const ActivationGradients& d) {
   ops::Ops& ops = decoder.ops();
-  RETURN_IF_ERROR(QkvBackward(decoder, params, plan, acts, grads, d.attn_out, d.qkv));
+  RETURN_IF_ERROR(QkvBackward(decoder, params, plan, acts, grads, link, d.attn_out, d.qkv));
   if (params.qkv_bias.present()) {
     RETURN_IF_ERROR(ops.SumRows({.x = d.qkv, .out = grads.qkv_bias}));
   }
@@ -95,14 +131,17 @@ absl::Status AttentionBackward(const Decoder& decoder, const LayerParameters& pa
                               .d_weight = grads.attn_norm});
 }
 
-// Restores what was not retained. The last layer needs nothing: nobody overwrote what its first
-// half left in the shared buffers, and its second half, the tail, has its own.
+// Restores what was not retained.
 absl::Status Rematerialize(const Decoder& decoder, const LayerParameters& params,
-                           const ops::BatchPlan& plan, Retain retain,
+                           const ops::BatchPlan& plan, const ops::PagedKv& context, Retain retain,
                            const LayerActivations& acts) {
   if (retain == Retain::kAll) return absl::OkStatus();
   if (retain == Retain::kInputs) {
-    RETURN_IF_ERROR(decoder.AttentionForward(params, plan, {}, acts));
+    RETURN_IF_ERROR(decoder.AttentionForward(params, plan, context, acts));
+    return decoder.MlpHiddenForward(params, acts);
+  }
+  if (retain == Retain::kPrompt) {
+    RETURN_IF_ERROR(decoder.QkvForward(params, plan, {}, acts));
     return decoder.MlpHiddenForward(params, acts);
   }
   const float eps = decoder.config().rms_eps;
@@ -153,12 +192,13 @@ absl::Status HeadBackward(ops::Ops& ops, const Parameters& params, const TokenTr
 
 absl::Status BackwardTree(const Decoder& decoder, const Parameters& params,
                           const ops::BatchPlan& plan, const Activations& acts,
-                          const Parameters& grads) {
+                          const Parameters& grads, const PromptLink& link) {
   ops::Ops& ops = decoder.ops();
   const ActivationGradients& d = acts.gradients();
   const int64_t head_rows = d.tail_residual.dim(0);
   const int64_t last = decoder.config().num_layers - 1;
 
+  // The tail has activations of its own.
   RETURN_IF_ERROR(MlpBackward(ops, params.layers[last], acts.tail(), grads.layers[last],
                               {.residual = d.tail_residual,
                                .normed = d.normed.Rows(0, head_rows),
@@ -168,15 +208,20 @@ absl::Status BackwardTree(const Decoder& decoder, const Parameters& params,
   for (int64_t l = last; l >= 0; --l) {
     const LayerParameters& weights = params.layers[l];
     const LayerActivations& layer = acts.layer(l);
+    const LayerLink layer_link = LinkOf(link, l);
     if (l < last) {
-      RETURN_IF_ERROR(Rematerialize(decoder, weights, plan, acts.retain(), layer));
+      RETURN_IF_ERROR(
+          Rematerialize(decoder, weights, plan, layer_link.context, acts.retain(), layer));
       RETURN_IF_ERROR(MlpBackward(ops, weights, layer, grads.layers[l],
                                   {.residual = d.residual,
                                    .normed = d.normed,
                                    .attn_out = d.attn_out,
                                    .mlp_act = d.mlp_act}));
-    }
-    RETURN_IF_ERROR(AttentionBackward(decoder, weights, plan, layer, grads.layers[l], d));
+    } else if (acts.retain() == Retain::kPrompt) {
+      RETURN_IF_ERROR(decoder.QkvForward(weights, plan, {}, layer));
+    }  // else nobody overwrote what its first half left in the shared buffers
+    RETURN_IF_ERROR(
+        AttentionBackward(decoder, weights, plan, layer, grads.layers[l], layer_link, d));
   }
   return ops.EmbeddingBackward(
       {.ids = plan.tokens(), .d_out = d.residual, .d_table = grads.embedding});

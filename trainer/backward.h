@@ -24,9 +24,9 @@ absl::Status HeadBackward(ops::Ops& ops, const Parameters& params, const TokenTr
                           const Activations& acts, const Parameters& grads);
 
 // From there to the embedding. REQUIRES: HeadBackward of the same pass; the activations are
-// consumed.
+// consumed. Branches add to link.gradients, the prompt's own tree takes them in.
 absl::Status BackwardTree(const Decoder& decoder, const Parameters& params,
                           const ops::BatchPlan& plan, const Activations& acts,
-                          const Parameters& grads);
+                          const Parameters& grads, const PromptLink& link = {});
 
 }  // namespace coppice

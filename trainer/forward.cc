@@ -6,18 +6,26 @@
 namespace coppice {
 
 absl::Status ForwardTree(const Decoder& decoder, const Parameters& params,
-                         const ops::BatchPlan& plan, const Activations& acts) {
+                         const ops::BatchPlan& plan, const Activations& acts,
+                         const PromptLink& link) {
   ops::Ops& ops = decoder.ops();
   const int64_t last = decoder.config().num_layers - 1;
   RETURN_IF_ERROR(
       ops.Embedding({.ids = plan.tokens(), .table = params.embedding, .out = acts.layer(0).input}));
-  for (int64_t l = 0; l < last; ++l) {
-    RETURN_IF_ERROR(decoder.AttentionForward(params.layers[l], plan, {}, acts.layer(l)));
-    RETURN_IF_ERROR(decoder.MlpForward(params.layers[l], acts.layer(l)));
+  for (int64_t l = 0; l <= last; ++l) {
+    RETURN_IF_ERROR(
+        decoder.AttentionForward(params.layers[l], plan, link.Context(l), acts.layer(l)));
+    if (l < last) RETURN_IF_ERROR(decoder.MlpForward(params.layers[l], acts.layer(l)));
   }
+  return absl::OkStatus();
+}
+
+absl::Status ForwardTail(const Decoder& decoder, const Parameters& params,
+                         const ops::BatchPlan& plan, const Activations& acts) {
+  ops::Ops& ops = decoder.ops();
+  const int64_t last = decoder.config().num_layers - 1;
   const LayerActivations& body = acts.layer(last);
   const LayerActivations& tail = acts.tail();
-  RETURN_IF_ERROR(decoder.AttentionForward(params.layers[last], plan, {}, body));
   RETURN_IF_ERROR(
       ops.GatherRows({.src = body.input, .indices = plan.logit_rows(), .out = tail.input}));
   RETURN_IF_ERROR(

@@ -18,9 +18,15 @@ struct HeadOutputs {
   std::vector<float> lse;       // [head_rows]
 };
 
-// Embedding, layers and final norm; leaves acts.hidden(). REQUIRES: acts.Prepare for this plan; at
-// least one head row.
+// Embedding and layers, up to the attention of the last one. Keys and values are stored into
+// link.context and read from it as the plan says. REQUIRES: acts.Prepare for this plan.
 absl::Status ForwardTree(const Decoder& decoder, const Parameters& params,
+                         const ops::BatchPlan& plan, const Activations& acts,
+                         const PromptLink& link = {});
+
+// The rest of the last layer on the head rows, and the final norm; leaves acts.hidden(). REQUIRES:
+// at least one head row.
+absl::Status ForwardTail(const Decoder& decoder, const Parameters& params,
                          const ops::BatchPlan& plan, const Activations& acts);
 
 // Log-probs of the tree's targets at `temperature`, from acts.hidden().

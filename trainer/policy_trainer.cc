@@ -30,15 +30,26 @@ absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const Options& options,
 PolicyTrainer::PolicyTrainer(const Options& options, int64_t activation_bytes, Model& model,
                              const Decoder& decoder, const Clock& clock)
     : activation_bytes_(activation_bytes),
-      limits_{.max_rows = std::min(
-                  options.max_rows,
-                  Activations::MaxRows(decoder.config(), decoder.ops().Info().compute_dtype,
-                                       activation_bytes)),
-              .share_prefixes = options.share_prefixes},
       model_(model),
       decoder_(decoder),
       ops_(decoder.ops()),
-      clock_(clock) {}
+      clock_(clock),
+      limits_(MakeLimits(options)) {}
+
+PassLimits PolicyTrainer::MakeLimits(const Options& options) const {
+  const ops::DeviceInfo device = ops_.Info();
+  PassLimits limits{
+      .max_rows = std::min(
+          options.max_rows,
+          Activations::MaxRows(decoder_.config(), device.compute_dtype, activation_bytes_)),
+      .share_prefixes = options.share_prefixes};
+  if (device.context_gradients) {
+    limits.max_branch_rows = [this, max_rows = options.max_rows](int64_t prompt_rows) {
+      return MaxBranchRows(max_rows, prompt_rows);
+    };
+  }
+  return limits;
+}
 
 absl::Status PolicyTrainer::SaveCheckpoint(absl::string_view directory) {
   if (pending_gradients_) {

@@ -1,8 +1,10 @@
 // PolicyTrainer: the Trainer. Owns gradients, activations and optimizer state; the weights belong
-// to the Model. train_step.cc holds the calls that compute, policy_trainer.cc creation and
-// checkpoints.
+// to the Model. train_step.cc holds the calls that compute, prompt_pass.cc those of a prompt that
+// runs apart from its branches, policy_trainer.cc creation and checkpoints.
 #pragma once
 
+#include <algorithm>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -13,6 +15,7 @@
 #include "trainer/forward.h"
 #include "trainer/optimizer.h"
 #include "trainer/phase_timer.h"
+#include "trainer/prompt_state.h"
 #include "trainer/request_plan.h"
 #include "trainer/token_tree.h"
 #include "trainer/trainer.h"
@@ -39,43 +42,74 @@ class PolicyTrainer final : public Trainer {
   absl::Status LoadCheckpoint(absl::string_view directory) override;
 
  private:
-  // One micro-batch on its way through forward, loss and backward.
-  struct Pass {
+  // One tree on its way through forward, loss and backward.
+  struct TreeRun {
     TokenTree tree;
+    PromptLink link;           // of branches
+    int64_t budget_bytes = 0;  // of activations
     std::unique_ptr<ops::BatchPlan> batch;
     HeadOutputs head;
     HeadGradients d_head;
+  };
+
+  // What runs together: one tree, or a prompt and its branches in micro-batches.
+  struct Pass {
+    std::optional<TreeRun> prompt;
+    std::vector<TreeRun> batches;
   };
 
   // Sums over the passes of one request.
   struct Totals {
     LossSums loss;
     int64_t unique = 0;
+    int64_t micro_batches = 0;
     Retain least_retained = Retain::kAll;
+
+    void Add(int64_t rows, Retain retain) {
+      unique += rows;
+      ++micro_batches;
+      least_retained = std::min(least_retained, retain);
+    }
   };
 
-  std::vector<TokenTree> BuildTrees(const RequestPlan& plan) const;  // one per pass
+  PassLimits MakeLimits(const Options& options) const;
+  std::vector<Pass> BuildPasses(const RequestPlan& plan) const;
+  Pass BuildPass(const RequestPlan& plan, const PlannedPass& planned) const;
   // Allocates what the largest pass needs.
-  absl::Status ReserveActivations(const std::vector<TokenTree>& trees);
-  absl::Status RunPass(const ForwardBackwardRequest& request, const RequestPlan& plan, size_t index,
-                       TokenTree tree, PhaseTimer& phases, Totals& totals,
+  absl::Status ReserveActivations(const std::vector<Pass>& passes);
+  absl::Status RunPass(const ForwardBackwardRequest& request, const RequestPlan& plan,
+                       const PlannedPass& planned, Pass pass, PhaseTimer& phases, Totals& totals,
                        std::vector<SampleResult>& results);
-  absl::StatusOr<Pass> BuildPass(TokenTree tree) const;
-  absl::Status RunForward(Pass& pass, Retain retain, float temperature, PhaseTimer& phases);
-  absl::Status RunBackward(const Pass& pass, float temperature, PhaseTimer& phases);
-  Retain ChooseRetain(const TokenTree& tree) const;
+  absl::Status ScorePass(const PlannedPass& planned, Pass pass, float temperature,
+                         PhaseTimer& phases, std::vector<SampleResult>& results);
+  absl::Status RunForward(TreeRun& run, Retain retain, float temperature, PhaseTimer& phases);
+  absl::Status RunBackward(const TreeRun& run, float temperature, PhaseTimer& phases);
+  Retain ChooseRetain(const TreeRun& run) const;
+
+  // ---- A prompt that runs apart from its branches: prompt_pass.cc
+  // Bytes that it keeps while they run.
+  int64_t PromptBytes(int64_t rows) const;
+  int64_t MaxBranchRows(int64_t max_rows, int64_t prompt_rows) const;
+  absl::Status ReservePrompt(const TreeRun& run);
+  // Leaves its state for the branches and the log-probs that it predicts itself.
+  absl::Status RunPromptForward(TreeRun& run, float temperature, PhaseTimer& phases);
+  // From the gradients that its branches have left. REQUIRES: all of them have run.
+  absl::Status RunPromptBackward(const TreeRun& run, float temperature, PhaseTimer& phases);
+
   absl::Status EnsureGradients();
   absl::Status EnsureOptimizer();
   absl::Status DropGradients();
 
   const int64_t activation_bytes_;
-  const PassLimits limits_;
   Model& model_;
   const Decoder& decoder_;
   ops::Ops& ops_;
   const Clock& clock_;
+  const PassLimits limits_;
 
   Activations activations_;
+  PromptState prompt_state_;
+  PromptGradients prompt_gradients_;
   DeviceBuffer gradient_buffer_;
   Parameters gradients_;  // f32; empty until the first ForwardBackward
   bool pending_gradients_ = false;

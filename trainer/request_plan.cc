@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
 #include "trainer/advantages.h"
+#include "trainer/branch_batches.h"
 #include "trainer/validate.h"
 
 namespace coppice {
@@ -20,6 +23,7 @@ int64_t NumRows(absl::Span<const TokenSequence> sequences, bool share) {
 
 // Samples [begin, end) of one group and the rows that it needs alone.
 struct GroupRange {
+  size_t index = 0;
   size_t begin = 0;
   size_t end = 0;
   int64_t rows = 0;
@@ -32,64 +36,101 @@ int64_t CommonPrompt(const GroupRange& a, const GroupRange& b) {
   return std::mismatch(a.prompt.begin(), end, b.prompt.begin()).first - a.prompt.begin();
 }
 
-absl::StatusOr<std::vector<GroupRange>> MeasureGroups(const RequestPlan& plan,
-                                                      const std::vector<TrainGroup>& groups,
-                                                      const PassLimits& limits) {
+std::vector<GroupRange> MeasureGroups(const RequestPlan& plan,
+                                      const std::vector<TrainGroup>& groups,
+                                      const PassLimits& limits) {
   std::vector<GroupRange> ranges;
   size_t begin = 0;
   for (size_t g = 0; g < groups.size(); ++g) {
     const size_t count = groups[g].samples.size();
     const auto sequences = absl::MakeSpan(plan.sequences).subspan(begin, count);
-    const int64_t rows = NumRows(sequences, limits.share_prefixes);
-    if (rows > limits.max_rows) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "train request refused: group ", g, " wants at most ", limits.max_rows,
-          " unique tokens, got ", rows, "; send fewer samples or raise the limit of rows"));
-    }
-    ranges.push_back({begin, begin + count, rows, groups[g].prompt});
+    ranges.push_back({.index = g,
+                      .begin = begin,
+                      .end = begin + count,
+                      .rows = NumRows(sequences, limits.share_prefixes),
+                      .prompt = groups[g].prompt});
     begin += count;
   }
   return ranges;
 }
 
+// A pass of its own for a group that is too large for a common one.
+absl::StatusOr<PlannedPass> CutGroup(const RequestPlan& plan, const GroupRange& group,
+                                     const PassLimits& limits) {
+  const auto refused = [&](absl::string_view what, int64_t want, int64_t got) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "train request refused: group ", group.index, " wants at most ", want, " ", what, ", got ",
+        got, "; send fewer or shorter samples or raise the limit of rows"));
+  };
+  if (!limits.share_prefixes || limits.max_branch_rows == nullptr) {
+    return refused("unique tokens", limits.max_rows, group.rows);
+  }
+  const int64_t prompt_rows = static_cast<int64_t>(group.prompt.size());
+  const int64_t max_rows = limits.max_branch_rows(prompt_rows);
+  if (max_rows <= 0) return refused("unique tokens", limits.max_rows, group.rows);
+  const auto sequences =
+      absl::MakeSpan(plan.sequences).subspan(group.begin, group.end - group.begin);
+  std::optional<std::vector<std::vector<int32_t>>> batches =
+      CutBranches(sequences, prompt_rows, max_rows);
+  if (!batches.has_value()) {
+    int64_t longest = 0;
+    for (const TokenSequence& s : sequences) longest = std::max(longest, s.num_rows());
+    return refused("tokens in a response", max_rows + 1, longest - prompt_rows + 1);
+  }
+  for (std::vector<int32_t>& batch : *batches) {
+    for (int32_t& sample : batch) sample += static_cast<int32_t>(group.begin);
+  }
+  return PlannedPass{.prompt_rows = prompt_rows, .batches = *std::move(batches)};
+}
+
 // Fills passes greedily with groups in order of their prompts, so that groups with common prefixes
 // meet. What a group adds is bounded by its own rows less the prompt tokens that the group before
 // it has brought.
-std::vector<std::vector<int32_t>> FillPasses(std::vector<GroupRange> groups,
-                                             const PassLimits& limits) {
+std::vector<PlannedPass> FillPasses(std::vector<GroupRange> groups, const PassLimits& limits) {
   std::stable_sort(groups.begin(), groups.end(), [](const GroupRange& a, const GroupRange& b) {
     return std::lexicographical_compare(a.prompt.begin(), a.prompt.end(), b.prompt.begin(),
                                         b.prompt.end());
   });
-  std::vector<std::vector<int32_t>> passes;
+  std::vector<PlannedPass> passes;
   int64_t rows = 0;
   for (size_t i = 0; i < groups.size(); ++i) {
     const GroupRange& group = groups[i];
     const bool follows = i > 0 && limits.share_prefixes;
     const int64_t added = group.rows - (follows ? CommonPrompt(groups[i - 1], group) : 0);
     if (passes.empty() || rows + added > limits.max_rows) {
-      passes.emplace_back();
+      passes.push_back({.batches = {{}}});
       rows = group.rows;
     } else {
       rows += added;
     }
     for (size_t s = group.begin; s < group.end; ++s) {
-      passes.back().push_back(static_cast<int32_t>(s));
+      passes.back().batches[0].push_back(static_cast<int32_t>(s));
     }
   }
-  for (std::vector<int32_t>& pass : passes) std::sort(pass.begin(), pass.end());
+  for (PlannedPass& pass : passes) std::sort(pass.batches[0].begin(), pass.batches[0].end());
   return passes;
 }
 
 absl::Status PlanPasses(const std::vector<TrainGroup>& groups, const PassLimits& limits,
                         RequestPlan& plan) {
   if (NumRows(plan.sequences, limits.share_prefixes) <= limits.max_rows) {
-    plan.passes.emplace_back(plan.sequences.size());
-    std::iota(plan.passes[0].begin(), plan.passes[0].end(), 0);
+    std::vector<int32_t> all(plan.sequences.size());
+    std::iota(all.begin(), all.end(), 0);
+    plan.passes = {{.batches = {std::move(all)}}};
     return absl::OkStatus();
   }
-  ASSIGN_OR_RETURN(std::vector<GroupRange> ranges, MeasureGroups(plan, groups, limits));
-  plan.passes = FillPasses(std::move(ranges), limits);
+  std::vector<GroupRange> small;
+  for (GroupRange& group : MeasureGroups(plan, groups, limits)) {
+    if (group.rows <= limits.max_rows) {
+      small.push_back(std::move(group));
+      continue;
+    }
+    ASSIGN_OR_RETURN(PlannedPass pass, CutGroup(plan, group, limits));
+    plan.passes.push_back(std::move(pass));
+  }
+  for (PlannedPass& pass : FillPasses(std::move(small), limits)) {
+    plan.passes.push_back(std::move(pass));
+  }
   return absl::OkStatus();
 }
 
@@ -112,9 +153,9 @@ int64_t NumTokensWithLoss(const TrainSample& sample) {
 
 }  // namespace
 
-std::vector<TokenSequence> RequestPlan::PassSequences(size_t pass) const {
+std::vector<TokenSequence> RequestPlan::Sequences(const std::vector<int32_t>& indices) const {
   std::vector<TokenSequence> result;
-  for (const int32_t s : passes[pass]) result.push_back(sequences[s]);
+  for (const int32_t s : indices) result.push_back(sequences[s]);
   return result;
 }
 

@@ -1,7 +1,9 @@
 // RequestPlan: what a request means, worked out before anything runs: sequences, advantages, global
-// denominators, and the passes (micro-batches of whole groups) that fit the limit of rows.
+// denominators, and the passes that fit the limits: micro-batches of whole groups, or one group
+// that is too large for that, its prompt and then its branches.
 #pragma once
 
+#include <functional>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -12,26 +14,34 @@
 
 namespace coppice {
 
+struct PlannedPass {
+  int64_t prompt_rows = 0;  // > 0: the prompt runs by itself and the batches hang below it
+  // Ascending sample indices of each tree that runs; one without a prompt of its own.
+  std::vector<std::vector<int32_t>> batches;
+};
+
 // Borrows the groups.
 struct RequestPlan {
   std::vector<const TrainSample*> samples;      // all, in request order
   std::vector<TokenSequence> sequences;         // [samples]
   std::vector<std::vector<double>> advantages;  // [samples]; empty for scoring
   LossCounts counts;                            // over all passes
-  std::vector<std::vector<int32_t>> passes;     // ascending sample indices of each
-  int64_t with_loss = 0;                        // response tokens whose mask is not zero
+  std::vector<PlannedPass> passes;
+  int64_t with_loss = 0;  // response tokens whose mask is not zero
 
-  // Sequences of one pass.
-  std::vector<TokenSequence> PassSequences(size_t pass) const;
+  std::vector<TokenSequence> Sequences(const std::vector<int32_t>& indices) const;
 };
 
 // Limits of one pass.
 struct PassLimits {
   int64_t max_rows = 0;
   bool share_prefixes = true;
+  // Rows that a micro-batch of branches may have beside the state of a prompt; 0 if the prompt
+  // leaves no room. Absent where prompts cannot run apart from their branches.
+  std::function<int64_t(int64_t prompt_rows)> max_branch_rows;
 };
 
-// INVALID_ARGUMENT: bad input, or a group with more unique tokens than a pass may have.
+// INVALID_ARGUMENT: bad input, or a group that fits no pass, not even cut into branches.
 absl::StatusOr<RequestPlan> PlanTraining(const ModelConfig& config, const PassLimits& limits,
                                          const ForwardBackwardRequest& request);
 absl::StatusOr<RequestPlan> PlanScoring(const ModelConfig& config, const PassLimits& limits,

@@ -12,19 +12,6 @@ bool Before(const TokenSequence& a, const TokenSequence& b) {
   return a.token(common) < b.token(common);
 }
 
-std::vector<int32_t> SortedOrder(absl::Span<const TokenSequence> sequences) {
-  std::vector<int32_t> order(sequences.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int32_t a, int32_t b) { return Before(sequences[a], sequences[b]); });
-  return order;
-}
-
-// Rows of `b` that exist already when `a` is its neighbour in sorted order.
-int64_t SharedRows(const TokenSequence& a, const TokenSequence& b) {
-  return std::min({CommonPrefix(a, b), a.num_rows(), b.num_rows()});
-}
-
 // A (row, next token) pair in order of discovery, before targets are grouped by row.
 struct FoundTarget {
   int32_t row;
@@ -33,7 +20,8 @@ struct FoundTarget {
 
 class TreeBuilder {
  public:
-  explicit TreeBuilder(absl::Span<const TokenSequence> sequences) : sequences_(sequences) {
+  TreeBuilder(absl::Span<const TokenSequence> sequences, const PositionRange& range)
+      : sequences_(sequences), range_(range) {
     tree_.samples.resize(sequences.size());
   }
 
@@ -41,13 +29,15 @@ class TreeBuilder {
   // left on the path.
   void Add(int32_t index, int64_t shared) {
     const TokenSequence& sequence = sequences_[index];
-    CloseRows(shared);
-    for (int64_t p = shared; p < sequence.num_rows(); ++p) AppendRow(sequence.token(p), p);
+    const int64_t begin = std::clamp(shared, range_.begin, range_.end);
+    const int64_t end = std::min(sequence.num_rows(), range_.end);
+    CloseRows(begin);
+    for (int64_t p = begin; p < end; ++p) AppendRow(sequence.token(p), p);
     FindTargets(index);
   }
 
   TokenTree Finish() {
-    CloseRows(0);
+    CloseRows(range_.begin);
     if (tree_.num_rows() > 0) {
       tree_.batch.segments = {{.row_begin = 0, .row_end = static_cast<int32_t>(tree_.num_rows())}};
     }
@@ -64,11 +54,12 @@ class TreeBuilder {
     last_found_.push_back(-1);
   }
 
-  // Ends the subtrees of the path's rows from position `keep` on.
-  void CloseRows(int64_t keep) {
+  // Ends the subtrees of the path's rows from `position` on.
+  void CloseRows(int64_t position) {
     const int32_t end = static_cast<int32_t>(tree_.num_rows());
+    const size_t keep = position - range_.begin;
     for (size_t p = keep; p < path_.size(); ++p) tree_.batch.subtree_end[path_[p]] = end;
-    path_.resize(keep);
+    path_.resize(std::min(keep, path_.size()));
   }
 
   // Sorted order makes equal next tokens of a row neighbours, so comparing with the row's last
@@ -79,7 +70,9 @@ class TreeBuilder {
     refs.resize(sequence.response.size());
     for (size_t t = 0; t < refs.size(); ++t) {
       if (!sequence.wanted.empty() && sequence.wanted[t] == 0) continue;
-      const int32_t row = path_[sequence.prompt.size() + t - 1];
+      const int64_t position = static_cast<int64_t>(sequence.prompt.size() + t) - 1;
+      if (position < range_.begin || position >= range_.end) continue;
+      const int32_t row = path_[position - range_.begin];
       const int32_t token = sequence.response[t];
       int32_t& last = last_found_[row];
       if (last < 0 || found_[last].token != token) {
@@ -116,13 +109,26 @@ class TreeBuilder {
   }
 
   absl::Span<const TokenSequence> sequences_;
+  const PositionRange range_;
   TokenTree tree_;
-  std::vector<int32_t> path_;        // row of each position of the current sequence
+  std::vector<int32_t> path_;        // row of each position of the current sequence in the range
   std::vector<int32_t> last_found_;  // [rows] last entry of found_ in this row, or -1
   std::vector<FoundTarget> found_;
 };
 
 }  // namespace
+
+std::vector<int32_t> DepthFirstOrder(absl::Span<const TokenSequence> sequences) {
+  std::vector<int32_t> order(sequences.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(),
+                   [&](int32_t a, int32_t b) { return Before(sequences[a], sequences[b]); });
+  return order;
+}
+
+int64_t SharedRows(const TokenSequence& a, const TokenSequence& b) {
+  return std::min({CommonPrefix(a, b), a.num_rows(), b.num_rows()});
+}
 
 int64_t CommonPrefix(const TokenSequence& a, const TokenSequence& b) {
   int64_t common = 0;
@@ -134,14 +140,15 @@ int64_t CommonPrefix(const TokenSequence& a, const TokenSequence& b) {
   return common;
 }
 
-TokenTree BuildTokenTree(absl::Span<const TokenSequence> sequences, bool share) {
-  TreeBuilder builder(sequences);
+TokenTree BuildTokenTree(absl::Span<const TokenSequence> sequences, bool share,
+                         const PositionRange& range) {
+  TreeBuilder builder(sequences, range);
   if (!share) {
     for (size_t i = 0; i < sequences.size(); ++i) builder.Add(static_cast<int32_t>(i), 0);
     return builder.Finish();
   }
   const TokenSequence* previous = nullptr;
-  for (const int32_t i : SortedOrder(sequences)) {
+  for (const int32_t i : DepthFirstOrder(sequences)) {
     builder.Add(i, previous == nullptr ? 0 : SharedRows(*previous, sequences[i]));
     previous = &sequences[i];
   }
@@ -151,7 +158,7 @@ TokenTree BuildTokenTree(absl::Span<const TokenSequence> sequences, bool share) 
 int64_t CountTreeRows(absl::Span<const TokenSequence> sequences) {
   int64_t rows = 0;
   const TokenSequence* previous = nullptr;
-  for (const int32_t i : SortedOrder(sequences)) {
+  for (const int32_t i : DepthFirstOrder(sequences)) {
     rows += sequences[i].num_rows();
     if (previous != nullptr) rows -= SharedRows(*previous, sequences[i]);
     previous = &sequences[i];

@@ -14,6 +14,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 #include "absl/types/span.h"
@@ -52,14 +53,29 @@ struct TokenTree {
   int64_t num_head_rows() const { return static_cast<int64_t>(batch.logit_rows.size()); }
 };
 
+// Positions [begin, end) of every sequence; what lies before is context, what lies behind runs
+// elsewhere.
+struct PositionRange {
+  int64_t begin = 0;
+  int64_t end = std::numeric_limits<int64_t>::max();
+};
+
 // share = false packs every sequence on its own, as an engine without prefix sharing does: the
-// baseline.
-TokenTree BuildTokenTree(absl::Span<const TokenSequence> sequences, bool share = true);
+// baseline. With `range` only the rows at these positions, and the targets that they predict.
+// REQUIRES: the sequences are equal before range.begin.
+TokenTree BuildTokenTree(absl::Span<const TokenSequence> sequences, bool share = true,
+                         const PositionRange& range = {});
 
 // Rows of BuildTokenTree(sequences) without building it.
 int64_t CountTreeRows(absl::Span<const TokenSequence> sequences);
 
 // Tokens that the two sequences have in common from the start.
 int64_t CommonPrefix(const TokenSequence& a, const TokenSequence& b);
+
+// Sequences in the order in which their rows appear.
+std::vector<int32_t> DepthFirstOrder(absl::Span<const TokenSequence> sequences);
+
+// Rows of `b` that exist already when `a` is its neighbour in that order.
+int64_t SharedRows(const TokenSequence& a, const TokenSequence& b);
 
 }  // namespace coppice

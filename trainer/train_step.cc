@@ -6,73 +6,11 @@
 #include "kernels/base/log.h"
 #include "kernels/base/status_macros.h"
 #include "trainer/policy_trainer.h"
+#include "trainer/sample_paths.h"
 #include "trainer/validate.h"
 
 namespace coppice {
 namespace {
-
-// Log-probs and entropies of one sample, gathered along its path; zero where no log-prob was
-// wanted.
-struct SamplePath {
-  std::vector<float> logprobs;
-  std::vector<float> entropy;
-};
-
-SamplePath GatherPath(const std::vector<TargetRef>& refs, const HeadOutputs& head) {
-  SamplePath path{.logprobs = std::vector<float>(refs.size()),
-                  .entropy = std::vector<float>(refs.size())};
-  for (size_t t = 0; t < refs.size(); ++t) {
-    if (refs[t].target < 0) continue;
-    path.logprobs[t] = head.logprobs[refs[t].target];
-    path.entropy[t] = head.entropy[refs[t].head_row];
-  }
-  return path;
-}
-
-// Adds up derivatives by unique token, in double and in sample order.
-class HeadGradientSums {
- public:
-  explicit HeadGradientSums(const TokenTree& tree)
-      : d_logprobs_(tree.targets.size()), d_entropy_(tree.num_head_rows()) {}
-
-  void Add(const std::vector<TargetRef>& refs, const SampleGradient& gradient) {
-    for (size_t t = 0; t < refs.size(); ++t) {
-      if (refs[t].target < 0) continue;
-      d_logprobs_[refs[t].target] += gradient.d_logprobs[t];
-      d_entropy_[refs[t].head_row] += gradient.d_entropy[t];
-    }
-  }
-
-  HeadGradients Round(bool with_entropy) const {
-    HeadGradients rounded;
-    rounded.d_logprobs.assign(d_logprobs_.begin(), d_logprobs_.end());
-    if (with_entropy) rounded.d_entropy.assign(d_entropy_.begin(), d_entropy_.end());
-    return rounded;
-  }
-
- private:
-  std::vector<double> d_logprobs_, d_entropy_;
-};
-
-// Every sample's own loss terms; what is shared meets again in the sums over unique tokens.
-HeadGradients EvaluateLoss(const ForwardBackwardRequest& request, const RequestPlan& plan,
-                           const std::vector<int32_t>& samples, const TokenTree& tree,
-                           const HeadOutputs& head, LossSums& sums,
-                           std::vector<SampleResult>& results) {
-  HeadGradientSums gradient_sums(tree);
-  for (size_t i = 0; i < samples.size(); ++i) {
-    const int32_t s = samples[i];
-    SamplePath path = GatherPath(tree.samples[i], head);
-    const SampleView view{.sample = *plan.samples[s],
-                          .logprobs = path.logprobs,
-                          .entropy = path.entropy,
-                          .advantages = plan.advantages[s]};
-    gradient_sums.Add(tree.samples[i],
-                      EvaluateSample(request.loss, plan.counts, view, sums, results[s]));
-    if (request.return_logprobs) results[s].logprobs = std::move(path.logprobs);
-  }
-  return gradient_sums.Round(request.loss.entropy_coef != 0);
-}
 
 int64_t NumFlatRows(const RequestPlan& plan) {
   int64_t rows = 0;
@@ -93,16 +31,16 @@ absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
   PhaseTimer phases(clock_);
   ASSIGN_OR_RETURN(const RequestPlan plan, PlanTraining(decoder_.config(), limits_, request));
   RETURN_IF_ERROR(EnsureGradients());
-  std::vector<TokenTree> trees = BuildTrees(plan);
-  RETURN_IF_ERROR(ReserveActivations(trees));  // so that no later pass can lack memory
+  std::vector<Pass> passes = BuildPasses(plan);
+  RETURN_IF_ERROR(ReserveActivations(passes));  // so that no later pass can lack memory
   phases.Lap("build_tree");
 
   Totals totals;
   ForwardBackwardResult result;
   result.samples.resize(plan.samples.size());
   for (size_t i = 0; i < plan.passes.size(); ++i) {
-    const absl::Status status =
-        RunPass(request, plan, i, std::move(trees[i]), phases, totals, result.samples);
+    const absl::Status status = RunPass(request, plan, plan.passes[i], std::move(passes[i]), phases,
+                                        totals, result.samples);
     if (status.ok()) continue;
     LOG(ERROR) << "forward_backward_failed policy_version=" << Raw(version_)
                << " gradients=dropped status=\"" << status << '"';
@@ -114,6 +52,7 @@ absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
   result.loss = totals.loss.loss();
   result.metrics = totals.loss.Metrics();
   result.metrics["passes"] = static_cast<double>(plan.passes.size());
+  result.metrics["micro_batches"] = static_cast<double>(totals.micro_batches);
   result.metrics["recompute"] =
       static_cast<double>(Retain::kAll) - static_cast<double>(totals.least_retained);
   result.metrics["activation_bytes"] = static_cast<double>(activations_.size_bytes());
@@ -123,65 +62,105 @@ absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
 }
 
 absl::Status PolicyTrainer::RunPass(const ForwardBackwardRequest& request, const RequestPlan& plan,
-                                    size_t index, TokenTree tree, PhaseTimer& phases,
+                                    const PlannedPass& planned, Pass pass, PhaseTimer& phases,
                                     Totals& totals, std::vector<SampleResult>& results) {
-  ASSIGN_OR_RETURN(Pass pass, BuildPass(std::move(tree)));
-  phases.Lap("build_tree");
-  totals.unique += pass.tree.num_rows();
   const float temperature = request.loss.temperature;
-  const Retain retain = ChooseRetain(pass.tree);
-  totals.least_retained = std::min(totals.least_retained, retain);
-
-  RETURN_IF_ERROR(RunForward(pass, retain, temperature, phases));
-  pass.d_head =
-      EvaluateLoss(request, plan, plan.passes[index], pass.tree, pass.head, totals.loss, results);
-  phases.Lap("loss");
-  return RunBackward(pass, temperature, phases);
-}
-
-std::vector<TokenTree> PolicyTrainer::BuildTrees(const RequestPlan& plan) const {
-  std::vector<TokenTree> trees;
-  for (size_t i = 0; i < plan.passes.size(); ++i) {
-    trees.push_back(BuildTokenTree(plan.PassSequences(i), limits_.share_prefixes));
+  const bool with_entropy = request.loss.entropy_coef != 0;
+  std::optional<HeadGradientSums> prompt_sums;
+  if (pass.prompt.has_value()) {
+    RETURN_IF_ERROR(RunPromptForward(*pass.prompt, temperature, phases));
+    RETURN_IF_ERROR(prompt_gradients_.Zero(ops_));
+    prompt_sums.emplace(pass.prompt->tree);
+    totals.unique += pass.prompt->tree.num_rows();
   }
-  return trees;
-}
+  size_t first = 0;  // sample of the pass
+  for (size_t b = 0; b < pass.batches.size(); ++b) {
+    TreeRun& run = pass.batches[b];
+    totals.Add(run.tree.num_rows(), ChooseRetain(run));
+    RETURN_IF_ERROR(RunForward(run, ChooseRetain(run), temperature, phases));
 
-absl::Status PolicyTrainer::ReserveActivations(const std::vector<TokenTree>& trees) {
-  for (const TokenTree& tree : trees) {
-    if (tree.targets.empty()) continue;
-    RETURN_IF_ERROR(activations_.Prepare(decoder_.config(), ops_, tree.num_rows(),
-                                         tree.num_head_rows(), ChooseRetain(tree)));
+    HeadGradientSums sums(run.tree);
+    std::vector<PathSource> sources = {{run.tree, run.head, 0, &sums}};
+    if (pass.prompt.has_value()) {
+      sources.push_back({pass.prompt->tree, pass.prompt->head, first, &*prompt_sums});
+    }
+    EvaluateLoss(request, plan, planned.batches[b], sources, totals.loss, results);
+    run.d_head = sums.Round(with_entropy);
+    first += planned.batches[b].size();
+    phases.Lap("loss");
+    RETURN_IF_ERROR(RunBackward(run, temperature, phases));
   }
-  return absl::OkStatus();
+  if (!pass.prompt.has_value()) return absl::OkStatus();
+  pass.prompt->d_head = prompt_sums->Round(with_entropy);
+  return RunPromptBackward(*pass.prompt, temperature, phases);
 }
 
-absl::StatusOr<PolicyTrainer::Pass> PolicyTrainer::BuildPass(TokenTree tree) const {
+std::vector<PolicyTrainer::Pass> PolicyTrainer::BuildPasses(const RequestPlan& plan) const {
+  std::vector<Pass> passes;
+  for (const PlannedPass& planned : plan.passes) passes.push_back(BuildPass(plan, planned));
+  return passes;
+}
+
+PolicyTrainer::Pass PolicyTrainer::BuildPass(const RequestPlan& plan,
+                                             const PlannedPass& planned) const {
   Pass pass;
-  pass.tree = std::move(tree);
-  ASSIGN_OR_RETURN(pass.batch, ops_.PlanBatch(pass.tree.batch));
+  const int64_t prompt_rows = planned.prompt_rows;
+  std::vector<TokenSequence> all;
+  for (const std::vector<int32_t>& samples : planned.batches) {
+    const std::vector<TokenSequence> sequences = plan.Sequences(samples);
+    TreeRun run{.tree = BuildTokenTree(sequences, limits_.share_prefixes, {.begin = prompt_rows}),
+                .budget_bytes = activation_bytes_};
+    if (prompt_rows > 0) {
+      HangBelowPrompt(prompt_rows, run.tree.batch);
+      run.link = {.context = &prompt_state_, .gradients = &prompt_gradients_};
+      run.budget_bytes -= PromptBytes(prompt_rows);
+    }
+    pass.batches.push_back(std::move(run));
+    all.insert(all.end(), sequences.begin(), sequences.end());
+  }
+  if (prompt_rows > 0) {
+    for (TokenSequence& s : all) s.wanted = {};  // a prompt has head rows, whatever the masks
+    pass.prompt.emplace();
+    pass.prompt->tree = BuildTokenTree(all, /*share=*/true, {.end = prompt_rows});
+    StoreAsPrompt(pass.prompt->tree.batch);
+  }
   return pass;
 }
 
-absl::Status PolicyTrainer::RunForward(Pass& pass, Retain retain, float temperature,
+absl::Status PolicyTrainer::ReserveActivations(const std::vector<Pass>& passes) {
+  for (const Pass& pass : passes) {
+    if (pass.prompt.has_value()) RETURN_IF_ERROR(ReservePrompt(*pass.prompt));
+    for (const TreeRun& run : pass.batches) {
+      if (run.tree.targets.empty()) continue;
+      RETURN_IF_ERROR(activations_.Prepare(decoder_.config(), ops_, run.tree.num_rows(),
+                                           run.tree.num_head_rows(), ChooseRetain(run)));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status PolicyTrainer::RunForward(TreeRun& run, Retain retain, float temperature,
                                        PhaseTimer& phases) {
-  if (pass.tree.targets.empty()) return absl::OkStatus();
-  RETURN_IF_ERROR(activations_.Prepare(decoder_.config(), ops_, pass.tree.num_rows(),
-                                       pass.tree.num_head_rows(), retain));
-  RETURN_IF_ERROR(ForwardTree(decoder_, model_.params, *pass.batch, activations_));
+  if (run.tree.targets.empty()) return absl::OkStatus();
+  ASSIGN_OR_RETURN(run.batch, ops_.PlanBatch(run.tree.batch));
+  phases.Lap("build_tree");
+  RETURN_IF_ERROR(activations_.Prepare(decoder_.config(), ops_, run.tree.num_rows(),
+                                       run.tree.num_head_rows(), retain));
+  RETURN_IF_ERROR(ForwardTree(decoder_, model_.params, *run.batch, activations_, run.link));
+  RETURN_IF_ERROR(ForwardTail(decoder_, model_.params, *run.batch, activations_));
   phases.Lap("forward");
-  RETURN_IF_ERROR(
-      HeadForward(ops_, model_.params, pass.tree, temperature, activations_, pass.head));
+  RETURN_IF_ERROR(HeadForward(ops_, model_.params, run.tree, temperature, activations_, run.head));
   phases.Lap("head");
   return absl::OkStatus();
 }
 
-absl::Status PolicyTrainer::RunBackward(const Pass& pass, float temperature, PhaseTimer& phases) {
-  if (pass.tree.targets.empty()) return absl::OkStatus();
-  RETURN_IF_ERROR(HeadBackward(ops_, model_.params, pass.tree, temperature, pass.head, pass.d_head,
+absl::Status PolicyTrainer::RunBackward(const TreeRun& run, float temperature, PhaseTimer& phases) {
+  if (run.tree.targets.empty()) return absl::OkStatus();
+  RETURN_IF_ERROR(HeadBackward(ops_, model_.params, run.tree, temperature, run.head, run.d_head,
                                activations_, gradients_));
   phases.Lap("head");
-  RETURN_IF_ERROR(BackwardTree(decoder_, model_.params, *pass.batch, activations_, gradients_));
+  RETURN_IF_ERROR(
+      BackwardTree(decoder_, model_.params, *run.batch, activations_, gradients_, run.link));
   RETURN_IF_ERROR(ops_.Synchronize());
   phases.Lap("backward");
   return absl::OkStatus();
@@ -217,24 +196,41 @@ absl::StatusOr<std::vector<SampleResult>> PolicyTrainer::Score(
   RETURN_IF_ERROR(ValidateTemperature(temperature));
   ASSIGN_OR_RETURN(const RequestPlan plan, PlanScoring(decoder_.config(), limits_, groups));
   PhaseTimer phases(clock_);
-  std::vector<TokenTree> trees = BuildTrees(plan);
+  std::vector<Pass> passes = BuildPasses(plan);
   std::vector<SampleResult> results(plan.samples.size());
   for (size_t i = 0; i < plan.passes.size(); ++i) {
-    ASSIGN_OR_RETURN(Pass pass, BuildPass(std::move(trees[i])));
-    RETURN_IF_ERROR(RunForward(pass, Retain::kNothing, temperature, phases));
-    for (size_t j = 0; j < plan.passes[i].size(); ++j) {
-      SamplePath path = GatherPath(pass.tree.samples[j], pass.head);
-      SampleResult& result = results[plan.passes[i][j]];
-      result.entropy = MeanEntropy(path);
-      result.logprobs = std::move(path.logprobs);
-    }
+    RETURN_IF_ERROR(ScorePass(plan.passes[i], std::move(passes[i]), temperature, phases, results));
   }
   return results;
 }
 
-Retain PolicyTrainer::ChooseRetain(const TokenTree& tree) const {
-  return Activations::Choose(decoder_.config(), ops_.Info().compute_dtype, tree.num_rows(),
-                             tree.num_head_rows(), activation_bytes_);
+absl::Status PolicyTrainer::ScorePass(const PlannedPass& planned, Pass pass, float temperature,
+                                      PhaseTimer& phases, std::vector<SampleResult>& results) {
+  if (pass.prompt.has_value()) {
+    RETURN_IF_ERROR(RunPromptForward(*pass.prompt, temperature, phases));
+  }
+  size_t first = 0;
+  for (size_t b = 0; b < pass.batches.size(); ++b) {
+    TreeRun& run = pass.batches[b];
+    RETURN_IF_ERROR(RunForward(run, Retain::kNothing, temperature, phases));
+    std::vector<PathSource> sources = {{run.tree, run.head}};
+    if (pass.prompt.has_value()) {
+      sources.push_back({pass.prompt->tree, pass.prompt->head, first});
+    }
+    for (size_t i = 0; i < planned.batches[b].size(); ++i) {
+      SamplePath path = GatherPath(sources, i);
+      SampleResult& result = results[planned.batches[b][i]];
+      result.entropy = MeanEntropy(path);
+      result.logprobs = std::move(path.logprobs);
+    }
+    first += planned.batches[b].size();
+  }
+  return absl::OkStatus();
+}
+
+Retain PolicyTrainer::ChooseRetain(const TreeRun& run) const {
+  return Activations::Choose(decoder_.config(), ops_.Info().compute_dtype, run.tree.num_rows(),
+                             run.tree.num_head_rows(), run.budget_bytes);
 }
 
 absl::Status PolicyTrainer::EnsureGradients() {

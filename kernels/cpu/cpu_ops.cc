@@ -84,7 +84,8 @@ ops::DeviceInfo CpuOps::Info() const {
           .name = absl::StrCat("cpu ", ProcessorName(), ", ", context_.num_threads(), " threads"),
           .compute_dtype = DType::kF32,
           .total_bytes = static_cast<int64_t>(memory.totalram) * memory.mem_unit,
-          .free_bytes = static_cast<int64_t>(memory.freeram) * memory.mem_unit};
+          .free_bytes = static_cast<int64_t>(memory.freeram) * memory.mem_unit,
+          .context_gradients = true};
 }
 
 absl::StatusOr<DeviceBuffer> CpuOps::Allocate(int64_t size_bytes, absl::string_view label) {

@@ -43,6 +43,8 @@ struct DeviceInfo {
   DType compute_dtype = DType::kF32;
   int64_t total_bytes = 0;  // memory of the device
   int64_t free_bytes = 0;
+  // TreeAttentionBackward takes batches with context and adds to d_context.
+  bool context_gradients = false;
 };
 
 // Marks on the device's own timeline, between the ops that are queued around them. Borrows its Ops.

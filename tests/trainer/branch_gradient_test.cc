@@ -1,0 +1,191 @@
+// A group too large for one pass runs depth-first: its prompt once, its branches in micro-batches.
+// Gradients and results equal those of the whole tree.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+#include "tests/support/tolerances.h"
+#include "tests/trainer/trainer_fixture.h"
+#include "trainer/activations.h"
+#include "trainer/prompt_state.h"
+
+namespace coppice {
+namespace {
+
+std::vector<double> ToDouble(const std::vector<float>& v) { return {v.begin(), v.end()}; }
+
+std::vector<int32_t> RandomTokens(Random& random, int64_t n, int64_t vocab) {
+  std::vector<int32_t> tokens(n);
+  for (int32_t& t : tokens) t = static_cast<int32_t>(Uniform(random, 0, vocab - 1));
+  return tokens;
+}
+
+// One group whose responses are the paths of random trees, so that they share nested prefixes
+// beyond the prompt; one response is a single token, which has no rows of its own.
+ForwardBackwardRequest OneGroup(Random& random, int64_t vocab, int64_t prompt_tokens) {
+  ForwardBackwardRequest request;
+  request.loss = RandomLoss(random);
+  TrainGroup group{.prompt = RandomTokens(random, prompt_tokens, vocab)};
+  group.samples.push_back(RandomSample(random, RandomTokens(random, 1, vocab)));
+  for (int i = 0; i < 3; ++i) {
+    const RandomTree tree(random, vocab, 4);
+    for (const std::vector<int32_t>& path : tree.paths()) {
+      group.samples.push_back(RandomSample(random, path));
+    }
+  }
+  for (TrainSample& sample : group.samples) {
+    const size_t n = Uniform(random, 0, 1) == 0 ? 1 : sample.tokens.size();
+    sample.advantages = RandomFloats(random, n, 0.2f, 1);
+  }
+  request.groups.push_back(std::move(group));
+  return request;
+}
+
+int64_t LongestResponse(const ForwardBackwardRequest& request) {
+  size_t longest = 0;
+  for (const TrainGroup& group : request.groups) {
+    for (const TrainSample& s : group.samples) longest = std::max(longest, s.tokens.size());
+  }
+  return static_cast<int64_t>(longest);
+}
+
+void ExpectSameResults(const ForwardBackwardResult& got, const ForwardBackwardResult& want,
+                       const std::string& what) {
+  EXPECT_NEAR(got.loss, want.loss, tolerance::kTreeVersusFlat * (1 + std::abs(want.loss))) << what;
+  EXPECT_EQ(got.tokens.flat, want.tokens.flat) << what;
+  EXPECT_EQ(got.tokens.with_loss, want.tokens.with_loss) << what;
+  for (size_t s = 0; s < want.samples.size(); ++s) {
+    ASSERT_EQ(got.samples[s].logprobs.size(), want.samples[s].logprobs.size()) << what;
+    EXPECT_NEAR(got.samples[s].entropy, want.samples[s].entropy, 10 * tolerance::kTreeVersusFlat);
+    for (size_t t = 0; t < want.samples[s].logprobs.size(); ++t) {
+      EXPECT_NEAR(got.samples[s].logprobs[t], want.samples[s].logprobs[t],
+                  10 * tolerance::kTreeVersusFlat)
+          << what << ", sample " << s << ", token " << t;
+    }
+  }
+}
+
+class BranchGradientTest : public testing::TestWithParam<ModelConfig> {};
+
+TEST_P(BranchGradientTest, EqualsTheWholeTreeOnRandomTrees) {
+  int64_t num_cut = 0;
+  TinyPolicy whole(GetParam());
+  for (uint64_t seed = 0; seed < 40; ++seed) {
+    const std::string what = "seed " + std::to_string(seed);
+    Random random(seed);
+    // Prompts of one token up to more than one block of the state.
+    const int64_t prompt =
+        Uniform(random, 0, 3) == 0 ? Uniform(random, 1, 3) : Uniform(random, 4, 90);
+    ForwardBackwardRequest request = OneGroup(random, whole.config().vocab, prompt);
+    request.return_logprobs = Uniform(random, 0, 3) != 0;
+    const int64_t rows = std::max(prompt, LongestResponse(request) + Uniform(random, 0, 8));
+    TinyPolicy cut(GetParam(), 1, {.max_rows = rows});
+
+    const ForwardBackwardResult want = whole.trainer().ForwardBackward(request).value();
+    const absl::StatusOr<ForwardBackwardResult> got = cut.trainer().ForwardBackward(request);
+    ASSERT_TRUE(got.ok()) << got.status() << what;
+    ExpectSameResults(*got, want, what);
+    ExpectTensorsNear(whole.config(), cut.Gradients(), ToDouble(whole.Gradients()),
+                      tolerance::kTreeVersusFlat, what);
+    EXPECT_EQ(got->metrics.at("passes"), 1) << what;
+    if (got->metrics.at("micro_batches") > 1) ++num_cut;
+    whole.DropGradients();
+    if (testing::Test::HasFailure()) break;
+  }
+  EXPECT_GE(num_cut, 20);
+}
+
+INSTANTIATE_TEST_SUITE_P(Architectures, BranchGradientTest,
+                         testing::Values(TinyConfig(Architecture::kLlama, false),
+                                         TinyConfig(Architecture::kQwen2, true),
+                                         TinyConfig(Architecture::kQwen3, false)),
+                         [](const auto& test) { return ArchitectureName(test.param); });
+
+// 20 prompt tokens, eight responses of nine that part at once.
+ForwardBackwardRequest WideRequest() {
+  ForwardBackwardRequest request;
+  request.groups = {{.prompt = std::vector<int32_t>(20, 3)}};
+  for (int32_t i = 0; i < 8; ++i) {
+    request.groups[0].samples.push_back(
+        {.tokens = {10 + i, 1, 2, 3, 4, 5, 6, 7, 8}, .advantages = {1.0f - 0.3f * i}});
+  }
+  return request;
+}
+
+TEST(BranchTest, RunsThePromptOnce) {
+  TinyPolicy policy(TinyConfig(Architecture::kQwen3, true), 1, {.max_rows = 24});
+  const ForwardBackwardResult result = policy.trainer().ForwardBackward(WideRequest()).value();
+  EXPECT_EQ(result.metrics.at("micro_batches"), 3);  // of three, three and two samples
+  EXPECT_EQ(result.tokens.unique, 20 + 8 * 8);       // as many as the whole tree has
+  EXPECT_EQ(result.tokens.flat, 8 * 28);
+}
+
+TEST(BranchTest, FitsTheBudgetOfActivations) {
+  const ModelConfig config = TinyConfig(Architecture::kQwen3, true);
+  const int64_t whole = Activations::SizeBytes(config, DType::kF32, 84, 65, Retain::kInputs);
+  const int64_t kept =
+      PromptState::SizeBytes(config, DType::kF32, 20) + PromptGradients::SizeBytes(config, 20);
+  const int64_t budget = kept + whole / 2;
+  ASSERT_LT(budget, whole);
+  TinyPolicy policy(config, 1, {.activation_bytes = budget});
+  const ForwardBackwardResult result = policy.trainer().ForwardBackward(WideRequest()).value();
+  EXPECT_GT(result.metrics.at("micro_batches"), 1);
+  EXPECT_LE(result.metrics.at("activation_bytes"), static_cast<double>(budget));
+}
+
+TEST(BranchTest, MixesWithGroupsThatFit) {
+  ForwardBackwardRequest request = WideRequest();
+  for (const int32_t first : {40, 50}) {
+    request.groups.push_back(
+        {.prompt = {first, 2, 3}, .samples = {{.tokens = {4, 5}, .advantages = {1}}}});
+  }
+  std::swap(request.groups[0], request.groups[1]);
+  const ModelConfig config = TinyConfig(Architecture::kLlama, true);
+  TinyPolicy whole(config), cut(config, 1, {.max_rows = 24});
+  const ForwardBackwardResult want = whole.trainer().ForwardBackward(request).value();
+  const ForwardBackwardResult got = cut.trainer().ForwardBackward(request).value();
+  EXPECT_EQ(got.metrics.at("passes"), 2);
+  ExpectSameResults(got, want, "mixed");
+  ExpectTensorsNear(config, cut.Gradients(), ToDouble(whole.Gradients()),
+                    tolerance::kTreeVersusFlat, "mixed");
+}
+
+TEST(BranchTest, ScoresWithTheLogprobsOfTraining) {
+  TinyPolicy policy(TinyConfig(Architecture::kQwen3, true), 1, {.max_rows = 24});
+  const ForwardBackwardRequest request = WideRequest();
+  const ForwardBackwardResult trained = policy.trainer().ForwardBackward(request).value();
+  const std::vector<SampleResult> scored = policy.trainer().Score(request.groups, 1).value();
+  for (size_t s = 0; s < scored.size(); ++s) {
+    EXPECT_EQ(scored[s].logprobs, trained.samples[s].logprobs);
+  }
+}
+
+TEST(BranchTest, RepeatsBitForBit) {
+  TinyPolicy policy(TinyConfig(Architecture::kQwen3, true), 1, {.max_rows = 24});
+  ASSERT_TRUE(policy.trainer().ForwardBackward(WideRequest()).ok());
+  const std::vector<float> first = policy.Gradients();
+  policy.DropGradients();
+  ASSERT_TRUE(policy.trainer().ForwardBackward(WideRequest()).ok());
+  EXPECT_EQ(policy.Gradients(), first);
+}
+
+TEST(BranchTest, RefusesWhatFitsNoMicroBatch) {
+  TinyPolicy policy(TinyConfig(Architecture::kLlama, true), 1, {.max_rows = 24});
+  ForwardBackwardRequest request = WideRequest();
+  request.groups[0].samples[3].tokens.assign(30, 1);
+  absl::Status status = policy.trainer().ForwardBackward(request).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(status.message().find("group 0 wants at most 25 tokens in a response, got 30"),
+            std::string::npos)
+      << status;
+  request = WideRequest();
+  request.groups[0].prompt.assign(25, 3);
+  status = policy.trainer().ForwardBackward(request).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(status.message().find("group 0 wants at most 24 unique tokens, got 89"),
+            std::string::npos)
+      << status;
+}
+
+}  // namespace
+}  // namespace coppice

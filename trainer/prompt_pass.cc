@@ -1,0 +1,65 @@
+// A prompt that runs apart from its branches: once forward, leaving its state, and once backward,
+// from what the branches have added to the gradients of its keys and values. In between only the
+// state is kept.
+#include <algorithm>
+
+#include "kernels/base/status_macros.h"
+#include "trainer/policy_trainer.h"
+
+namespace coppice {
+
+int64_t PolicyTrainer::PromptBytes(int64_t rows) const {
+  const ModelConfig& config = decoder_.config();
+  return PromptState::SizeBytes(config, ops_.Info().compute_dtype, rows) +
+         PromptGradients::SizeBytes(config, rows);
+}
+
+int64_t PolicyTrainer::MaxBranchRows(int64_t max_rows, int64_t prompt_rows) const {
+  const ModelConfig& config = decoder_.config();
+  const DType dtype = ops_.Info().compute_dtype;
+  const int64_t rest = activation_bytes_ - PromptBytes(prompt_rows);
+  const int64_t prompt_pass =
+      Activations::SizeBytes(config, dtype, prompt_rows, /*head_rows=*/1, Retain::kPrompt);
+  if (prompt_rows > max_rows || prompt_pass > rest) return 0;
+  return std::min(max_rows, Activations::MaxRows(config, dtype, rest));
+}
+
+absl::Status PolicyTrainer::ReservePrompt(const TreeRun& run) {
+  const ModelConfig& config = decoder_.config();
+  const int64_t rows = run.tree.num_rows();
+  RETURN_IF_ERROR(prompt_state_.Prepare(config, ops_, rows));
+  RETURN_IF_ERROR(prompt_gradients_.Prepare(config, ops_, rows));
+  return activations_.Prepare(config, ops_, rows, run.tree.num_head_rows(), Retain::kPrompt);
+}
+
+absl::Status PolicyTrainer::RunPromptForward(TreeRun& run, float temperature, PhaseTimer& phases) {
+  ASSIGN_OR_RETURN(run.batch, ops_.PlanBatch(run.tree.batch));
+  phases.Lap("build_tree");
+  RETURN_IF_ERROR(ReservePrompt(run));
+  activations_.UsePrompt(prompt_state_);
+  RETURN_IF_ERROR(
+      ForwardTree(decoder_, model_.params, *run.batch, activations_, {.context = &prompt_state_}));
+  RETURN_IF_ERROR(ForwardTail(decoder_, model_.params, *run.batch, activations_));
+  phases.Lap("forward");
+  RETURN_IF_ERROR(HeadForward(ops_, model_.params, run.tree, temperature, activations_, run.head));
+  phases.Lap("head");
+  return absl::OkStatus();
+}
+
+absl::Status PolicyTrainer::RunPromptBackward(const TreeRun& run, float temperature,
+                                              PhaseTimer& phases) {
+  RETURN_IF_ERROR(activations_.Prepare(decoder_.config(), ops_, run.tree.num_rows(),
+                                       run.tree.num_head_rows(), Retain::kPrompt));
+  activations_.UsePrompt(prompt_state_);
+  RETURN_IF_ERROR(ForwardTail(decoder_, model_.params, *run.batch, activations_));
+  RETURN_IF_ERROR(HeadBackward(ops_, model_.params, run.tree, temperature, run.head, run.d_head,
+                               activations_, gradients_));
+  phases.Lap("head");
+  RETURN_IF_ERROR(BackwardTree(decoder_, model_.params, *run.batch, activations_, gradients_,
+                               {.gradients = &prompt_gradients_}));
+  RETURN_IF_ERROR(ops_.Synchronize());
+  phases.Lap("backward");
+  return absl::OkStatus();
+}
+
+}  // namespace coppice

@@ -1,0 +1,100 @@
+#include "trainer/prompt_state.h"
+
+#include <numeric>
+
+#include "kernels/base/status_macros.h"
+#include "kernels/model/arena.h"
+
+namespace coppice {
+namespace {
+
+int64_t NumBlocks(int64_t rows) {
+  return (rows + PromptState::kBlockTokens - 1) / PromptState::kBlockTokens;
+}
+
+TensorView Pages(const ModelConfig& config, DType dtype, int64_t rows, Arena& arena) {
+  const int64_t blocks = NumBlocks(rows);
+  const TensorView flat = arena.Vector(dtype, blocks * PromptState::kBlockTokens * config.kv_dim());
+  return View4D(flat.data, dtype, blocks, PromptState::kBlockTokens, config.kv_heads,
+                config.head_dim);
+}
+
+absl::Status Grow(int64_t size_bytes, absl::string_view label, ops::Ops& ops,
+                  DeviceBuffer& buffer) {
+  if (size_bytes <= buffer.size_bytes()) return absl::OkStatus();
+  buffer = DeviceBuffer();  // free first: old and new need not exist together
+  ASSIGN_OR_RETURN(buffer, ops.Allocate(size_bytes, label));
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+int64_t PromptState::LayOut(const ModelConfig& config, DType dtype, int64_t rows, void* base) {
+  Arena arena(base);
+  num_rows_ = rows;
+  layers_.assign(config.num_layers, {});
+  for (Layer& layer : layers_) {
+    layer.input = arena.Matrix(dtype, rows, config.hidden);
+    layer.attn_out = arena.Matrix(dtype, rows, config.q_dim());
+    layer.lse = arena.Matrix(DType::kF32, rows, config.q_heads);
+    layer.pages = {.k = Pages(config, dtype, rows, arena), .v = Pages(config, dtype, rows, arena)};
+  }
+  return arena.size_bytes();
+}
+
+int64_t PromptState::SizeBytes(const ModelConfig& config, DType dtype, int64_t rows) {
+  return PromptState().LayOut(config, dtype, rows, nullptr);
+}
+
+absl::Status PromptState::Prepare(const ModelConfig& config, ops::Ops& ops, int64_t rows) {
+  const DType dtype = ops.Info().compute_dtype;
+  RETURN_IF_ERROR(Grow(SizeBytes(config, dtype, rows), "prompt state", ops, buffer_));
+  LayOut(config, dtype, rows, buffer_.data());
+  return absl::OkStatus();
+}
+
+int64_t PromptGradients::LayOut(const ModelConfig& config, int64_t rows, void* base) {
+  Arena arena(base);
+  num_rows_ = rows;
+  pages_.assign(config.num_layers, {});
+  for (ops::PagedKv& pages : pages_) {
+    pages = {.k = Pages(config, DType::kF32, rows, arena),
+             .v = Pages(config, DType::kF32, rows, arena)};
+  }
+  return arena.size_bytes();
+}
+
+int64_t PromptGradients::SizeBytes(const ModelConfig& config, int64_t rows) {
+  return PromptGradients().LayOut(config, rows, nullptr);
+}
+
+absl::Status PromptGradients::Prepare(const ModelConfig& config, ops::Ops& ops, int64_t rows) {
+  RETURN_IF_ERROR(Grow(SizeBytes(config, rows), "prompt gradients", ops, buffer_));
+  LayOut(config, rows, buffer_.data());
+  return absl::OkStatus();
+}
+
+absl::Status PromptGradients::Zero(ops::Ops& ops) const {
+  for (const ops::PagedKv& pages : pages_) {
+    RETURN_IF_ERROR(ops.Zero(pages.k));
+    RETURN_IF_ERROR(ops.Zero(pages.v));
+  }
+  return absl::OkStatus();
+}
+
+void StoreAsPrompt(ops::TokenBatch& batch) {
+  batch.block_tokens = PromptState::kBlockTokens;
+  batch.kv_slots.resize(batch.tokens.size());
+  std::iota(batch.kv_slots.begin(), batch.kv_slots.end(), 0);
+}
+
+void HangBelowPrompt(int64_t rows, ops::TokenBatch& batch) {
+  if (batch.segments.empty()) return;
+  batch.block_tokens = PromptState::kBlockTokens;
+  batch.context_nodes = {{.num_tokens = static_cast<int32_t>(rows)}};
+  batch.context_blocks.resize(NumBlocks(rows));
+  std::iota(batch.context_blocks.begin(), batch.context_blocks.end(), 0);
+  batch.segments[0].context_node = 0;
+}
+
+}  // namespace coppice

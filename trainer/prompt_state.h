@@ -1,0 +1,91 @@
+// PromptState: what the rows of a prompt leave behind in every layer, so that branches attend to
+// them and backward runs through them later without a second forward pass: the layer's input, keys
+// and values, the attention's output and its log-sum-exp. All else is recomputed from these, layer
+// by layer (Retain::kPrompt in activations.h).
+// PromptGradients: the gradients of its keys and values, added up over the branches in f32.
+//
+// Keys and values lie in pages of kBlockTokens positions, in order, as context of a TokenBatch.
+// Both grow to the largest prompt seen and are reused. Owner and thread: the trainer on the engine
+// thread. Errors: RESOURCE_EXHAUSTED of the device's allocator.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "kernels/base/device.h"
+#include "kernels/model/model_config.h"
+#include "kernels/ops/ops.h"
+
+namespace coppice {
+
+class PromptState {
+ public:
+  static constexpr int64_t kBlockTokens = 64;
+
+  struct Layer {
+    TensorView input;     // [rows, hidden] f
+    TensorView attn_out;  // [rows, q_dim] f
+    TensorView lse;       // [rows, q_heads] f32
+    ops::PagedKv pages;   // [blocks, kBlockTokens, kv_heads, head_dim] f
+  };
+
+  static int64_t SizeBytes(const ModelConfig& config, DType dtype, int64_t rows);
+
+  // Lays the views out for a prompt of `rows` tokens; allocates only to grow. What it held is lost.
+  absl::Status Prepare(const ModelConfig& config, ops::Ops& ops, int64_t rows);
+
+  int64_t num_rows() const { return num_rows_; }
+  int64_t size_bytes() const { return buffer_.size_bytes(); }
+  const Layer& layer(int64_t l) const { return layers_[l]; }
+
+ private:
+  int64_t LayOut(const ModelConfig& config, DType dtype, int64_t rows, void* base);
+
+  DeviceBuffer buffer_;
+  std::vector<Layer> layers_;
+  int64_t num_rows_ = 0;
+};
+
+class PromptGradients {
+ public:
+  static int64_t SizeBytes(const ModelConfig& config, int64_t rows);
+
+  // As PromptState::Prepare.
+  absl::Status Prepare(const ModelConfig& config, ops::Ops& ops, int64_t rows);
+  absl::Status Zero(ops::Ops& ops) const;
+
+  // Shaped like PromptState::Layer::pages, f32.
+  const ops::PagedKv& pages(int64_t layer) const { return pages_[layer]; }
+  // [rows, kv_dim] f32
+  TensorView keys(int64_t layer) const { return Rows(pages_[layer].k); }
+  TensorView values(int64_t layer) const { return Rows(pages_[layer].v); }
+
+ private:
+  int64_t LayOut(const ModelConfig& config, int64_t rows, void* base);
+  TensorView Rows(const TensorView& pages) const {
+    return View2D(pages.data, pages.dtype, num_rows_, pages.dim(2) * pages.dim(3));
+  }
+
+  DeviceBuffer buffer_;
+  std::vector<ops::PagedKv> pages_;
+  int64_t num_rows_ = 0;
+};
+
+// How the tree that runs meets a prompt that runs apart from it. Branches name both; the prompt's
+// own tree its gradients only, which it takes in; a whole tree neither.
+struct PromptLink {
+  const PromptState* context = nullptr;
+  const PromptGradients* gradients = nullptr;
+
+  ops::PagedKv Context(int64_t layer) const {
+    return context == nullptr ? ops::PagedKv{} : context->layer(layer).pages;
+  }
+};
+
+// Makes a batch of the prompt's rows store its keys and values into the state.
+void StoreAsPrompt(ops::TokenBatch& batch);
+// Hangs the batch's one segment, if it has rows, below a prompt of `rows` tokens.
+void HangBelowPrompt(int64_t rows, ops::TokenBatch& batch);
+
+}  // namespace coppice
