@@ -266,8 +266,9 @@ def daemon_flags(coppiced):
 
 # Set by the chart from values of its own, or of no use in a pod.
 CHARTS_OWN = {
-    "model", "model_geometry", "host", "port", "http_port", "port_file", "trust_tenant_header",
-    "checkpoint_dir", "drain_timeout_s", "help", "version",
+    "role", "model", "model_geometry", "host", "port", "http_port", "port_file",
+    "trust_tenant_header", "checkpoint_dir", "replicas", "replica_dns", "drain_timeout_s", "help",
+    "version",
 }  # fmt: skip
 
 
@@ -278,7 +279,8 @@ def schema_flags(component):
 
 
 def test_every_flag_of_the_daemon_can_be_set(coppiced):
-    assert daemon_flags(coppiced) - CHARTS_OWN <= schema_flags("replicas")
+    both = schema_flags("replicas") | schema_flags("router")
+    assert daemon_flags(coppiced) - CHARTS_OWN <= both
 
 
 def test_the_daemon_accepts_the_flags_of_the_chart(helm, values, everything, coppiced):
