@@ -35,6 +35,15 @@ constexpr int64_t kMaxCount = int64_t{1} << 30;
 
 const std::vector<Flag>& Flags() {
   static const auto* flags = new std::vector<Flag>{
+      {"Role",
+       "role",
+       &Config::role,
+       "daemon: serves and trains a model. router: passes calls on to daemons; uses the flags of "
+       "Network, Router and Process, and no model.",
+       0,
+       0,
+       Unit::kNone,
+       {"daemon", "router"}},
       {"Model", "model", &Config::model,
        "GGUF file, or Hugging Face directory with config.json and *.safetensors. This or "
        "--model_geometry is required."},
@@ -107,6 +116,26 @@ const std::vector<Flag>& Flags() {
        "Directory of named checkpoints, created if absent. Durable steps are kept in its "
        "subdirectory durable, a name that no checkpoint may have, and are resumed at start. "
        "Empty: both are refused."},
+      {"Router", "replicas", &Config::replicas,
+       "NAME=HOST:PORT,... or HOST:PORT,...: the daemons, by names that stay when addresses "
+       "change. "
+       "The first by name is the leader, which trains. This or --replica_dns is required."},
+      {"Router", "replica_dns", &Config::replica_dns,
+       "HOST:PORT of a headless service: the daemons are all its addresses, named by DNS where it "
+       "can."},
+      {"Router", "replica_dns_interval_s", &Config::replica_dns_interval_s,
+       "Seconds between two resolutions of --replica_dns.", 1, 3600},
+      {"Router", "health_interval_ms", &Config::health_interval_ms,
+       "Milliseconds between two health checks.", 10, 3600000},
+      {"Router", "health_timeout_ms", &Config::health_timeout_ms,
+       "Milliseconds that a health check may take.", 10, 3600000},
+      {"Router", "eject_after", &Config::eject_after,
+       "Failed health checks in a row after which a daemon gets no calls and loses its open ones.",
+       1, 1000},
+      {"Router", "first_byte_timeout_s", &Config::first_byte_timeout_s,
+       "Seconds that a call may wait for the first message of its answer before another daemon is "
+       "asked; 0 = no limit.",
+       0, 86400},
       {"Process", "seed", &Config::seed,
        "Of drawn sampling seeds and random weights; 0 = drawn seeds come from the system."},
       {"Process",
@@ -238,12 +267,28 @@ absl::Status ReadArgs(const std::vector<std::string>& args, Config& config) {
   return absl::OkStatus();
 }
 
+absl::Status CheckRouter(const Config& config) {
+  if (config.replicas.empty() == config.replica_dns.empty()) {
+    return BadFlag("--replicas", "exactly one of --replicas and --replica_dns with --role=router",
+                   config.replicas.empty() ? "" : config.replicas + " and " + config.replica_dns);
+  }
+  if (config.model.empty() && config.model_geometry.empty()) return absl::OkStatus();
+  return BadFlag("--model", "none with --role=router", config.model + config.model_geometry);
+}
+
+absl::Status CheckModel(const Config& config) {
+  if (!config.replicas.empty() || !config.replica_dns.empty()) {
+    return BadFlag("--replicas", "none without --role=router",
+                   config.replicas + config.replica_dns);
+  }
+  if (config.model.empty() != config.model_geometry.empty()) return absl::OkStatus();
+  return BadFlag("--model", "exactly one of --model and --model_geometry",
+                 config.model.empty() ? "" : config.model + " and " + config.model_geometry);
+}
+
 absl::Status CheckTogether(const Config& config) {
   if (config.help || config.version) return absl::OkStatus();
-  if (config.model.empty() == config.model_geometry.empty()) {
-    return BadFlag("--model", "exactly one of --model and --model_geometry",
-                   config.model.empty() ? "" : config.model + " and " + config.model_geometry);
-  }
+  RETURN_IF_ERROR(config.role == "router" ? CheckRouter(config) : CheckModel(config));
   if (config.kv_bytes > 0 && config.kv_blocks > 0) {
     return BadFlag("--kv_blocks", "one of --kv_bytes and --kv_blocks",
                    absl::StrCat(config.kv_blocks));
@@ -292,6 +337,7 @@ std::string HelpText() {
       "coppiced: serves and trains one language model from the same prompt state.\n"
       "\n"
       "Usage: coppiced --model=PATH [--flag=value ...]\n"
+      "       coppiced --role=router --replicas=HOST:PORT,... [--flag=value ...]\n"
       "Flags can also be set by the environment variable COPPICE_<FLAG>; the command line "
       "wins.\n"
       "Exit codes: 0 drained, 1 system error, 2 bad flags, 3 model not loaded, 4 port "

@@ -18,6 +18,7 @@
 namespace coppice {
 
 struct Config {
+  std::string role = "daemon";
   // Model
   std::string model;
   std::string model_geometry;
@@ -50,6 +51,14 @@ struct Config {
   int64_t max_rollouts = 4096;
   int64_t max_step_records = 1024;
   std::string checkpoint_dir;
+  // Router
+  std::string replicas;
+  std::string replica_dns;
+  int64_t replica_dns_interval_s = 5;
+  int64_t health_interval_ms = 1000;
+  int64_t health_timeout_ms = 1000;
+  int64_t eject_after = 3;
+  int64_t first_byte_timeout_s = 300;
   // Process
   uint64_t seed = 0;
   std::string log_level = "info";

@@ -1,17 +1,14 @@
 #include "server/daemon.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <filesystem>
-#include <fstream>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/log.h"
 #include "kernels/base/status_macros.h"
+#include "server/port_file.h"
 #include "server/rpc/services.h"
 
 namespace coppice {
@@ -24,22 +21,6 @@ constexpr absl::Duration kFlushGrace = absl::Seconds(1);       // for answers on
 ExitCode Fail(ExitCode code, absl::string_view event, const absl::Status& status) {
   LOG(ERROR) << event << " exit_code=" << static_cast<int>(code) << ' ' << status.message();
   return code;
-}
-
-// Readers see the whole file or none.
-absl::Status WriteAtomically(const std::string& path, const std::string& text) {
-  const std::string temporary = path + ".tmp";
-  {
-    std::ofstream file(temporary, std::ios::trunc);
-    file << text;
-    if (!file.flush()) {
-      return absl::UnavailableError(absl::StrCat("port file not written: want ", temporary,
-                                                 " writable, got an error; change --port_file"));
-    }
-  }
-  if (std::rename(temporary.c_str(), path.c_str()) == 0) return absl::OkStatus();
-  return absl::UnavailableError(absl::StrCat("port file not written: want ", path,
-                                             " replaceable, got an error; change --port_file"));
 }
 
 absl::StatusOr<Model> LoadOrMakeModel(const Config& config, ops::Ops& ops) {
@@ -161,11 +142,7 @@ absl::Status Daemon::StartRpc() {
 
 absl::Status Daemon::AnnounceReady() {
   readiness_.SetLoaded();
-  if (!config_.port_file.empty()) {
-    RETURN_IF_ERROR(WriteAtomically(
-        config_.port_file, absl::StrCat("{\"grpc\": ", rpc_->port(), ", \"http\": ", http_->port(),
-                                        ", \"pid\": ", getpid(), "}\n")));
-  }
+  RETURN_IF_ERROR(WritePortFile(config_.port_file, rpc_->port(), http_->port()));
   LOG(INFO) << "ready grpc=" << config_.host << ':' << rpc_->port() << " http=" << config_.host
             << ':' << http_->port() << " policy_version=" << Raw(engine_->policy_version());
   return absl::OkStatus();

@@ -11,6 +11,7 @@
 #include "server/config.h"
 #include "server/daemon.h"
 #include "server/exit_code.h"
+#include "server/router_daemon.h"
 
 namespace coppice {
 namespace {
@@ -40,6 +41,7 @@ ExitCode Main(const std::vector<std::string>& args) {
     return ExitCode::kDrained;
   }
   SetMinLogSeverity(Severity(config->log_level));
+  if (config->role == "router") return RouterDaemon(*std::move(config)).Run();
   return Daemon(*std::move(config), OpenDevice).Run();
 }
 

@@ -1,0 +1,72 @@
+#include "server/router/call_context.h"
+
+#include <algorithm>
+
+namespace coppice {
+namespace {
+
+bool StartsWith(const grpc::string_ref& text, const char* prefix) {
+  return text.starts_with(prefix);
+}
+
+// Made anew by each connection, or the router's own.
+bool BelongsToOneHop(const grpc::string_ref& key) {
+  static constexpr const char* kKeys[] = {"user-agent", "accept-encoding", "content-type", "te",
+                                          "host",       kExplainHeader};
+  return StartsWith(key, "grpc-") || StartsWith(key, ":") ||
+         std::any_of(std::begin(kKeys), std::end(kKeys), [&](const char* k) { return key == k; });
+}
+
+std::string ToString(const grpc::string_ref& text) { return {text.data(), text.size()}; }
+
+// Index in kCodeLabels.
+int CodeIndex(grpc::StatusCode code) {
+  switch (code) {
+    case grpc::StatusCode::OK:
+      return 0;
+    case grpc::StatusCode::UNAVAILABLE:
+      return 2;
+    case grpc::StatusCode::RESOURCE_EXHAUSTED:
+      return 3;
+    case grpc::StatusCode::CANCELLED:
+      return 4;
+    case grpc::StatusCode::DEADLINE_EXCEEDED:
+      return 5;
+    case grpc::StatusCode::INTERNAL:
+    case grpc::StatusCode::UNKNOWN:
+    case grpc::StatusCode::DATA_LOSS:
+      return 6;
+    default:
+      return 1;
+  }
+}
+
+}  // namespace
+
+std::string Header(const grpc::CallbackServerContext& call, const std::string& key) {
+  const auto found = call.client_metadata().find(key);
+  return found == call.client_metadata().end() ? "" : ToString(found->second);
+}
+
+void PassOn(const grpc::CallbackServerContext& call, grpc::ClientContext& upstream) {
+  upstream.set_deadline(call.deadline());
+  for (const auto& [key, value] : call.client_metadata()) {
+    if (!BelongsToOneHop(key)) upstream.AddMetadata(ToString(key), ToString(value));
+  }
+}
+
+void PassBack(const grpc::ClientContext& upstream, grpc::CallbackServerContext& call) {
+  for (const auto& [key, value] : upstream.GetServerTrailingMetadata()) {
+    if (!BelongsToOneHop(key)) call.AddTrailingMetadata(ToString(key), ToString(value));
+  }
+}
+
+grpc::Status ToGrpc(const absl::Status& status) {
+  return {static_cast<grpc::StatusCode>(status.code()), std::string(status.message())};
+}
+
+void CountResponse(RouterMetrics& metrics, const grpc::Status& status) {
+  metrics.responses[CodeIndex(status.error_code())]->Increment();
+}
+
+}  // namespace coppice

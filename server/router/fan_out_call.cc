@@ -1,0 +1,74 @@
+#include "server/router/fan_out_call.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+
+namespace coppice {
+
+FanOutCall::FanOutCall(const RouterContext& context, grpc::GenericCallbackServerContext* call,
+                       Route route)
+    : context_(context), call_(call) {
+  context_.metrics.open_requests.Increment();
+  context_.metrics.requests[static_cast<int>(route)]->Increment();
+  for (const ReplicaTarget& target : context_.fleet.Reachable()) {
+    legs_.push_back(std::make_unique<Leg>(target));
+    PassOn(*call_, legs_.back()->context);
+  }
+  open_legs_ = legs_.size();
+  StartRead(&request_);
+}
+
+FanOutCall::~FanOutCall() { context_.metrics.open_requests.Decrement(); }
+
+void FanOutCall::OnReadDone(bool ok) {
+  if (!ok) {
+    return FinishWith({grpc::StatusCode::INVALID_ARGUMENT,
+                       "call refused: want one request message, got none; use a client of "
+                       "coppice.v1"});
+  }
+  if (legs_.empty()) {
+    return FinishWith({grpc::StatusCode::UNAVAILABLE,
+                       "no replica answers: want at least one, got none; retry later"});
+  }
+  // The last answer may delete this while the loop runs: it works on copies.
+  std::vector<Leg*> legs;
+  for (const auto& leg : legs_) legs.push_back(leg.get());
+  const std::string method = call_->method();
+  for (Leg* leg : legs) {
+    leg->stub.UnaryCall(&leg->context, method, {}, &request_, &leg->answer,
+                        [this, leg](grpc::Status status) {
+                          leg->status = std::move(status);
+                          LegDone();
+                        });
+  }
+}
+
+void FanOutCall::OnCancel() {
+  for (const auto& leg : legs_) leg->context.TryCancel();
+}
+
+void FanOutCall::LegDone() {
+  if (open_legs_.fetch_sub(1) > 1) return;
+  std::vector<grpc::ByteBuffer> answers;
+  for (const auto& leg : legs_) {
+    if (!leg->status.ok()) {
+      return FinishWith({leg->status.error_code(), absl::StrCat("replica ", leg->target.name, ": ",
+                                                                leg->status.error_message())});
+    }
+    answers.push_back(leg->answer);
+  }
+  absl::StatusOr<grpc::ByteBuffer> merged = Merge(call_->method(), answers);
+  if (!merged.ok()) return FinishWith(ToGrpc(merged.status()));
+  merged_ = *std::move(merged);
+  CountResponse(context_.metrics, grpc::Status::OK);
+  StartWriteAndFinish(&merged_, {}, grpc::Status::OK);
+}
+
+void FanOutCall::FinishWith(const grpc::Status& status) {
+  CountResponse(context_.metrics, status);
+  Finish(status);
+}
+
+}  // namespace coppice

@@ -1,0 +1,47 @@
+// FanOutCall: one unary call of a client, sent to every reachable replica; the answers are merged
+// into one. The first error, in order of the replicas' names, is the answer of all; what the others
+// did stays done.
+//
+// Owner: gRPC; deletes itself in OnDone. Threads: gRPC's; answers may arrive together.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <vector>
+
+#include "grpcpp/generic/async_generic_service.h"
+#include "grpcpp/generic/generic_stub.h"
+#include "server/router/call_context.h"
+
+namespace coppice {
+
+class FanOutCall final : public grpc::ServerGenericBidiReactor {
+ public:
+  FanOutCall(const RouterContext& context, grpc::GenericCallbackServerContext* call, Route route);
+  ~FanOutCall() override;
+
+  void OnReadDone(bool ok) override;
+  void OnCancel() override;
+  void OnDone() override { delete this; }
+
+ private:
+  struct Leg {
+    explicit Leg(ReplicaTarget t) : target(std::move(t)), stub(target.channel) {}
+    const ReplicaTarget target;
+    grpc::GenericStub stub;
+    grpc::ClientContext context;
+    grpc::ByteBuffer answer;
+    grpc::Status status;
+  };
+
+  void LegDone();
+  void FinishWith(const grpc::Status& status);
+
+  const RouterContext& context_;
+  grpc::GenericCallbackServerContext* const call_;
+  grpc::ByteBuffer request_, merged_;
+  std::vector<std::unique_ptr<Leg>> legs_;  // fixed at construction, the leader's first
+  std::atomic<size_t> open_legs_;
+};
+
+}  // namespace coppice

@@ -1,0 +1,208 @@
+#include "server/router/proxy_call.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/base/log.h"
+#include "kernels/base/status_macros.h"
+#include "server/placement/prefix_hash.h"
+
+namespace coppice {
+namespace {
+
+constexpr char kTenantHeader[] = "x-coppice-tenant";
+
+// Why the router itself ended a call to a replica.
+grpc::Status CancelledStatus(OpenAttempt::Cancelled why, const std::string& replica) {
+  const char* got = why == OpenAttempt::Cancelled::kEjected ? "no answer to health checks"
+                                                            : "no byte in --first_byte_timeout_s";
+  return {grpc::StatusCode::UNAVAILABLE, absl::StrCat("call ended: want an answer of replica ",
+                                                      replica, ", got ", got, "; try again")};
+}
+
+}  // namespace
+
+void ProxyCall::Upstream::Start(const std::string& method, const grpc::ByteBuffer& request) {
+  request_ = request;
+  PassOn(*call_.call_, attempt_->context);
+  call_.context_.fleet.Opened(target_.id, attempt_);
+  stub_.PrepareBidiStreamingCall(&attempt_->context, method, {}, this);
+  // Reads are started by the caller's reactions too: without the hold OnDone might come between.
+  AddHold();
+  StartWriteLast(&request_, {});
+  StartRead(&call_.message_);
+  StartCall();
+}
+
+void ProxyCall::Upstream::OnReadDone(bool ok) {
+  if (ok) return call_.OnMessage();
+  RemoveHold();
+}
+
+ProxyCall::ProxyCall(const RouterContext& context, grpc::GenericCallbackServerContext* call,
+                     Route route)
+    : context_(context), call_(call), route_(route), arrived_(context.clock.Now()) {
+  context_.metrics.open_requests.Increment();
+  context_.metrics.requests[static_cast<int>(route)]->Increment();
+  StartRead(&request_);
+}
+
+ProxyCall::~ProxyCall() { context_.metrics.open_requests.Decrement(); }
+
+void ProxyCall::OnReadDone(bool ok) {
+  if (!ok) {
+    return End({grpc::StatusCode::INVALID_ARGUMENT,
+                "call refused: want one request message, got none; use a client of coppice.v1"});
+  }
+  const absl::Status status = ReadRequest();
+  if (!status.ok()) return End(ToGrpc(status));
+  Attempt();
+}
+
+absl::Status ProxyCall::ReadRequest() {
+  if (route_ == Route::kTraining) {
+    return ResolveRollouts(call_->method(), context_.fleet.leader_name(), request_);
+  }
+  if (route_ == Route::kGenerationOther) return absl::OkStatus();
+  uint64_t hash = 0;
+  const bool given = PrefixHashFromHeader(Header(*call_, kPrefixHashHeader), &hash);
+  const std::string tenant = context_.trust_tenant_header ? Header(*call_, kTenantHeader) : "";
+  ASSIGN_OR_RETURN(facts_, ReadPlacementFacts(route_, request_, tenant,
+                                              given ? std::make_optional(hash) : std::nullopt));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<ReplicaTarget> ProxyCall::Choose() {
+  if (route_ == Route::kTraining) return context_.fleet.Leader();
+  if (route_ == Route::kGenerationOther) return context_.fleet.Any(tried_);
+  return ChooseByPlacement();
+}
+
+absl::StatusOr<ReplicaTarget> ProxyCall::ChooseByPlacement() {
+  const absl::Duration began = context_.clock.Now();
+  const PlacementRequest request{.prefix_hash = facts_->prefix_hash,
+                                 .blocks = facts_->blocks,
+                                 .prompt_tokens = facts_->prompt_tokens,
+                                 .session = facts_->session,
+                                 .n = facts_->n,
+                                 .max_tokens = facts_->max_tokens,
+                                 .except = tried_};
+  ASSIGN_OR_RETURN(choice_, facts_->retain ? context_.fleet.PlaceOnLeader(request)
+                                           : context_.fleet.Place(request));
+  context_.metrics.placement_seconds.Observe(absl::ToDoubleSeconds(context_.clock.Now() - began));
+  return choice_->target;
+}
+
+void ProxyCall::Attempt() {
+  const absl::StatusOr<ReplicaTarget> target = Choose();
+  if (!target.ok()) return End(last_status_.ok() ? ToGrpc(target.status()) : last_status_);
+  tried_.push_back(target->id);
+  upstream_ = std::make_unique<Upstream>(*this, *target);
+  // A call that is done may be deleted by another thread: nothing of it is touched after Start.
+  const std::shared_ptr<OpenAttempt> attempt = upstream_->attempt();
+  bool cancelled = false;
+  {
+    absl::MutexLock lock(&mutex_);
+    open_ = attempt;
+    cancelled = cancelled_;
+  }
+  if (cancelled) attempt->context.TryCancel();
+  upstream_->Start(call_->method(), request_);
+}
+
+void ProxyCall::OnMessage() {
+  if (!upstream_->attempt()->first_byte) OnFirstMessage();
+  if (route_ == Route::kGenerate) {
+    const EventFacts event = ReadEvent(upstream_->target().name, message_);
+    if (event.started) {
+      context_.metrics.prompt_tokens.Increment(static_cast<double>(event.prompt_tokens));
+      context_.metrics.hit_tokens_confirmed.Increment(static_cast<double>(event.hit_tokens));
+      context_.metrics.hit_tokens_predicted.Increment(
+          static_cast<double>(choice_->placed.predicted_hit_tokens));
+    }
+    if (event.group) completion_tokens_ = event.completion_tokens;
+  }
+  StartWrite(&message_);
+}
+
+void ProxyCall::OnFirstMessage() {
+  upstream_->attempt()->first_byte = true;
+  request_.Clear();
+  context_.metrics.time_to_first_byte_seconds.Observe(
+      absl::ToDoubleSeconds(context_.clock.Now() - arrived_));
+}
+
+void ProxyCall::OnWriteDone(bool ok) {
+  if (!ok) upstream_->attempt()->context.TryCancel();
+  upstream_->ReadNext();
+}
+
+void ProxyCall::OnCancel() {
+  std::shared_ptr<OpenAttempt> open;
+  {
+    absl::MutexLock lock(&mutex_);
+    cancelled_ = true;
+    open = open_;
+  }
+  if (open != nullptr) open->context.TryCancel();
+}
+
+void ProxyCall::OnUpstreamDone(const grpc::Status& upstream_status) {
+  // It is on the stack: it goes when this returns, and `this` may be gone by then.
+  const std::unique_ptr<Upstream> upstream = std::move(upstream_);
+  const std::shared_ptr<OpenAttempt> attempt = upstream->attempt();
+  context_.fleet.Closed(upstream->target().id, attempt);
+  const OpenAttempt::Cancelled why = attempt->cancelled;
+  const grpc::Status status = why == OpenAttempt::Cancelled::kNo || upstream_status.ok()
+                                  ? upstream_status
+                                  : CancelledStatus(why, upstream->target().name);
+  const bool answered = attempt->first_byte;
+  SettlePlacement(answered);
+  if (status.error_code() == grpc::StatusCode::UNAVAILABLE) context_.watcher.Poke();
+  if (MayRetry(status, answered)) {
+    context_.metrics.retries.Increment();
+    LOG(WARNING) << "retry attempt=" << tried_.size() + 1 << " replica=" << upstream->target().name
+                 << " method=" << call_->method() << " error=\"" << status.error_message() << '"';
+    last_status_ = status;
+    return Attempt();
+  }
+  PassBack(attempt->context, *call_);
+  if (!Header(*call_, kExplainHeader).empty()) Explain();
+  End(status);
+}
+
+void ProxyCall::SettlePlacement(bool answered) {
+  if (!choice_) return;
+  const double mean = completion_tokens_ < 0 ? -1
+                                             : static_cast<double>(completion_tokens_) /
+                                                   static_cast<double>(facts_->n);
+  if (!answered) context_.fleet.Withdraw(choice_->placed, facts_->blocks);
+  context_.fleet.Finish(choice_->placed, mean);
+}
+
+bool ProxyCall::MayRetry(const grpc::Status& status, bool answered) {
+  if (status.error_code() != grpc::StatusCode::UNAVAILABLE || answered) return false;
+  if (route_ == Route::kTraining || (facts_ && facts_->retain)) return false;
+  if (tried_.size() >= kMaxAttempts) return false;
+  absl::MutexLock lock(&mutex_);
+  return !cancelled_;
+}
+
+void ProxyCall::Explain() {
+  if (!choice_) return;
+  const Placed& placed = choice_->placed;
+  call_->AddTrailingMetadata(
+      kPlacementTrailer,
+      absl::StrCat("replica=", choice_->target.name, " by=", Name(placed.by),
+                   " home=", choice_->home, " hash=", PrefixHashToHeader(facts_->prefix_hash),
+                   " predicted_hit_tokens=", placed.predicted_hit_tokens,
+                   " load=", static_cast<int64_t>(placed.load),
+                   " charge=", static_cast<int64_t>(placed.charge), " attempts=", tried_.size()));
+}
+
+void ProxyCall::End(const grpc::Status& status) {
+  CountResponse(context_.metrics, status);
+  Finish(status);
+}
+
+}  // namespace coppice
