@@ -51,6 +51,12 @@ PassLimits PolicyTrainer::MakeLimits(const Options& options) const {
   return limits;
 }
 
+PassLimits PolicyTrainer::CurrentLimits() const {
+  PassLimits limits = limits_;
+  limits.version = version_;
+  return limits;
+}
+
 absl::Status PolicyTrainer::SaveCheckpoint(absl::string_view directory) {
   if (pending_gradients_) {
     return absl::FailedPreconditionError(

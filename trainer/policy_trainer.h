@@ -45,8 +45,9 @@ class PolicyTrainer final : public Trainer {
   // One tree on its way through forward, loss and backward.
   struct TreeRun {
     TokenTree tree;
-    PromptLink link;           // of branches
-    int64_t budget_bytes = 0;  // of activations
+    PromptLink link;                         // of branches
+    std::shared_ptr<const KeptPrompt> kept;  // of a prompt: what it starts from, or null
+    int64_t budget_bytes = 0;                // of activations
     std::unique_ptr<ops::BatchPlan> batch;
     HeadOutputs head;
     HeadGradients d_head;
@@ -57,14 +58,22 @@ class PolicyTrainer final : public Trainer {
     std::optional<TreeRun> prompt;
     std::vector<TreeRun> batches;
   };
+  const PromptState& StateOf(const std::shared_ptr<const KeptPrompt>& kept) const {
+    return kept != nullptr ? kept->state : prompt_state_;
+  }
 
   // Sums over the passes of one request.
   struct Totals {
     LossSums loss;
     int64_t unique = 0;
+    int64_t prompt_forward_skipped = 0;
     int64_t micro_batches = 0;
     Retain least_retained = Retain::kAll;
 
+    void AddPrompt(int64_t rows, bool kept) {
+      unique += rows;
+      if (kept) prompt_forward_skipped += rows;
+    }
     void Add(int64_t rows, Retain retain) {
       unique += rows;
       ++micro_batches;
@@ -73,6 +82,7 @@ class PolicyTrainer final : public Trainer {
   };
 
   PassLimits MakeLimits(const Options& options) const;
+  PassLimits CurrentLimits() const;  // of this policy version
   std::vector<Pass> BuildPasses(const RequestPlan& plan) const;
   Pass BuildPass(const RequestPlan& plan, const PlannedPass& planned) const;
   // Allocates what the largest pass needs.
@@ -91,7 +101,8 @@ class PolicyTrainer final : public Trainer {
   int64_t PromptBytes(int64_t rows) const;
   int64_t MaxBranchRows(int64_t max_rows, int64_t prompt_rows) const;
   absl::Status ReservePrompt(const TreeRun& run);
-  // Leaves its state for the branches and the log-probs that it predicts itself.
+  // Leaves its state for the branches, unless that was kept, and the log-probs that it predicts
+  // itself.
   absl::Status RunPromptForward(TreeRun& run, float temperature, PhaseTimer& phases);
   // From the gradients that its branches have left. REQUIRES: all of them have run.
   absl::Status RunPromptBackward(const TreeRun& run, float temperature, PhaseTimer& phases);

@@ -1,6 +1,6 @@
-// A prompt that runs apart from its branches: once forward, leaving its state, and once backward,
-// from what the branches have added to the gradients of its keys and values. In between only the
-// state is kept.
+// A prompt that runs apart from its branches: once forward, leaving its state (not even that if
+// generation has kept it), and once backward, from what the branches have added to the gradients of
+// its keys and values. In between only the state is kept.
 #include <algorithm>
 
 #include "kernels/base/status_macros.h"
@@ -27,7 +27,7 @@ int64_t PolicyTrainer::MaxBranchRows(int64_t max_rows, int64_t prompt_rows) cons
 absl::Status PolicyTrainer::ReservePrompt(const TreeRun& run) {
   const ModelConfig& config = decoder_.config();
   const int64_t rows = run.tree.num_rows();
-  RETURN_IF_ERROR(prompt_state_.Prepare(config, ops_, rows));
+  if (run.kept == nullptr) RETURN_IF_ERROR(prompt_state_.Prepare(config, ops_, rows));
   RETURN_IF_ERROR(prompt_gradients_.Prepare(config, ops_, rows));
   return activations_.Prepare(config, ops_, rows, run.tree.num_head_rows(), Retain::kPrompt);
 }
@@ -36,9 +36,11 @@ absl::Status PolicyTrainer::RunPromptForward(TreeRun& run, float temperature, Ph
   ASSIGN_OR_RETURN(run.batch, ops_.PlanBatch(run.tree.batch));
   phases.Lap("build_tree");
   RETURN_IF_ERROR(ReservePrompt(run));
-  activations_.UsePrompt(prompt_state_);
-  RETURN_IF_ERROR(
-      ForwardTree(decoder_, model_.params, *run.batch, activations_, {.context = &prompt_state_}));
+  activations_.UsePrompt(StateOf(run.kept));
+  if (run.kept == nullptr) {
+    RETURN_IF_ERROR(ForwardTree(decoder_, model_.params, *run.batch, activations_,
+                                {.context = &prompt_state_}));
+  }
   RETURN_IF_ERROR(ForwardTail(decoder_, model_.params, *run.batch, activations_));
   phases.Lap("forward");
   RETURN_IF_ERROR(HeadForward(ops_, model_.params, run.tree, temperature, activations_, run.head));
@@ -50,7 +52,7 @@ absl::Status PolicyTrainer::RunPromptBackward(const TreeRun& run, float temperat
                                               PhaseTimer& phases) {
   RETURN_IF_ERROR(activations_.Prepare(decoder_.config(), ops_, run.tree.num_rows(),
                                        run.tree.num_head_rows(), Retain::kPrompt));
-  activations_.UsePrompt(prompt_state_);
+  activations_.UsePrompt(StateOf(run.kept));
   RETURN_IF_ERROR(ForwardTail(decoder_, model_.params, *run.batch, activations_));
   RETURN_IF_ERROR(HeadBackward(ops_, model_.params, run.tree, temperature, run.head, run.d_head,
                                activations_, gradients_));

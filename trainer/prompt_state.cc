@@ -1,6 +1,7 @@
 #include "trainer/prompt_state.h"
 
 #include <numeric>
+#include <utility>
 
 #include "kernels/base/status_macros.h"
 #include "kernels/model/arena.h"
@@ -17,6 +18,13 @@ TensorView Pages(const ModelConfig& config, DType dtype, int64_t rows, Arena& ar
   const TensorView flat = arena.Vector(dtype, blocks * PromptState::kBlockTokens * config.kv_dim());
   return View4D(flat.data, dtype, blocks, PromptState::kBlockTokens, config.kv_heads,
                 config.head_dim);
+}
+
+// [rows, heads, head_dim] with heads side by side -> [rows, heads * head_dim]
+TensorView MergeHeads(TensorView t) {
+  TensorView merged = View2D(t.data, t.dtype, t.dim(0), t.dim(1) * t.dim(2));
+  merged.stride[0] = t.stride[0];
+  return merged;
 }
 
 absl::Status Grow(int64_t size_bytes, absl::string_view label, ops::Ops& ops,
@@ -51,6 +59,32 @@ absl::Status PromptState::Prepare(const ModelConfig& config, ops::Ops& ops, int6
   RETURN_IF_ERROR(Grow(SizeBytes(config, dtype, rows), "prompt state", ops, buffer_));
   LayOut(config, dtype, rows, buffer_.data());
   return absl::OkStatus();
+}
+
+void PromptCapture::Add(int64_t row_begin, int64_t rows, std::shared_ptr<KeptPrompt> prompt) {
+  pieces_.push_back({row_begin, rows, std::move(prompt)});
+}
+
+absl::Status PromptCapture::OnAttention(int64_t layer, const LayerActivations& acts) {
+  for (const Piece& piece : pieces_) {
+    const PromptState& state = piece.prompt->state;
+    const PromptState::Layer& kept = state.layer(layer);
+    for (const auto& [from, to] : {std::pair(acts.input, kept.input),
+                                   {acts.attn_out, kept.attn_out},
+                                   {acts.lse, kept.lse},
+                                   {MergeHeads(acts.k), state.keys(layer)},
+                                   {MergeHeads(acts.v), state.values(layer)}}) {
+      const int64_t filled = piece.prompt->rows_filled;
+      RETURN_IF_ERROR(ops_.Copy(from.Rows(piece.row_begin, piece.row_begin + piece.rows),
+                                to.Rows(filled, filled + piece.rows)));
+    }
+  }
+  return absl::OkStatus();
+}
+
+void PromptCapture::Finish() {
+  for (const Piece& piece : pieces_) piece.prompt->rows_filled += piece.rows;
+  pieces_.clear();
 }
 
 int64_t PromptGradients::LayOut(const ModelConfig& config, int64_t rows, void* base) {

@@ -2,22 +2,32 @@
 // them and backward runs through them later without a second forward pass: the layer's input, keys
 // and values, the attention's output and its log-sum-exp. All else is recomputed from these, layer
 // by layer (Retain::kPrompt in activations.h).
+// KeptPrompt: the state of a prompt that generation has computed; PromptCapture fills it from the
+// layers of its prefill.
 // PromptGradients: the gradients of its keys and values, added up over the branches in f32.
 //
 // Keys and values lie in pages of kBlockTokens positions, in order, as context of a TokenBatch.
-// Both grow to the largest prompt seen and are reused. Owner and thread: the trainer on the engine
-// thread. Errors: RESOURCE_EXHAUSTED of the device's allocator.
+// State and gradients grow to the largest prompt prepared. Thread: the engine thread. Errors:
+// RESOURCE_EXHAUSTED of the device's allocator.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "kernels/base/device.h"
+#include "kernels/base/ids.h"
+#include "kernels/model/decoder.h"
 #include "kernels/model/model_config.h"
 #include "kernels/ops/ops.h"
 
 namespace coppice {
+
+// The first `rows` positions of pages that lie in order: [rows, kv_dim].
+inline TensorView FlattenPages(const TensorView& pages, int64_t rows) {
+  return View2D(pages.data, pages.dtype, rows, pages.dim(2) * pages.dim(3));
+}
 
 class PromptState {
  public:
@@ -38,6 +48,9 @@ class PromptState {
   int64_t num_rows() const { return num_rows_; }
   int64_t size_bytes() const { return buffer_.size_bytes(); }
   const Layer& layer(int64_t l) const { return layers_[l]; }
+  // [rows, kv_dim] f
+  TensorView keys(int64_t l) const { return FlattenPages(layers_[l].pages.k, num_rows_); }
+  TensorView values(int64_t l) const { return FlattenPages(layers_[l].pages.v, num_rows_); }
 
  private:
   int64_t LayOut(const ModelConfig& config, DType dtype, int64_t rows, void* base);
@@ -45,6 +58,38 @@ class PromptState {
   DeviceBuffer buffer_;
   std::vector<Layer> layers_;
   int64_t num_rows_ = 0;
+};
+
+struct KeptPrompt {
+  std::vector<int32_t> tokens;
+  PolicyVersion version{0};  // of the weights that computed it
+  PromptState state;
+  int64_t rows_filled = 0;
+
+  bool complete() const { return rows_filled == static_cast<int64_t>(tokens.size()); }
+};
+
+// Rows of one batch that belong to prompts to be kept.
+class PromptCapture final : public LayerObserver {
+ public:
+  explicit PromptCapture(ops::Ops& ops) : ops_(ops) {}
+
+  // Rows [row_begin, row_begin + rows) of the batch continue `prompt` where it is filled up to.
+  void Add(int64_t row_begin, int64_t rows, std::shared_ptr<KeptPrompt> prompt);
+  bool empty() const { return pieces_.empty(); }
+  absl::Status OnAttention(int64_t layer, const LayerActivations& acts) override;
+  // The batch has run: its rows count as filled.
+  void Finish();
+
+ private:
+  struct Piece {
+    int64_t row_begin = 0;
+    int64_t rows = 0;
+    std::shared_ptr<KeptPrompt> prompt;
+  };
+
+  ops::Ops& ops_;
+  std::vector<Piece> pieces_;
 };
 
 class PromptGradients {
@@ -58,14 +103,11 @@ class PromptGradients {
   // Shaped like PromptState::Layer::pages, f32.
   const ops::PagedKv& pages(int64_t layer) const { return pages_[layer]; }
   // [rows, kv_dim] f32
-  TensorView keys(int64_t layer) const { return Rows(pages_[layer].k); }
-  TensorView values(int64_t layer) const { return Rows(pages_[layer].v); }
+  TensorView keys(int64_t layer) const { return FlattenPages(pages_[layer].k, num_rows_); }
+  TensorView values(int64_t layer) const { return FlattenPages(pages_[layer].v, num_rows_); }
 
  private:
   int64_t LayOut(const ModelConfig& config, int64_t rows, void* base);
-  TensorView Rows(const TensorView& pages) const {
-    return View2D(pages.data, pages.dtype, num_rows_, pages.dim(2) * pages.dim(3));
-  }
 
   DeviceBuffer buffer_;
   std::vector<ops::PagedKv> pages_;

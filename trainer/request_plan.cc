@@ -111,18 +111,51 @@ std::vector<PlannedPass> FillPasses(std::vector<GroupRange> groups, const PassLi
   return passes;
 }
 
+std::vector<int32_t> SamplesOf(const std::vector<GroupRange>& groups) {
+  std::vector<int32_t> indices;
+  for (const GroupRange& group : groups) {
+    for (size_t s = group.begin; s < group.end; ++s) indices.push_back(static_cast<int32_t>(s));
+  }
+  return indices;
+}
+
+// Whether the group's prompt can start from what generation kept.
+bool CanUseKept(const TrainGroup& group, const PassLimits& limits) {
+  const KeptPrompt* kept = group.kept_prompt.get();
+  return kept != nullptr && kept->complete() && kept->version == limits.version &&
+         kept->tokens == group.prompt;
+}
+
+// Passes of their own for groups whose prompts were kept; returns the others.
+std::vector<GroupRange> PlanKept(const std::vector<TrainGroup>& groups, const PassLimits& limits,
+                                 RequestPlan& plan) {
+  std::vector<GroupRange> others;
+  for (GroupRange& range : MeasureGroups(plan, groups, limits)) {
+    const TrainGroup& group = groups[range.index];
+    absl::StatusOr<PlannedPass> pass = absl::NotFoundError("no kept prompt");
+    if (CanUseKept(group, limits)) pass = CutGroup(plan, range, limits);
+    if (pass.ok()) {
+      pass->kept = group.kept_prompt;
+      plan.passes.push_back(*std::move(pass));
+    } else {
+      others.push_back(std::move(range));
+    }
+  }
+  return others;
+}
+
 absl::Status PlanPasses(const std::vector<TrainGroup>& groups, const PassLimits& limits,
                         RequestPlan& plan) {
-  if (NumRows(plan.sequences, limits.share_prefixes) <= limits.max_rows) {
-    std::vector<int32_t> all(plan.sequences.size());
-    std::iota(all.begin(), all.end(), 0);
-    plan.passes = {{.batches = {std::move(all)}}};
+  const std::vector<GroupRange> others = PlanKept(groups, limits, plan);
+  std::vector<int32_t> samples = SamplesOf(others);
+  if (NumRows(plan.Sequences(samples), limits.share_prefixes) <= limits.max_rows) {
+    if (!samples.empty()) plan.passes.push_back({.batches = {std::move(samples)}});
     return absl::OkStatus();
   }
   std::vector<GroupRange> small;
-  for (GroupRange& group : MeasureGroups(plan, groups, limits)) {
+  for (const GroupRange& group : others) {
     if (group.rows <= limits.max_rows) {
-      small.push_back(std::move(group));
+      small.push_back(group);
       continue;
     }
     ASSIGN_OR_RETURN(PlannedPass pass, CutGroup(plan, group, limits));

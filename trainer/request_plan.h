@@ -1,14 +1,16 @@
 // RequestPlan: what a request means, worked out before anything runs: sequences, advantages, global
 // denominators, and the passes that fit the limits: micro-batches of whole groups, or one group
-// that is too large for that, its prompt and then its branches.
+// that is too large for that or whose prompt was kept, its prompt and then its branches.
 #pragma once
 
 #include <functional>
+#include <memory>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "kernels/model/model_config.h"
 #include "trainer/loss.h"
+#include "trainer/prompt_state.h"
 #include "trainer/token_tree.h"
 #include "trainer/train_types.h"
 
@@ -16,6 +18,7 @@ namespace coppice {
 
 struct PlannedPass {
   int64_t prompt_rows = 0;  // > 0: the prompt runs by itself and the batches hang below it
+  std::shared_ptr<const KeptPrompt> kept;  // null, or the state to start from instead of running it
   // Ascending sample indices of each tree that runs; one without a prompt of its own.
   std::vector<std::vector<int32_t>> batches;
 };
@@ -39,6 +42,7 @@ struct PassLimits {
   // Rows that a micro-batch of branches may have beside the state of a prompt; 0 if the prompt
   // leaves no room. Absent where prompts cannot run apart from their branches.
   std::function<int64_t(int64_t prompt_rows)> max_branch_rows;
+  PolicyVersion version{0};  // of kept prompts that may be used
 };
 
 // INVALID_ARGUMENT: bad input, or a group that fits no pass, not even cut into branches.

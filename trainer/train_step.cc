@@ -29,7 +29,8 @@ double MeanEntropy(const SamplePath& path) {
 absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
     const ForwardBackwardRequest& request) {
   PhaseTimer phases(clock_);
-  ASSIGN_OR_RETURN(const RequestPlan plan, PlanTraining(decoder_.config(), limits_, request));
+  ASSIGN_OR_RETURN(const RequestPlan plan,
+                   PlanTraining(decoder_.config(), CurrentLimits(), request));
   RETURN_IF_ERROR(EnsureGradients());
   std::vector<Pass> passes = BuildPasses(plan);
   RETURN_IF_ERROR(ReserveActivations(passes));  // so that no later pass can lack memory
@@ -56,7 +57,10 @@ absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
   result.metrics["recompute"] =
       static_cast<double>(Retain::kAll) - static_cast<double>(totals.least_retained);
   result.metrics["activation_bytes"] = static_cast<double>(activations_.size_bytes());
-  result.tokens = {.flat = NumFlatRows(plan), .unique = totals.unique, .with_loss = plan.with_loss};
+  result.tokens = {.flat = NumFlatRows(plan),
+                   .unique = totals.unique,
+                   .prompt_forward_skipped = totals.prompt_forward_skipped,
+                   .with_loss = plan.with_loss};
   result.phases = phases.Take();
   return result;
 }
@@ -71,7 +75,7 @@ absl::Status PolicyTrainer::RunPass(const ForwardBackwardRequest& request, const
     RETURN_IF_ERROR(RunPromptForward(*pass.prompt, temperature, phases));
     RETURN_IF_ERROR(prompt_gradients_.Zero(ops_));
     prompt_sums.emplace(pass.prompt->tree);
-    totals.unique += pass.prompt->tree.num_rows();
+    totals.AddPrompt(pass.prompt->tree.num_rows(), pass.prompt->kept != nullptr);
   }
   size_t first = 0;  // sample of the pass
   for (size_t b = 0; b < pass.batches.size(); ++b) {
@@ -112,7 +116,7 @@ PolicyTrainer::Pass PolicyTrainer::BuildPass(const RequestPlan& plan,
                 .budget_bytes = activation_bytes_};
     if (prompt_rows > 0) {
       HangBelowPrompt(prompt_rows, run.tree.batch);
-      run.link = {.context = &prompt_state_, .gradients = &prompt_gradients_};
+      run.link = {.context = &StateOf(planned.kept), .gradients = &prompt_gradients_};
       run.budget_bytes -= PromptBytes(prompt_rows);
     }
     pass.batches.push_back(std::move(run));
@@ -122,6 +126,7 @@ PolicyTrainer::Pass PolicyTrainer::BuildPass(const RequestPlan& plan,
     for (TokenSequence& s : all) s.wanted = {};  // a prompt has head rows, whatever the masks
     pass.prompt.emplace();
     pass.prompt->tree = BuildTokenTree(all, /*share=*/true, {.end = prompt_rows});
+    pass.prompt->kept = planned.kept;
     StoreAsPrompt(pass.prompt->tree.batch);
   }
   return pass;
@@ -194,7 +199,7 @@ absl::StatusOr<OptimStepResult> PolicyTrainer::OptimStep(const AdamConfig& confi
 absl::StatusOr<std::vector<SampleResult>> PolicyTrainer::Score(
     const std::vector<TrainGroup>& groups, float temperature) {
   RETURN_IF_ERROR(ValidateTemperature(temperature));
-  ASSIGN_OR_RETURN(const RequestPlan plan, PlanScoring(decoder_.config(), limits_, groups));
+  ASSIGN_OR_RETURN(const RequestPlan plan, PlanScoring(decoder_.config(), CurrentLimits(), groups));
   PhaseTimer phases(clock_);
   std::vector<Pass> passes = BuildPasses(plan);
   std::vector<SampleResult> results(plan.samples.size());

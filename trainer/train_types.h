@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
@@ -12,6 +13,8 @@
 #include "kernels/base/ids.h"
 
 namespace coppice {
+
+struct KeptPrompt;
 
 // One response. Per-token vectors are empty (= absent) or have tokens.size() entries.
 struct TrainSample {
@@ -30,6 +33,9 @@ struct TrainSample {
 struct TrainGroup {
   std::vector<int32_t> prompt;  // at least one token
   std::vector<TrainSample> samples;
+  // What generation kept of the prompt, or null. Used if it is of this prompt and the current
+  // policy; then the prompt is not run forward.
+  std::shared_ptr<const KeptPrompt> kept_prompt;
 };
 
 struct LossConfig {
@@ -71,7 +77,7 @@ struct AdamConfig {
 
 struct TokenStats {
   int64_t flat = 0;                    // rows of separate sequences: prompt + response - 1 each
-  int64_t unique = 0;                  // rows run
+  int64_t unique = 0;                  // rows run, those whose forward was reused included
   int64_t prompt_forward_skipped = 0;  // rows whose forward was reused
   int64_t with_loss = 0;               // response tokens whose mask is not zero
 };
@@ -92,8 +98,9 @@ struct ForwardBackwardResult {
   double loss = 0;
   // pg_loss, kl_loss, entropy_bonus as aggregated; means over tokens with loss: entropy, kl,
   // approx_kl (old - l), advantage_mean, ratio_{mean,min,max}, clip_{low,high,dual} (fractions),
-  // importance_mean, logprob_gap_{mean,max}; reward_mean; passes, recompute (0 nothing, 1
-  // elementwise, 2 layers), activation_bytes. Absent where nothing supplies them.
+  // importance_mean, logprob_gap_{mean,max}; reward_mean; passes, micro_batches,
+  // recompute (0 nothing, 1 elementwise, 2 layers), activation_bytes. Absent where nothing supplies
+  // them.
   std::map<std::string, double> metrics;
   TokenStats tokens;
   // Phase and seconds: build_tree, forward, head, loss, backward.

@@ -39,6 +39,7 @@ Workspace LayOut(const ModelConfig& config, DType dtype, int64_t rows, int64_t h
   body.k = heads.k;
   body.v = heads.v;
   body.attn_out = arena.Matrix(dtype, rows, config.q_dim());
+  body.lse = arena.Matrix(DType::kF32, rows, config.q_heads);
   LayOutMlpHalf(config, dtype, rows, arena, body);
 
   LayerActivations& tail = w.tail;
@@ -135,26 +136,29 @@ absl::Status Decoder::MlpForward(const LayerParameters& params,
 }
 
 absl::StatusOr<TensorView> Decoder::Forward(const Parameters& params, const ops::BatchPlan& plan,
-                                            const KvPool* kv, DeviceBuffer& workspace) const {
+                                            const KvPool* kv, DeviceBuffer& workspace,
+                                            LayerObserver* observer) const {
   const int64_t rows = plan.batch().num_rows();
   const int64_t head_rows = static_cast<int64_t>(plan.batch().logit_rows.size());
-  const Workspace w =
-      LayOut(config_, ops_->Info().compute_dtype, rows, head_rows, workspace.data());
+  Workspace w = LayOut(config_, ops_->Info().compute_dtype, rows, head_rows, workspace.data());
   CHECK_LE(w.size_bytes, workspace.size_bytes()) << "decoder workspace";
+  if (observer == nullptr) w.body.lse = {};
 
   RETURN_IF_ERROR(
       ops_->Embedding({.ids = plan.tokens(), .table = params.embedding, .out = w.body.input}));
   const int64_t last = config_.num_layers - 1;
   for (int64_t l = 0; l <= last; ++l) {
     const ops::PagedKv pages = kv == nullptr ? ops::PagedKv{} : kv->layer(l);
-    if (l == last &&
+    if (l == last && observer == nullptr &&
         head_rows == 0) {  // a prefill chunk without logits leaves only keys and values
       RETURN_IF_ERROR(QkvForward(params.layers[l], plan, pages, w.body));
       return w.hidden;
     }
     RETURN_IF_ERROR(AttentionForward(params.layers[l], plan, pages, w.body));
+    if (observer != nullptr) RETURN_IF_ERROR(observer->OnAttention(l, w.body));
     if (l < last) RETURN_IF_ERROR(MlpForward(params.layers[l], w.body));
   }
+  if (head_rows == 0) return w.hidden;
   RETURN_IF_ERROR(
       ops_->GatherRows({.src = w.body.input, .indices = plan.logit_rows(), .out = w.tail.input}));
   RETURN_IF_ERROR(ops_->GatherRows(

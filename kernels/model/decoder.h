@@ -56,6 +56,14 @@ struct QkvHeads {
 };
 QkvHeads SplitQkv(const ModelConfig& config, TensorView qkv);  // qkv [rows, qkv_dim]
 
+// Sees what the first half of each layer has computed before anything overwrites it.
+class LayerObserver {
+ public:
+  virtual ~LayerObserver() = default;
+  // input, k, v, attn_out and lse of `acts` are valid; work that reads them may be queued.
+  virtual absl::Status OnAttention(int64_t layer, const LayerActivations& acts) = 0;
+};
+
 class Decoder {
  public:
   // Builds the RoPE table on the device. Borrows `ops`.
@@ -83,8 +91,11 @@ class Decoder {
 
   // Embedding, all layers, final norm of the plan's logit_rows -> hidden [head_rows, hidden] f,
   // inside `workspace`. REQUIRES: workspace.size_bytes() >= WorkspaceBytes(rows, head_rows).
+  // With an observer every layer runs the attention of all rows, else only what the hidden rows and
+  // the KV need.
   absl::StatusOr<TensorView> Forward(const Parameters& params, const ops::BatchPlan& plan,
-                                     const KvPool* kv, DeviceBuffer& workspace) const;
+                                     const KvPool* kv, DeviceBuffer& workspace,
+                                     LayerObserver* observer = nullptr) const;
   // logits [head_rows, vocab] f32 = hidden head^T
   absl::Status Logits(const Parameters& params, TensorView hidden, TensorView logits) const;
 

@@ -1,9 +1,12 @@
-// A group too large for one pass runs depth-first: its prompt once, its branches in micro-batches.
-// Gradients and results equal those of the whole tree.
+// Prompts that run apart from their branches. A group too large for one pass runs depth-first: its
+// prompt once, its branches in micro-batches; a prompt that generation has kept is not run forward
+// at all. Gradients and results equal those of the whole tree.
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <memory>
 
+#include "kernels/model/kv_pool.h"
 #include "tests/support/tolerances.h"
 #include "tests/trainer/trainer_fixture.h"
 #include "trainer/activations.h"
@@ -93,6 +96,68 @@ TEST_P(BranchGradientTest, EqualsTheWholeTreeOnRandomTrees) {
     if (testing::Test::HasFailure()) break;
   }
   EXPECT_GE(num_cut, 20);
+}
+
+// ---- Prompts kept by generation
+
+// The state of `prompt` as a prefill in chunks leaves it.
+std::shared_ptr<KeptPrompt> Keep(TinyPolicy& policy, const std::vector<int32_t>& prompt,
+                                 int64_t chunk) {
+  const int64_t num_tokens = static_cast<int64_t>(prompt.size());
+  auto kept = std::make_shared<KeptPrompt>();
+  kept->tokens = prompt;
+  kept->version = policy.trainer().policy_version();
+  EXPECT_TRUE(kept->state.Prepare(policy.config(), policy.ops(), num_tokens).ok());
+  constexpr int64_t kBlock = 16;
+  const int64_t blocks = (num_tokens + kBlock - 1) / kBlock;
+  const KvPool pool = KvPool::Create(policy.config(), blocks, kBlock, policy.ops()).value();
+  const Decoder& decoder = policy.decoder();
+  DeviceBuffer workspace =
+      policy.ops().Allocate(decoder.WorkspaceBytes(chunk, 1), "workspace").value();
+  for (int64_t begin = 0; begin < num_tokens; begin += chunk) {
+    const int64_t end = std::min(num_tokens, begin + chunk), rows = end - begin;
+    ops::TokenBatch batch;
+    batch.block_tokens = kBlock;
+    for (int64_t p = begin; p < end; ++p) {
+      batch.tokens.push_back(prompt[p]);
+      batch.positions.push_back(static_cast<int32_t>(p));
+      batch.subtree_end.push_back(static_cast<int32_t>(rows));
+      batch.kv_slots.push_back(static_cast<int32_t>(p));
+    }
+    if (begin > 0) batch.context_nodes = {{.num_tokens = static_cast<int32_t>(begin)}};
+    for (int32_t b = 0; b < blocks; ++b) batch.context_blocks.push_back(b);
+    batch.segments = {{.row_end = static_cast<int32_t>(rows), .context_node = begin > 0 ? 0 : -1}};
+    if (end == num_tokens) batch.logit_rows = {static_cast<int32_t>(rows - 1)};
+    const std::unique_ptr<ops::BatchPlan> plan = policy.ops().PlanBatch(batch).value();
+    PromptCapture capture(policy.ops());
+    capture.Add(0, rows, kept);
+    EXPECT_TRUE(decoder.Forward(policy.model().params, *plan, &pool, workspace, &capture).ok());
+    capture.Finish();
+  }
+  EXPECT_TRUE(kept->complete());
+  return kept;
+}
+
+TEST_P(BranchGradientTest, KeptPromptsGiveTheSameGradientsWithoutTheirForward) {
+  TinyPolicy whole(GetParam()), reusing(GetParam());
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    const std::string what = "seed " + std::to_string(seed);
+    Random random(seed);
+    const int64_t prompt = Uniform(random, 1, 90);
+    ForwardBackwardRequest request = OneGroup(random, whole.config().vocab, prompt);
+    const ForwardBackwardResult want = whole.trainer().ForwardBackward(request).value();
+    request.groups[0].kept_prompt =
+        Keep(reusing, request.groups[0].prompt, Uniform(random, 1, prompt));
+    const ForwardBackwardResult got = reusing.trainer().ForwardBackward(request).value();
+    EXPECT_EQ(got.tokens.prompt_forward_skipped, prompt) << what;
+    EXPECT_EQ(got.tokens.unique, want.tokens.unique) << what;
+    ExpectSameResults(got, want, what);
+    ExpectTensorsNear(whole.config(), reusing.Gradients(), ToDouble(whole.Gradients()),
+                      tolerance::kTreeVersusFlat, what);
+    whole.DropGradients();
+    reusing.DropGradients();
+    if (testing::Test::HasFailure()) break;
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Architectures, BranchGradientTest,
@@ -185,6 +250,46 @@ TEST(BranchTest, RefusesWhatFitsNoMicroBatch) {
   EXPECT_NE(status.message().find("group 0 wants at most 24 unique tokens, got 89"),
             std::string::npos)
       << status;
+}
+
+TEST(KeptPromptTest, IsIgnoredWhereItDoesNotFit) {
+  TinyPolicy policy(TinyConfig(Architecture::kQwen3, true));
+  ForwardBackwardRequest request = WideRequest();
+  const std::vector<int32_t>& prompt = request.groups[0].prompt;
+  const auto skipped = [&](const std::shared_ptr<KeptPrompt>& kept) {
+    request.groups[0].kept_prompt = kept;
+    const int64_t rows =
+        policy.trainer().ForwardBackward(request).value().tokens.prompt_forward_skipped;
+    policy.DropGradients();
+    return rows;
+  };
+  EXPECT_EQ(skipped(nullptr), 0);
+  EXPECT_EQ(skipped(Keep(policy, prompt, 7)), 20);
+  const auto filled_less = Keep(policy, prompt, 7);
+  --filled_less->rows_filled;
+  EXPECT_EQ(skipped(filled_less), 0);
+  EXPECT_EQ(skipped(Keep(policy, std::vector<int32_t>(20, 4), 7)), 0);  // another prompt
+  const auto old = Keep(policy, prompt, 7);
+  ASSERT_TRUE(policy.trainer().ForwardBackward(WideRequest()).ok());
+  ASSERT_TRUE(policy.trainer().OptimStep({.learning_rate = 0.1f}).ok());
+  EXPECT_EQ(skipped(old), 0);  // another policy
+}
+
+TEST(KeptPromptTest, ServesScoreAndMixesWithOtherGroups) {
+  const ModelConfig config = TinyConfig(Architecture::kLlama, true);
+  TinyPolicy whole(config), reusing(config, 1, {.max_rows = 24});
+  ForwardBackwardRequest request = WideRequest();
+  request.groups.push_back({.prompt = {40, 2}, .samples = {{.tokens = {4, 5}, .advantages = {1}}}});
+  const ForwardBackwardResult want = whole.trainer().ForwardBackward(request).value();
+  request.groups[0].kept_prompt = Keep(reusing, request.groups[0].prompt, 20);
+  const ForwardBackwardResult got = reusing.trainer().ForwardBackward(request).value();
+  EXPECT_EQ(got.metrics.at("passes"), 2);
+  EXPECT_EQ(got.metrics.at("micro_batches"), 4);
+  ExpectSameResults(got, want, "kept and mixed");
+  ExpectTensorsNear(config, reusing.Gradients(), ToDouble(whole.Gradients()),
+                    tolerance::kTreeVersusFlat, "kept and mixed");
+  const std::vector<SampleResult> scored = reusing.trainer().Score(request.groups, 1).value();
+  for (size_t s = 0; s < scored.size(); ++s) EXPECT_EQ(scored[s].logprobs, got.samples[s].logprobs);
 }
 
 }  // namespace

@@ -67,6 +67,7 @@ class TinyPolicy {
 
   Trainer& trainer() { return *trainer_; }
   Model& model() { return model_; }
+  const Decoder& decoder() const { return *decoder_; }
   FailingOps& ops() { return *ops_; }
   const ModelConfig& config() const { return model_.config; }
 
