@@ -149,8 +149,8 @@ absl::StatusOr<TensorView> Decoder::Forward(const Parameters& params, const ops:
   const int64_t last = config_.num_layers - 1;
   for (int64_t l = 0; l <= last; ++l) {
     const ops::PagedKv pages = kv == nullptr ? ops::PagedKv{} : kv->layer(l);
-    if (l == last && observer == nullptr &&
-        head_rows == 0) {  // a prefill chunk without logits leaves only keys and values
+    // A prefill chunk that nobody reads leaves only keys and values.
+    if (l == last && observer == nullptr && head_rows == 0) {
       RETURN_IF_ERROR(QkvForward(params.layers[l], plan, pages, w.body));
       return w.hidden;
     }
