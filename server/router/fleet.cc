@@ -160,16 +160,16 @@ void Fleet::CountStates() {
                 leader->facts->policy_version != replica.facts->policy_version;
     replica.metrics->up.Set(replica.state == State::kServing ? 1 : 0);
   }
-  if (policies > 0 && metrics_.policy_mismatches.Value() != static_cast<double>(policies)) {
-    LOG(WARNING) << "replica_mismatch kind=policy_version replicas=" << policies
-                 << " want the leader's " << leader->facts->policy_version
-                 << "; their answers come from another policy: load the leader's checkpoint there";
-  }
   metrics_.replicas_serving.Set(static_cast<double>(serving));
   metrics_.replicas_ejected.Set(static_cast<double>(ejected));
   metrics_.replicas_mismatched.Set(static_cast<double>(mismatched));
   metrics_.model_mismatches.Set(static_cast<double>(mismatched));
+  const bool changed = metrics_.policy_mismatches.Value() != static_cast<double>(policies);
   metrics_.policy_mismatches.Set(static_cast<double>(policies));
+  if (!changed || policies == 0) return;
+  LOG(WARNING) << "replica_mismatch kind=policy_version replicas=" << policies
+               << " want the leader's " << leader->facts->policy_version
+               << "; their answers come from another policy: load the leader's checkpoint there";
 }
 
 void Fleet::CancelLate() {

@@ -12,12 +12,21 @@ namespace {
 
 constexpr char kTenantHeader[] = "x-coppice-tenant";
 
-// Why the router itself ended a call to a replica.
+// Of a call that neither its caller nor the daemon's engine ended.
 grpc::Status CancelledStatus(OpenAttempt::Cancelled why, const std::string& replica) {
   const char* got = why == OpenAttempt::Cancelled::kEjected ? "no answer to health checks"
-                                                            : "no byte in --first_byte_timeout_s";
+                    : why == OpenAttempt::Cancelled::kFirstByteLate
+                        ? "no byte in --first_byte_timeout_s"
+                        : "its shutdown";
   return {grpc::StatusCode::UNAVAILABLE, absl::StrCat("call ended: want an answer of replica ",
                                                       replica, ", got ", got, "; try again")};
+}
+
+// A server that shuts down cancels what reaches it late, with no words of its own; a daemon that
+// means CANCELLED says what was cancelled.
+bool IsShutdown(const grpc::Status& status) {
+  return status.error_code() == grpc::StatusCode::CANCELLED &&
+         (status.error_message().empty() || status.error_message() == "CANCELLED");
 }
 
 }  // namespace
@@ -152,10 +161,7 @@ void ProxyCall::OnUpstreamDone(const grpc::Status& upstream_status) {
   const std::unique_ptr<Upstream> upstream = std::move(upstream_);
   const std::shared_ptr<OpenAttempt> attempt = upstream->attempt();
   context_.fleet.Closed(upstream->target().id, attempt);
-  const OpenAttempt::Cancelled why = attempt->cancelled;
-  const grpc::Status status = why == OpenAttempt::Cancelled::kNo || upstream_status.ok()
-                                  ? upstream_status
-                                  : CancelledStatus(why, upstream->target().name);
+  const grpc::Status status = Meaning(upstream_status, *upstream);
   const bool answered = attempt->first_byte;
   SettlePlacement(answered);
   if (status.error_code() == grpc::StatusCode::UNAVAILABLE) context_.watcher.Poke();
@@ -169,6 +175,15 @@ void ProxyCall::OnUpstreamDone(const grpc::Status& upstream_status) {
   PassBack(attempt->context, *call_);
   if (!Header(*call_, kExplainHeader).empty()) Explain();
   End(status);
+}
+
+grpc::Status ProxyCall::Meaning(const grpc::Status& status, const Upstream& upstream) {
+  if (status.ok()) return status;
+  const OpenAttempt::Cancelled why = upstream.attempt()->cancelled;
+  absl::MutexLock lock(&mutex_);
+  const bool shut_down = IsShutdown(status) && !cancelled_;
+  if (why == OpenAttempt::Cancelled::kNo && !shut_down) return status;
+  return CancelledStatus(why, upstream.target().name);
 }
 
 void ProxyCall::SettlePlacement(bool answered) {

@@ -72,6 +72,8 @@ class ProxyCall final : public grpc::ServerGenericBidiReactor {
   void OnMessage();
   void OnFirstMessage();
   void OnUpstreamDone(const grpc::Status& status);
+  // UNAVAILABLE for what a replica's end or the fleet did to the call.
+  grpc::Status Meaning(const grpc::Status& status, const Upstream& upstream);
   void SettlePlacement(bool answered);
   bool MayRetry(const grpc::Status& status, bool answered);
   void Explain();

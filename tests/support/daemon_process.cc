@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <cstdlib>
+#include <fstream>
 
 #include "kernels/base/check.h"
 
@@ -80,6 +81,13 @@ bool DaemonProcess::AwaitReady() {
 }
 
 void DaemonProcess::Signal(int signal) { kill(pid_, signal); }
+
+int64_t DaemonProcess::ResidentBytes() const {
+  std::ifstream statm("/proc/" + std::to_string(pid_) + "/statm");
+  int64_t size = 0, resident = 0;
+  statm >> size >> resident;
+  return resident * sysconf(_SC_PAGESIZE);
+}
 
 int DaemonProcess::Wait() {
   if (ended_) return exit_;

@@ -4,6 +4,7 @@
 
 #include <sys/types.h>
 
+#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -27,6 +28,8 @@ class DaemonProcess {
   int http_port() const { return http_port_; }
 
   void Signal(int signal);
+  // Memory of the process that is in RAM.
+  int64_t ResidentBytes() const;
   // Waits for the end: the exit code, or minus the signal that killed it.
   int Wait();
   // Everything logged so far, stdout included.

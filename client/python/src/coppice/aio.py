@@ -11,7 +11,7 @@ from typing import Any, TypeVar, Unpack
 import grpc
 import grpc.aio
 
-from coppice import _channel, _replies, _requests, chat, types
+from coppice import _channel, _replies, _requests, _routing, chat, types
 from coppice.errors import CancelledError, from_rpc_error
 from coppice.options import BatchOptions, GenerateOptions, OptimOptions, TrainOptions
 from coppice.v1 import (
@@ -139,7 +139,11 @@ class AsyncClient:
     ) -> Reply:
         _requests.check_timeout(timeout)
         try:
-            return await method(request, timeout=timeout or self._timeout, metadata=self._metadata)
+            return await method(
+                request,
+                timeout=timeout or self._timeout,
+                metadata=_routing.call_metadata(self._metadata, request),
+            )
         except grpc.RpcError as error:
             raise from_rpc_error(error, address=self.address, rpc=rpc) from error
 
@@ -173,7 +177,9 @@ class AsyncClient:
 
         request = _requests.generate_request(await self._prompt(prompt), **options)
         call = self._generation.Generate(
-            request, timeout=options.get("timeout") or self._timeout, metadata=self._metadata
+            request,
+            timeout=options.get("timeout") or self._timeout,
+            metadata=_routing.call_metadata(self._metadata, request),
         )
         return AsyncStream(call, request, self.address)
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar, Unpack
 
 import grpc
 
-from coppice import _channel, _replies, _requests, chat, types
+from coppice import _channel, _replies, _requests, _routing, chat, types
 from coppice.errors import from_rpc_error
 from coppice.options import BatchOptions, GenerateOptions, OptimOptions, TrainOptions
 from coppice.v1 import (
@@ -143,7 +143,11 @@ class Client:
     ) -> Reply:
         _requests.check_timeout(timeout)
         try:
-            return method(request, timeout=timeout or self._timeout, metadata=self._metadata)
+            return method(
+                request,
+                timeout=timeout or self._timeout,
+                metadata=_routing.call_metadata(self._metadata, request),
+            )
         except grpc.RpcError as error:
             raise from_rpc_error(error, address=self.address, rpc=rpc) from error
 
@@ -174,7 +178,9 @@ class Client:
         samples interleaved, then one GroupFinished."""
         request = _requests.generate_request(self._prompt(prompt), **options)
         call = self._generation.Generate(
-            request, timeout=options.get("timeout") or self._timeout, metadata=self._metadata
+            request,
+            timeout=options.get("timeout") or self._timeout,
+            metadata=_routing.call_metadata(self._metadata, request),
         )
         return Stream(call, request, self.address)
 

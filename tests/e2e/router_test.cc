@@ -1,0 +1,419 @@
+// The router over real daemons and sockets: replicas that die, hang, return and restart; readers
+// that are slow; configurations that are wrong.
+#include <signal.h>
+
+#include <atomic>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
+#include "coppice/v1/admin.grpc.pb.h"
+#include "coppice/v1/cache.grpc.pb.h"
+#include "coppice/v1/generation.grpc.pb.h"
+#include "coppice/v1/training.grpc.pb.h"
+#include "gmock/gmock.h"
+#include "grpcpp/create_channel.h"
+#include "grpcpp/security/credentials.h"
+#include "gtest/gtest.h"
+#include "httplib.h"
+#include "tests/support/daemon_process.h"
+#include "tests/support/raw_call.h"
+
+namespace coppice {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+
+constexpr int kKeys = 40;
+// For what must happen, on a machine that is busy.
+constexpr absl::Duration kDeadline = absl::Seconds(60);
+
+std::string Name(int replica) { return absl::StrCat("coppice-", replica); }
+
+class RouterTest : public ::testing::Test {
+ protected:
+  static std::unique_ptr<DaemonProcess> Run(std::vector<std::string> args) {
+    return std::make_unique<DaemonProcess>(COPPICED_BINARY, std::move(args));
+  }
+  static std::unique_ptr<DaemonProcess> Replica(int port, const std::string& model = "tiny-llama") {
+    auto replica = Run({"--model_geometry=" + model, "--seed=7", "--threads=1",
+                        absl::StrCat("--port=", port), "--http_port=0"});
+    EXPECT_TRUE(replica->AwaitReady()) << replica->log();
+    return replica;
+  }
+
+  // Fills replicas_ and starts the router over them.
+  void Start(int replicas) {
+    for (int i = 0; i < replicas; ++i) {
+      replicas_.push_back(Replica(0));
+      ports_.push_back(replicas_[i]->grpc_port());
+    }
+    StartRouter();
+  }
+  void StartRouter() {
+    std::vector<std::string> list;
+    for (size_t i = 0; i < ports_.size(); ++i) {
+      list.push_back(absl::StrCat(Name(static_cast<int>(i)), "=127.0.0.1:", ports_[i]));
+    }
+    router_ = Run({"--role=router", "--port=0", "--http_port=0", "--health_interval_ms=100",
+                   "--eject_after=2", "--replicas=" + absl::StrJoin(list, ",")});
+    ASSERT_TRUE(router_->AwaitReady()) << router_->log();
+    channel_ = Channel(router_->grpc_port());
+    generation_ = v1::Generation::NewStub(channel_);
+  }
+  static std::shared_ptr<grpc::Channel> Channel(int port) {
+    grpc::ChannelArguments args;  // the client itself buffers a few kB only
+    args.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
+    args.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, 8192);
+    return grpc::CreateCustomChannel(absl::StrCat("127.0.0.1:", port),
+                                     grpc::InsecureChannelCredentials(), args);
+  }
+  // Until the router says so.
+  void AwaitServing(int replica) {
+    std::string line = router_->AwaitLine(absl::StrCat(" replica=", Name(replica), " was="));
+    while (line.find("replica_joined") == std::string::npos &&
+           line.find("replica_restored") == std::string::npos) {
+      ASSERT_FALSE(line.empty()) << router_->log();
+      line = router_->AwaitLine(absl::StrCat(" replica=", Name(replica), " was="));
+    }
+  }
+  void Restart(int replica) { replicas_[replica] = Replica(ports_[replica]); }
+
+  static v1::GenerateRequest Request(const std::string& key, int max_tokens, int n = 1) {
+    v1::GenerateRequest request;
+    for (int id = 1; id <= 20; ++id) request.mutable_prompt()->mutable_tokens()->add_ids(id);
+    request.mutable_sampling()->set_max_tokens(max_tokens);
+    request.mutable_sampling()->set_seed(3);
+    request.mutable_sampling()->set_ignore_eos(true);
+    request.mutable_cache()->set_key(key);
+    request.set_n(n);
+    return request;
+  }
+
+  struct Stream {
+    grpc::ClientContext context;
+    std::unique_ptr<grpc::ClientReader<v1::GenerateEvent>> reader;
+    int64_t tokens = 0;
+    std::string replica;  // once finished
+
+    bool Read() {
+      v1::GenerateEvent event;
+      if (!reader->Read(&event)) return false;
+      tokens += event.chunk().token_ids_size();
+      return true;
+    }
+    grpc::Status Finish() {
+      while (Read()) {
+      }
+      const grpc::Status status = reader->Finish();
+      const auto& trailers = context.GetServerTrailingMetadata();
+      const auto at = trailers.find("x-coppice-placement");
+      if (at == trailers.end()) return status;
+      const std::string text(at->second.data(), at->second.size());
+      replica = text.substr(8, text.find(' ') - 8);  // replica=NAME
+      return status;
+    }
+  };
+  std::unique_ptr<Stream> Open(const v1::GenerateRequest& request) {
+    auto stream = std::make_unique<Stream>();
+    stream->context.AddMetadata("x-coppice-explain", "1");
+    stream->reader = generation_->Generate(&stream->context, request);
+    return stream;
+  }
+  // Who answers for each key.
+  std::map<std::string, std::string> Owners() {
+    std::map<std::string, std::string> owners;
+    for (int i = 0; i < kKeys; ++i) {
+      const std::string key = absl::StrCat("key-", i);
+      auto stream = Open(Request(key, 1));
+      const grpc::Status status = stream->Finish();
+      EXPECT_TRUE(status.ok()) << status.error_message();
+      owners[key] = stream->replica;
+    }
+    return owners;
+  }
+  static std::string KeyOf(const std::map<std::string, std::string>& owners,
+                           const std::string& replica) {
+    for (const auto& [key, owner] : owners) {
+      if (owner == replica) return key;
+    }
+    ADD_FAILURE() << "no key lives on " << replica;
+    return "";
+  }
+
+  static double Metric(const DaemonProcess& process, const std::string& series) {
+    const auto response = httplib::Client("127.0.0.1", process.http_port()).Get("/metrics");
+    if (!response) return -1;
+    const size_t at = response->body.find("\n" + series + " ");
+    return at == std::string::npos ? -1
+                                   : std::atof(response->body.c_str() + at + series.size() + 2);
+  }
+
+  std::vector<std::unique_ptr<DaemonProcess>> replicas_;
+  std::vector<int> ports_;
+  std::unique_ptr<DaemonProcess> router_;
+  std::shared_ptr<grpc::Channel> channel_;
+  std::unique_ptr<v1::Generation::Stub> generation_;
+};
+
+TEST_F(RouterTest, AKilledReplicaCostsItsOwnStreamsAndAQuarterOfTheKeys) {
+  Start(4);
+  const auto before = Owners();
+  std::vector<std::unique_ptr<Stream>> streams;
+  for (int i = 0; i < 4; ++i) streams.push_back(Open(Request(KeyOf(before, Name(i)), 1500)));
+  for (const auto& stream : streams) ASSERT_TRUE(stream->Read());
+
+  replicas_[2]->Signal(SIGKILL);
+  replicas_[2]->Wait();
+
+  for (int i = 0; i < 4; ++i) {
+    const grpc::Status status = streams[i]->Finish();
+    if (i == 2) {
+      EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
+      EXPECT_LT(streams[i]->tokens, 1500);
+    } else {
+      EXPECT_TRUE(status.ok()) << status.error_message();
+      EXPECT_EQ(streams[i]->tokens, 1500);
+    }
+  }
+  int moved = 0;
+  const auto without = Owners();
+  for (const auto& [key, owner] : before) {
+    EXPECT_TRUE(owner == Name(2) ? without.at(key) != owner : without.at(key) == owner) << key;
+    moved += owner == Name(2);
+  }
+  EXPECT_GE(moved, kKeys / 10);
+  EXPECT_LE(moved, kKeys / 2);
+
+  Restart(2);
+  AwaitServing(2);
+  EXPECT_EQ(Owners(), before) << "it takes its keys back, and nothing else moves";
+}
+
+TEST_F(RouterTest, AHangingReplicaIsEjectedAndReturns) {
+  Start(3);
+  const auto before = Owners();
+  const std::string key = KeyOf(before, Name(1));
+  auto begun = Open(Request(key, 3000));
+  ASSERT_TRUE(begun->Read());
+
+  replicas_[1]->Signal(SIGSTOP);
+  auto waiting = Open(Request(key, 8));  // reaches a process that does not answer
+  ASSERT_THAT(router_->AwaitLine("replica_ejected"), HasSubstr("replica=coppice-1"));
+
+  const grpc::Status moved = waiting->Finish();
+  EXPECT_TRUE(moved.ok()) << moved.error_message();
+  EXPECT_EQ(waiting->tokens, 8);
+  EXPECT_NE(waiting->replica, Name(1));
+  EXPECT_EQ(begun->Finish().error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_GE(Metric(*router_, "coppice_router_ejections_total{reason=\"health\"}"), 1);
+  EXPECT_EQ(Metric(*router_, "coppice_router_replica_up{replica=\"coppice-1\"}"), 0);
+
+  replicas_[1]->Signal(SIGCONT);
+  AwaitServing(1);
+  EXPECT_EQ(Owners(), before);
+}
+
+TEST_F(RouterTest, ARollingRestartUnderLoadFailsNothing) {
+  Start(3);
+  std::atomic<bool> stop{false};
+  std::atomic<int64_t> done{0};
+  std::vector<std::string> errors[4];
+  std::vector<std::thread> load;
+  for (int t = 0; t < 4; ++t) {
+    load.emplace_back([&, t] {
+      for (int i = 0; !stop; ++i) {
+        auto stream = Open(Request(absl::StrCat("load-", t, "-", i % 16), 20));
+        const grpc::Status status = stream->Finish();
+        if (!status.ok()) errors[t].push_back(status.error_message());
+        if (stream->tokens != 20) errors[t].push_back("tokens are missing");
+        ++done;
+      }
+    });
+  }
+  for (int i = 0; i < 3; ++i) {
+    const int64_t so_far = done;
+    while (done < so_far + 20) std::this_thread::yield();
+    replicas_[i]->Signal(SIGTERM);
+    EXPECT_EQ(replicas_[i]->Wait(), 0);
+    Restart(i);
+    AwaitServing(i);
+  }
+  stop = true;
+  for (std::thread& thread : load) thread.join();
+  for (const auto& list : errors) EXPECT_THAT(list, IsEmpty());
+}
+
+TEST_F(RouterTest, SlowReadersHoldLittleMemory) {
+  Start(1);
+  constexpr int kStreams = 8, kSamples = 16, kTokens = 3000;
+  EXPECT_TRUE(Open(Request("first", 1))->Finish().ok());
+  const int64_t before = router_->ResidentBytes();
+  std::vector<std::unique_ptr<Stream>> streams;
+  for (int i = 0; i < kStreams; ++i) {
+    streams.push_back(Open(Request(absl::StrCat(i), kTokens, kSamples)));
+    ASSERT_TRUE(streams.back()->Read());
+  }
+  // Until nothing is generated any more: every stream is full.
+  const absl::Time deadline = absl::Now() + kDeadline;
+  const std::string generated = "coppice_generation_tokens_total";
+  double last = -1;
+  for (int same = 0; same < 200 && absl::Now() < deadline;) {
+    const double now = Metric(*replicas_[0], generated);
+    same = now == last ? same + 1 : 0;
+    last = now;
+  }
+  EXPECT_LT(last, kStreams * kSamples * kTokens / 2) << "readers were not slow";
+  const int64_t grown = router_->ResidentBytes() - before;
+  RecordProperty("grown_bytes", static_cast<int>(grown));
+  EXPECT_LT(grown, kStreams * (int64_t{512} << 10));
+
+  const auto held = static_cast<int64_t>(last) / kStreams;
+  for (const auto& stream : streams) {  // what was held back arrives, and more
+    while (stream->tokens < held + 100) ASSERT_TRUE(stream->Read());
+    stream->context.TryCancel();
+  }
+}
+
+TEST_F(RouterTest, ACancelledCallEndsOnItsReplica) {
+  Start(2);
+  auto stream = Open(Request("key", 4000));
+  ASSERT_TRUE(stream->Read());
+  stream->context.TryCancel();
+  EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::CANCELLED);
+  const auto admin = v1::Admin::NewStub(channel_);
+  v1::GetStatusResponse status;
+  const absl::Time deadline = absl::Now() + kDeadline;
+  do {
+    grpc::ClientContext context;
+    ASSERT_TRUE(admin->GetStatus(&context, {}, &status).ok());
+  } while (status.running_requests() > 0 && absl::Now() < deadline);
+  EXPECT_EQ(status.running_requests(), 0);
+}
+
+TEST_F(RouterTest, TrainingGoesToTheLeaderWithItsRollouts) {
+  Start(2);
+  v1::GenerateRequest request = Request("key", 6, /*n=*/2);
+  request.set_retain(true);
+  grpc::ClientContext generate_context;
+  auto reader = generation_->Generate(&generate_context, request);
+  std::string rollout;
+  v1::GenerateEvent event;
+  while (reader->Read(&event)) rollout = event.group().rollout_id();
+  ASSERT_TRUE(reader->Finish().ok());
+  EXPECT_THAT(rollout, HasSubstr("@coppice-0"));
+
+  v1::TrainStepRequest step;
+  step.set_step_id("step-1");
+  step.mutable_optim()->set_learning_rate(0.01f);
+  v1::Group* group = step.add_groups();
+  group->set_rollout_id(rollout);
+  for (int i = 0; i < 2; ++i) {
+    v1::Sample* sample = group->add_samples();
+    sample->set_rollout_sample(i);
+    sample->set_reward(static_cast<float>(i));
+  }
+  const auto training = v1::Training::NewStub(channel_);
+  grpc::ClientContext context;
+  v1::TrainStepResponse response;
+  const grpc::Status status = training->TrainStep(&context, step, &response);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  EXPECT_EQ(response.policy_version(), 1u);
+  EXPECT_FALSE(router_->AwaitLine("replica_mismatch kind=policy_version").empty());
+  EXPECT_EQ(Metric(*router_, "coppice_router_replica_mismatches{kind=\"policy_version\"}"), 1);
+
+  group->set_rollout_id("rollout-1-0@coppice-1");
+  step.set_step_id("step-2");
+  grpc::ClientContext other_context;
+  const grpc::Status other = training->TrainStep(&other_context, step, &response);
+  EXPECT_EQ(other.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_THAT(other.error_message(), HasSubstr("want rollouts of the leader coppice-0"));
+}
+
+TEST_F(RouterTest, CacheAndAdminCallsAreMerged) {
+  Start(2);
+  const auto cache = v1::Cache::NewStub(channel_);
+  v1::GetStatsResponse one, all;
+  grpc::ClientContext one_context, all_context;
+  ASSERT_TRUE(v1::Cache::NewStub(Channel(ports_[0]))->GetStats(&one_context, {}, &one).ok());
+  ASSERT_TRUE(cache->GetStats(&all_context, {}, &all).ok());
+  EXPECT_EQ(all.stats().total_blocks(), 2 * one.stats().total_blocks());
+  EXPECT_EQ(all.block_tokens(), one.block_tokens());
+  EXPECT_TRUE(HealthServing(channel_));
+  EXPECT_EQ(Metric(*router_, "coppice_router_requests_total{rpc=\"cache\"}"), 1);
+}
+
+TEST_F(RouterTest, AReplicaThatComesBackWithAnotherModelGetsNothing) {
+  Start(2);
+  replicas_[1]->Signal(SIGTERM);
+  EXPECT_EQ(replicas_[1]->Wait(), 0);
+  replicas_[1] = Replica(ports_[1], "tiny-qwen3");
+  EXPECT_THAT(router_->AwaitLine("replica_mismatch kind=model"), HasSubstr("replica=coppice-1"));
+  for (const auto& [key, owner] : Owners()) EXPECT_EQ(owner, Name(0));
+  EXPECT_EQ(Metric(*router_, "coppice_router_replicas{state=\"mismatched\"}"), 1);
+}
+
+TEST_F(RouterTest, BadConfigurationsSaySo) {
+  const std::vector<std::string> common = {"--role=router", "--port=0", "--http_port=0"};
+  const auto run = [&](std::vector<std::string> args) {
+    args.insert(args.begin(), common.begin(), common.end());
+    return Run(std::move(args));
+  };
+  auto none = run({});
+  EXPECT_EQ(none->Wait(), 2);
+  EXPECT_THAT(none->log(), HasSubstr("exactly one of --replicas and --replica_dns"));
+  auto no_port = run({"--replicas=localhost"});
+  EXPECT_EQ(no_port->Wait(), 2);
+  EXPECT_THAT(no_port->log(), HasSubstr("want HOST:PORT, got \"localhost\""));
+  auto twice = run({"--replicas=a=localhost:1,a=localhost:2"});
+  EXPECT_EQ(twice->Wait(), 2);
+  EXPECT_THAT(twice->log(), HasSubstr("every name once"));
+
+  auto nowhere = run({"--replica_dns=no-such-host.invalid:7700"});
+  EXPECT_FALSE(nowhere->AwaitLine("resolve_failed").empty());
+  ASSERT_TRUE(nowhere->AwaitReady());
+  EXPECT_GE(Metric(*nowhere, "coppice_router_resolve_failures_total"), 1);
+  const auto ready = httplib::Client("127.0.0.1", nowhere->http_port()).Get("/readyz");
+  EXPECT_EQ(ready->status, 503);
+  EXPECT_EQ(ready->body, "no_replica\n");
+  auto taken = Run({"--role=router", "--replicas=localhost:1", "--http_port=0",
+                    absl::StrCat("--port=", nowhere->grpc_port())});
+  EXPECT_EQ(taken->Wait(), 4);
+  EXPECT_THAT(taken->log(), HasSubstr("port taken"));
+  nowhere->Signal(SIGTERM);
+  EXPECT_EQ(nowhere->Wait(), 0);
+
+  replicas_.push_back(Replica(0, "tiny-llama"));
+  replicas_.push_back(Replica(0, "tiny-qwen3"));
+  auto mixed = run({absl::StrCat("--replicas=localhost:", replicas_[0]->grpc_port(),
+                                 ",localhost:", replicas_[1]->grpc_port())});
+  EXPECT_EQ(mixed->Wait(), 3);
+  EXPECT_THAT(mixed->log(), HasSubstr("want one model, got"));
+}
+
+TEST_F(RouterTest, WithoutAReplicaCallsFailAtOnce) {
+  Start(1);
+  replicas_[0]->Signal(SIGKILL);
+  replicas_[0]->Wait();
+  auto stream = Open(Request("key", 1));
+  EXPECT_EQ(stream->Finish().error_code(), grpc::StatusCode::UNAVAILABLE);
+  ASSERT_FALSE(router_->AwaitLine("replica_ejected").empty());
+  auto later = Open(Request("key", 1));
+  EXPECT_THAT(later->Finish().error_message(), HasSubstr("coppice-0 ejected"));
+  const absl::Time deadline = absl::Now() + kDeadline;
+  while (HealthServing(channel_)) ASSERT_LT(absl::Now(), deadline);
+  Restart(0);
+  AwaitServing(0);
+  EXPECT_TRUE(Open(Request("key", 1))->Finish().ok());
+}
+
+}  // namespace
+}  // namespace coppice
