@@ -46,6 +46,9 @@ int64_t VisiblePairs(const ops::TokenBatch& batch) {
   return pairs;
 }
 
+// Random numbers of a long tensor repeat after as many: a prime, so that no two rows are the same.
+constexpr int64_t kPool = 1'000'003;
+
 // Tensors of one attention call with random contents. Names as in TreeAttentionParams.
 class Attention {
  public:
@@ -63,9 +66,10 @@ class Attention {
       view = View3D(buffer.data(), dtype, rows, heads, config.head_dim);
       a.buffers_.push_back(std::move(buffer));
       if (!fill) return absl::OkStatus();
-      std::vector<float> values(n);
+      std::vector<float> pool(std::min(n, kPool)), values(n);
       std::normal_distribution<float> normal;
-      for (float& value : values) value = normal(rng);
+      for (float& value : pool) value = normal(rng);
+      for (int64_t i = 0; i < n; ++i) values[i] = pool[i % static_cast<int64_t>(pool.size())];
       ASSIGN_OR_RETURN(const DeviceBuffer staging, ops.Allocate(n * 4, "attention staging"));
       const TensorView f32 = View3D(staging.data(), DType::kF32, rows, heads, config.head_dim);
       RETURN_IF_ERROR(ops.Upload(values.data(), f32));

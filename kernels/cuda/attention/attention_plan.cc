@@ -327,6 +327,7 @@ class Planner {
     s.num_key_work = Size(backward_.work);
     s.num_images = backward_.num_images;
     s.num_context_tiles = Size(context_tiles_);
+    s.num_context_ends = Size(context_ends_);
     s.wide_chunks = Put(wide_);
     s.narrow_chunks = Put(narrow_);
     s.stacked_chunks = Put(stacked_);

@@ -11,10 +11,10 @@ inline constexpr int kColumns = kBackwardQueryTile;
 
 struct KeysParameters {
   CUtensorMap q, dout, k, v, dk, dv;
+  CUtensorMap lse, delta;            // row sums
   CUtensorMap context_k, context_v;  // of the gathered context
   AttentionSchedule schedule;
   ItemOrder order;
-  const float *row_lse, *row_delta;
   Bf16* ds;
   float *d_context_k, *d_context_v;  // pages, or null
   int* counter;
@@ -202,9 +202,10 @@ inline cudaError_t MakeKeysParameters(KeysParameters& p, const BackwardPass& b, 
     if (auto e = MakeMap(p.context_v, GatheredContext(b, b.context_v), key_rows)) return e;
     p.run_slots = RunSlots(a.context);
   }
+  const int64_t sums = shape.q_heads * PaddedRows(shape.rows);
+  if (auto e = MakeWordMap(p.lse, b.row_lse, sums, kColumns)) return e;
+  if (auto e = MakeWordMap(p.delta, b.row_delta, sums, kColumns)) return e;
   p.schedule = a.schedule;
-  p.row_lse = b.row_lse;
-  p.row_delta = b.row_delta;
   p.ds = static_cast<Bf16*>(b.ds);
   p.d_context_k = a.d_context.k;
   p.d_context_v = a.d_context.v;

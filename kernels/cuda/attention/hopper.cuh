@@ -71,6 +71,11 @@ __device__ __forceinline__ void NamedSync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// Counts this thread's arrival at a named barrier that others wait at.
+__device__ __forceinline__ void NamedArrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 template <int kRegisters>
 __device__ __forceinline__ void GiveRegisters() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
@@ -96,6 +101,18 @@ __device__ __forceinline__ void LoadBytes(void* to, const void* from, int bytes,
       "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
           "r"(SharedAddress(to)),
       "l"(from), "r"(bytes), "r"(SharedAddress(&full.word))
+      : "memory");
+}
+
+// Box at `first` of a row of words. LoadBytes would do; but compute-sanitizer's racecheck books
+// what that writes on the issuing thread, and does not see that the barrier orders it before the
+// readers.
+__device__ __forceinline__ void LoadWords(void* to, const CUtensorMap& map, int first,
+                                          Barrier& full) {
+  asm volatile(
+      "cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, "
+      "{%2}], [%3];" ::"r"(SharedAddress(to)),
+      "l"(&map), "r"(first), "r"(SharedAddress(&full.word))
       : "memory");
 }
 

@@ -16,6 +16,7 @@ namespace coppice::cuda {
 inline constexpr int kConsumers = 2;                     // consumer warpgroups, 64 rows each
 inline constexpr int kThreads = 128 * (1 + kConsumers);  // and one producer warpgroup
 inline constexpr int kConsumerWarps = 4 * kConsumers;
+inline constexpr int kConsumerThreads = 128 * kConsumers;
 inline constexpr int kImage = kKeyTile * kBackwardQueryTile;  // elements of a stored dS^T tile
 // Registers per thread of the producer and of the consumers: three warpgroups share what the launch
 // got, 3 x 168.
@@ -81,7 +82,9 @@ __device__ __forceinline__ void StoreRows(const CUtensorMap& map, const Bf16* ti
     StoreBox(map, tile + (panel * kRows + row0) * kPanel, column + panel * kPanel, head, row);
 }
 
-// A consumer warp has finished reading a buffer.
+// A consumer warp has finished reading a buffer that the copy engine fills. (What the producer
+// writes by ordinary stores, the work item, every reader releases for itself: so racecheck can
+// follow.)
 __device__ __forceinline__ void Release(Barrier& empty) {
   if (threadIdx.x % 32 == 0) empty.Arrive();
 }
@@ -124,6 +127,17 @@ inline MapShape MapOf(const RowMatrix& m, const AttentionShape& shape, int32_t h
 // Row of a key tile, packed or ~context, in its tensor.
 __device__ __forceinline__ int FirstRow(int tile) { return (tile < 0 ? ~tile : tile) * kKeyTile; }
 
+inline int64_t PaddedRows(int64_t rows) { return (rows + kKeyTile - 1) / kKeyTile * kKeyTile; }
+
+// Maps of subtree_end and context_ends, boxes of `box` keys.
+inline cudaError_t MakeEndMaps(CUtensorMap& ends, CUtensorMap& context_ends,
+                               const AttentionSchedule& s, int box) {
+  if (s.num_context_ends > 0) {
+    if (auto e = MakeWordMap(context_ends, s.context_ends, s.num_context_ends, box)) return e;
+  }
+  return MakeWordMap(ends, s.subtree_end, PaddedRows(s.rows), box);
+}
+
 // Slots of a run of a context tile (ContextTile::first_piece).
 inline int RunSlots(const ContextPages& pages) {
   return pages.block_tokens < kKeyTile ? pages.block_tokens : kKeyTile;
@@ -135,8 +149,6 @@ inline MapShape GatheredContext(const BackwardPass& b, const void* data) {
   return {data, int64_t{b.args->schedule.num_context_tiles} * kKeyTile,
           int64_t{shape.kv_heads} * shape.head_dim, shape.kv_heads, shape.head_dim};
 }
-
-inline int64_t PaddedRows(int64_t rows) { return (rows + kKeyTile - 1) / kKeyTile * kKeyTile; }
 
 // Launches one CTA per multiprocessor, with its work counter at zero.
 template <class Shared, class Parameters>

@@ -44,4 +44,17 @@ inline cudaError_t MakeMap(CUtensorMap& map, const MapShape& shape, int box_rows
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
+// Boxes of `box` words of a row of `count` 4-byte words.
+inline cudaError_t MakeWordMap(CUtensorMap& map, const void* words, int64_t count, int box) {
+  const auto encode = TensorMapEncoder();
+  if (!encode) return cudaErrorNotSupported;
+  const cuuint64_t extent[1] = {static_cast<cuuint64_t>(count)}, stride[1] = {0};
+  const cuuint32_t size[1] = {static_cast<cuuint32_t>(box)}, step[1] = {1};
+  const CUresult result =
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_INT32, 1, const_cast<void*>(words), extent, stride, size,
+             step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_NONE,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
 }  // namespace coppice::cuda

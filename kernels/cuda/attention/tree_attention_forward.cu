@@ -31,7 +31,7 @@ template <int D>
 constexpr int kParts = D / kWidth<D>;
 
 struct ForwardParameters {
-  CUtensorMap q, k, v, o, context_k, context_v;
+  CUtensorMap q, k, v, o, ends, context_k, context_v, context_ends;
   AttentionSchedule schedule;
   ItemOrder order;
   Bf16* out;
@@ -55,7 +55,6 @@ struct ForwardShared {
   alignas(1024) Bf16 v[kStages][kStepKeys<D> * D];
   alignas(1024) Bf16 o[kQueryTile * kWidth<D>];
   alignas(16) int end[kStages][kStepKeys<D>];
-  int first_key[kStages];
   ForwardWork work;
   Barrier q_full, q_empty;
   Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
@@ -104,15 +103,15 @@ __device__ void Produce(const ForwardParameters& p, ForwardShared<D>& s) {
     for (int i = 0; i < steps; ++i, ring.Advance()) {
       const int entry = p.schedule.key_tiles[tile.list_begin + i / kSteps<D>], stage = ring.stage;
       const int first = i % kSteps<D> * kKeys;
-      const int* end = entry >= 0
-                           ? p.schedule.subtree_end + entry * kKeyTile
-                           : p.schedule.context_ends + p.schedule.context_tiles[~entry].first_end;
       s.k_empty[stage].Wait(ring.phase ^ 1);
-      s.first_key[stage] =
-          entry >= 0 ? entry * kKeyTile + first : -kKeyTile;  // context comes before all rows
       s.k_full[stage].ArriveExpecting(kKeys * (D * 2 + 4));
       LoadKeys<D>(p, s.k[stage], p.k, p.context_k, kv_head, entry, first, s.k_full[stage]);
-      LoadBytes(s.end[stage], end + first, kKeys * 4, s.k_full[stage]);
+      if (entry >= 0) {
+        LoadWords(s.end[stage], p.ends, entry * kKeyTile + first, s.k_full[stage]);
+      } else {
+        LoadWords(s.end[stage], p.context_ends, p.schedule.context_tiles[~entry].first_end + first,
+                  s.k_full[stage]);
+      }
       s.v_empty[stage].Wait(ring.phase ^ 1);
       s.v_full[stage].ArriveExpecting(kKeys * D * 2);
       LoadKeys<D>(p, s.v[stage], p.v, p.context_v, kv_head, entry, first, s.v_full[stage]);
@@ -199,6 +198,12 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
     uint32_t probabilities[kKeys / 4];
     Clear(o);
 
+    // First key of a step that needs the mask; context comes before all rows.
+    const auto first_key_of = [&](int i) {
+      if (i >= partial) return 0;
+      const int entry = p.schedule.key_tiles[work.tile.list_begin + i / kSteps<D>];
+      return entry >= 0 ? entry * kKeyTile + i % kSteps<D> * kKeys : -kKeyTile;
+    };
     const auto start_scores = [&] {
       s.k_full[key_ring.stage].Wait(key_ring.phase);
       MultiplyAbt<D, kQueryTile>(scores, q, ColumnsAreK(s.k[key_ring.stage]));
@@ -207,13 +212,12 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
       s.v_full[value_ring.stage].Wait(value_ring.phase);
       MultiplyAdd<kKeys>(o, probabilities, RowsAreK(s.v[value_ring.stage], kKeys));
     };
-    const auto finish_scores = [&](int i) {
+    const auto finish_scores = [&](int i, int first_key) {
       Pin(scores);
-      if (i < partial)
-        MaskRows(scores, row, s.first_key[key_ring.stage], s.end[key_ring.stage], -INFINITY);
+      if (i < partial) MaskRows(scores, row, first_key, s.end[key_ring.stage], -INFINITY);
       Release(s.k_empty[key_ring.stage]);
       key_ring.Advance();
-      if (i == work.count - 1) Release(s.q_empty);
+      if (i == work.count - 1) s.q_empty.Arrive();
       OnlineSoftmax(scores, m, l, shrink, scale_log2);
     };
     const auto finish_output = [&] {
@@ -233,16 +237,18 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
       NamedSync(kAllConsumers, 128 * kConsumers);
     };
 
+    const int first_key0 = first_key_of(0);
     start_scores();
     WgmmaWait<0>();
-    finish_scores(0);
+    finish_scores(0, first_key0);
     PackOperand(probabilities, scores);
     clear_tail(0);
     for (int i = 1; i < work.count; ++i) {
+      const int first_key = first_key_of(i);
       start_scores();
       start_output();
       WgmmaWait<1>();
-      finish_scores(i);
+      finish_scores(i, first_key);
       finish_output();
       if (__any_sync(~0u, shrink[0] != 1.f || shrink[1] != 1.f)) {
 #pragma unroll
@@ -276,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& s = *reinterpret_cast<ForwardShared<D>*>(raw);
   if (threadIdx.x == 0) {
-    s.q_full.Init(1), s.q_empty.Init(kConsumerWarps);
+    s.q_full.Init(1), s.q_empty.Init(kConsumerThreads);
     for (int i = 0; i < kStages; ++i) {
       s.k_full[i].Init(1), s.k_empty[i].Init(kConsumerWarps);
       s.v_full[i].Init(1), s.v_empty[i].Init(kConsumerWarps);
@@ -302,6 +308,7 @@ cudaError_t Launch(const TreeAttentionArgs& a, int* counter, cudaStream_t stream
   if (auto e = MakeMap(p.k, MapOf(a.k, shape, shape.kv_heads), kStepKeys<D>)) return e;
   if (auto e = MakeMap(p.v, MapOf(a.v, shape, shape.kv_heads), kStepKeys<D>)) return e;
   if (auto e = MakeMap(p.o, MapOf(a.out, shape, shape.q_heads), 64)) return e;
+  if (auto e = MakeEndMaps(p.ends, p.context_ends, a.schedule, kStepKeys<D>)) return e;
   if (a.context.k) {
     const ContextPages& c = a.context;
     p.run_slots = RunSlots(c);

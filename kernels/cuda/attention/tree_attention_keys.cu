@@ -47,13 +47,13 @@ __device__ void Produce(const KeysParameters& p, KeysShared<D>& s) {
     LoadTile<D, kKeyTile>(s.v, cached ? p.context_v : p.v, kv_head, FirstRow(work.tile), s.kv_full);
     ForEachStep(p, work, [&](int head, int row) {
       const int stage = ring.stage;
-      const size_t at = size_t(head) * p.padded + row;
+      const int at = head * p.padded + row;
       s.empty[stage].Wait(ring.phase ^ 1);
       s.full[stage].ArriveExpecting(2 * kColumns * (D * 2 + 4));
       LoadTile<D, kColumns>(s.q[stage], p.q, head, row, s.full[stage]);
-      LoadBytes(s.lse[stage], p.row_lse + at, kColumns * 4, s.full[stage]);
+      LoadWords(s.lse[stage], p.lse, at, s.full[stage]);
       LoadTile<D, kColumns>(s.dout[stage], p.dout, head, row, s.full[stage]);
-      LoadBytes(s.delta[stage], p.row_delta + at, kColumns * 4, s.full[stage]);
+      LoadWords(s.delta[stage], p.delta, at, s.full[stage]);
       ring.Advance();
     });
   }
@@ -120,7 +120,7 @@ __device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
         AddToPages<D>(p, p.d_context_v, work.tile, key, work.head, 0, dv, 1.f);
       }
       NamedSync(1 + group, 128);
-      if (threadIdx.x % 128 == 0) s.kv_empty.Arrive();
+      s.kv_empty.Arrive();
       continue;
     }
     // Each warpgroup read only its own rows of K and V, so it may overwrite them.
@@ -135,8 +135,8 @@ __device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
       StoreRows<D, kKeyTile>(p.dv, s.v, group * 64, work.head, row0);
       CommitStores();
       WaitStoresRead();
-      s.kv_empty.Arrive();
     }
+    s.kv_empty.Arrive();
   }
 }
 
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& s = *reinterpret_cast<KeysShared<D>*>(raw);
   if (threadIdx.x == 0) {
-    s.kv_full.Init(1), s.kv_empty.Init(kConsumers);
+    s.kv_full.Init(1), s.kv_empty.Init(kConsumerThreads);
     for (int i = 0; i < kKeyStages; ++i) s.full[i].Init(1), s.empty[i].Init(kConsumerWarps);
     FenceBarrierInit();
   }

@@ -28,16 +28,16 @@ constexpr int kParts = D / kWidth<D>;
 struct RecomputeParameters {
   CUtensorMap q, dout, k, v, dq;
   CUtensorMap context_k, context_v;  // of the gathered context
+  CUtensorMap lse, delta, ends, context_ends;
   AttentionSchedule schedule;
   ItemOrder order;
-  const float *row_lse, *row_delta;
   int* counter;
   int padded, first_kv_head, group_size;
   float scale;
 };
 
 struct RecomputeWork {
-  int tile, head, partial, count;  // in steps; count < 0: no more work
+  int tile, head, list_begin, partial, count;  // in steps; count < 0: no more work
 };
 
 // A step's keys. The mask: first_key + i <= query < end[i]; context comes before all rows and is
@@ -55,7 +55,6 @@ struct RecomputeShared {
   alignas(16) float lse[kQueryTile];
   alignas(16) float delta[kQueryTile];
   alignas(16) int end[kStages][kStepKeys<D>];
-  StepKeys keys[kStages];
   RecomputeWork work;
   Barrier q_full, q_empty;
   Barrier k_full[kStages], k_empty[kStages];
@@ -77,28 +76,24 @@ __device__ void Produce(const RecomputeParameters& p, RecomputeShared<D>& s) {
     const int tile = work.row_begin / kQueryTile;
     const int head = p.first_kv_head * p.group_size + local_head;
     const int begin = work.list_begin, count = (work.list_end - begin) * kSteps<D>;
-    const size_t at = size_t(head) * p.padded + tile * kQueryTile;
+    const int at = head * p.padded + tile * kQueryTile;
     s.q_empty.Wait(items.phase ^ 1);
-    s.work = {tile, head, work.partial * kSteps<D>, count};
+    s.work = {tile, head, begin, work.partial * kSteps<D>, count};
     s.q_full.ArriveExpecting(2 * kQueryTile * (D * 2 + 4));
     LoadTile<D, kQueryTile>(s.q, p.q, head, tile * kQueryTile, s.q_full);
     LoadTile<D, kQueryTile>(s.dout, p.dout, head, tile * kQueryTile, s.q_full);
-    LoadBytes(s.lse, p.row_lse + at, kQueryTile * 4, s.q_full);
-    LoadBytes(s.delta, p.row_delta + at, kQueryTile * 4, s.q_full);
+    LoadWords(s.lse, p.lse, at, s.q_full);
+    LoadWords(s.delta, p.delta, at, s.q_full);
     for (int i = 0; i < count; ++i, ring.Advance(), value_ring.Advance()) {
       const KeyRun& run = p.schedule.key_runs[p.schedule.backward_entries[begin + i / kSteps<D>]];
       const int stage = ring.stage, first = i % kSteps<D> * kKeys, kv_head = head / p.group_size;
       const bool cached = run.tile < 0;
       const int row = FirstRow(run.tile) + first;
-      const int* end =
-          cached ? p.schedule.context_ends + p.schedule.context_tiles[~run.tile].first_end + first
-                 : p.schedule.subtree_end + row;
       s.k_empty[stage].Wait(ring.phase ^ 1);
-      s.keys[stage] = cached ? StepKeys{-kKeyTile, run.row_begin, run.row_end}
-                             : StepKeys{row, 0, p.schedule.rows};
       s.k_full[stage].ArriveExpecting(kKeys * (D * 2 + 4));
       LoadTile<D, kKeys>(s.k[stage], cached ? p.context_k : p.k, kv_head, row, s.k_full[stage]);
-      LoadBytes(s.end[stage], end, kKeys * 4, s.k_full[stage]);
+      const int end = cached ? p.schedule.context_tiles[~run.tile].first_end + first : row;
+      LoadWords(s.end[stage], cached ? p.context_ends : p.ends, end, s.k_full[stage]);
       Barrier& v_full = s.v_full[value_ring.stage];
       s.v_empty[value_ring.stage].Wait(value_ring.phase ^ 1);
       v_full.ArriveExpecting(kKeys * D * 2);
@@ -108,6 +103,17 @@ __device__ void Produce(const RecomputeParameters& p, RecomputeShared<D>& s) {
   s.q_empty.Wait(items.phase ^ 1);
   s.work.count = -1;
   s.q_full.Arrive();
+}
+
+// Of a step that needs the mask.
+template <int D>
+__device__ __forceinline__ StepKeys KeysOf(const RecomputeParameters& p, const RecomputeWork& work,
+                                           int step) {
+  if (step >= work.partial) return {};
+  const int entry = p.schedule.backward_entries[work.list_begin + step / kSteps<D>];
+  const KeyRun& run = p.schedule.key_runs[entry];
+  if (run.tile < 0) return {-kKeyTile, run.row_begin, run.row_end};
+  return {run.tile * kKeyTile + step % kSteps<D> * kStepKeys<D>, 0, p.schedule.rows};
 }
 
 // Probabilities of rows that do not see the step's keys become zero.
@@ -149,6 +155,7 @@ __device__ void Consume(const RecomputeParameters& p, RecomputeShared<D>& s, int
     for (int i = 0; i < work.count; ++i, ring.Advance(), value_ring.Advance()) {
       const int stage = ring.stage, value_stage = value_ring.stage;
       float scores[kKeys / 2], dp[kKeys / 2];
+      const StepKeys keys = KeysOf<D>(p, work, i);
       s.k_full[stage].Wait(ring.phase);
       MultiplyAbt<D, kQueryTile>(scores, q, ColumnsAreK(s.k[stage]));
       WgmmaWait<1>();  // dQ of the step before: frees its operand and its K
@@ -160,7 +167,7 @@ __device__ void Consume(const RecomputeParameters& p, RecomputeShared<D>& s, int
       Pin(scores);
 #pragma unroll
       for (int j = 0; j < kKeys / 2; ++j) scores[j] = Exp2(scores[j] * scale_log2 - lse[j / 2 % 2]);
-      if (i < work.partial) Mask(scores, row, s.keys[stage], s.end[stage]);
+      if (i < work.partial) Mask(scores, row, keys, s.end[stage]);
       WgmmaWait<0>();  // dP
       Pin(dp);
       Release(s.v_empty[value_stage]);
@@ -187,8 +194,8 @@ __device__ void Consume(const RecomputeParameters& p, RecomputeShared<D>& s, int
                                work.tile * kQueryTile + group * 64);
       CommitStores();
       WaitStoresRead();
-      s.q_empty.Arrive();
     }
+    s.q_empty.Arrive();
   }
 }
 
@@ -198,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& s = *reinterpret_cast<RecomputeShared<D>*>(raw);
   if (threadIdx.x == 0) {
-    s.q_full.Init(1), s.q_empty.Init(kConsumers);
+    s.q_full.Init(1), s.q_empty.Init(kConsumerThreads);
     for (int i = 0; i < kStages; ++i) {
       s.k_full[i].Init(1), s.k_empty[i].Init(kConsumerWarps);
       if (i < kValueStages<D>) s.v_full[i].Init(1), s.v_empty[i].Init(kConsumerWarps);
@@ -230,9 +237,11 @@ cudaError_t LaunchRecompute(const BackwardPass& b, cudaStream_t stream) {
     if (auto e = MakeMap(p.context_k, GatheredContext(b, b.context_k), kStepKeys<D>)) return e;
     if (auto e = MakeMap(p.context_v, GatheredContext(b, b.context_v), kStepKeys<D>)) return e;
   }
+  const int64_t sums = shape.q_heads * PaddedRows(shape.rows);
+  if (auto e = MakeWordMap(p.lse, b.row_lse, sums, kQueryTile)) return e;
+  if (auto e = MakeWordMap(p.delta, b.row_delta, sums, kQueryTile)) return e;
+  if (auto e = MakeEndMaps(p.ends, p.context_ends, a.schedule, kStepKeys<D>)) return e;
   p.schedule = a.schedule;
-  p.row_lse = b.row_lse;
-  p.row_delta = b.row_delta;
   p.counter = b.counters + 1;
   p.padded = static_cast<int>(PaddedRows(shape.rows));
   p.group_size = shape.q_heads / shape.kv_heads;

@@ -89,8 +89,7 @@ __device__ void Consume(const StoredParameters& p, StoredShared<D>& s, int group
   for (;; items.Advance()) {
     s.work_full.Wait(items.phase);
     const StoredWork work = s.work;
-    __syncwarp();
-    Release(s.work_empty);
+    s.work_empty.Arrive();
     if (work.count < 0) break;
     float dq[kHalves][kWidth<D> / 2];
     Clear(dq[0]), Clear(dq[1]);
@@ -133,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& s = *reinterpret_cast<StoredShared<D>*>(raw);
   if (threadIdx.x == 0) {
-    s.work_full.Init(1), s.work_empty.Init(kConsumerWarps);
+    s.work_full.Init(1), s.work_empty.Init(kConsumerThreads);
     for (int i = 0; i < kStages; ++i) s.full[i].Init(1), s.empty[i].Init(kConsumerWarps);
     FenceBarrierInit();
   }

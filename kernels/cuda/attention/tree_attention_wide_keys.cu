@@ -21,6 +21,9 @@ constexpr int kParts = 2, kPart = D / kParts;  // columns of a product
 constexpr int kWords = kColumns / 4;           // of P or dS a thread
 constexpr int kPackedP = kWords * 128;
 constexpr int kBothWarps = 8;
+// Named barriers, one a stage from these on: both warpgroups meet, the one that hands over does not
+// wait.
+constexpr int kPFull = 3, kPEmpty = kPFull + kStages;
 
 struct WideShared {
   alignas(1024) Bf16 k[kKeys * D];
@@ -33,7 +36,6 @@ struct WideShared {
   KeysWork work;
   Barrier kv_full, kv_empty;
   Barrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
-  Barrier p_full[kStages], p_empty[kStages];
 };
 
 __device__ void Produce(const KeysParameters& p, WideShared& s) {
@@ -54,15 +56,15 @@ __device__ void Produce(const KeysParameters& p, WideShared& s) {
     LoadTile<D, kKeys>(s.v, cached ? p.context_v : p.v, work.head, row0, s.kv_full);
     ForEachStep(p, work, [&](int head, int row) {
       const int stage = ring.stage;
-      const size_t at = size_t(head) * p.padded + row;
+      const int at = head * p.padded + row;
       s.q_empty[stage].Wait(ring.phase ^ 1);
       s.q_full[stage].ArriveExpecting(kColumns * (D * 2 + 4));
       LoadTile<D, kColumns>(s.q[stage], p.q, head, row, s.q_full[stage]);
-      LoadBytes(s.lse[stage], p.row_lse + at, kColumns * 4, s.q_full[stage]);
+      LoadWords(s.lse[stage], p.lse, at, s.q_full[stage]);
       s.dout_empty[stage].Wait(ring.phase ^ 1);
       s.dout_full[stage].ArriveExpecting(kColumns * (D * 2 + 4));
       LoadTile<D, kColumns>(s.dout[stage], p.dout, head, row, s.dout_full[stage]);
-      LoadBytes(s.delta[stage], p.row_delta + at, kColumns * 4, s.dout_full[stage]);
+      LoadWords(s.delta[stage], p.delta, at, s.dout_full[stage]);
       ring.Advance();
     });
   }
@@ -83,7 +85,7 @@ __device__ void Finish(const KeysParameters& p, WideShared& s, const KeysWork& w
         AddToPages<D>(p, pages, work.tile, key, work.head, part * kPart, d[part], factor);
     }
     NamedSync(barrier, 128);
-    if (threadIdx.x % 128 == 0) s.kv_empty.Arrive();
+    s.kv_empty.Arrive();
     return;
   }
   NamedSync(barrier, 128);
@@ -96,8 +98,8 @@ __device__ void Finish(const KeysParameters& p, WideShared& s, const KeysWork& w
     StoreRows<D, kKeys>(map, staged, 0, work.head, work.tile * kKeyTile + work.half * kKeys);
     CommitStores();
     WaitStoresRead();
-    s.kv_empty.Arrive();
   }
+  s.kv_empty.Arrive();
 }
 
 // P and dV.
@@ -132,11 +134,10 @@ __device__ void ConsumeValues(const KeysParameters& p, WideShared& s) {
       if (at.partial()) MaskColumns(scores, at.query_tile * kColumns, keys);
       uint32_t p_operand[kWords];
       PackOperand(p_operand, scores);
-      s.p_empty[stage].Wait(ring.phase ^ 1);
+      NamedSync(kPEmpty + stage, kConsumerThreads);
 #pragma unroll
       for (int i = 0; i < kWords; ++i) s.p[stage][i * 128 + thread] = p_operand[i];
-      __syncwarp();
-      Release(s.p_full[stage]);
+      NamedArrive(kPFull + stage, kConsumerThreads);
       s.dout_full[stage].Wait(ring.phase);
       MultiplyAdd<kColumns>(dv, p_operand, RowsAreK(s.dout[stage], kColumns));
       if (at.Advance(p)) keys = SpansOf<true>(p, work.tile, key, at.run);
@@ -146,6 +147,7 @@ __device__ void ConsumeValues(const KeysParameters& p, WideShared& s) {
     if (work.steps > 0) Release(s.dout_empty[(ring.stage + kStages - 1) % kStages]);
     Finish(p, s, work, key, dv, 1.f, p.dv, s.k, p.d_context_v, 1);
   }
+  for (int i = 0; i < kStages; ++i) NamedSync(kPEmpty + i, kConsumerThreads);  // leave none open
 }
 
 // dS and dK.
@@ -153,6 +155,7 @@ template <bool kStore>
 __device__ void ConsumeKeys(const KeysParameters& p, WideShared& s) {
   const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
   const uint64_t v = ColumnsAreK(s.v);
+  for (int i = 0; i < kStages; ++i) NamedArrive(kPEmpty + i, kConsumerThreads);
   Ring<1> items;
   Ring<kStages> ring;
   for (;; items.Advance()) {
@@ -170,7 +173,7 @@ __device__ void ConsumeKeys(const KeysParameters& p, WideShared& s) {
       WgmmaWait<1>();  // dK of the step before: frees its operand and its Q
       Pin(dk);
       if (at.step > 0) Release(s.q_empty[(stage + kStages - 1) % kStages]);
-      s.p_full[stage].Wait(ring.phase);
+      NamedSync(kPFull + stage, kConsumerThreads);
       float probability[kColumns / 2];
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
@@ -178,8 +181,7 @@ __device__ void ConsumeKeys(const KeysParameters& p, WideShared& s) {
         probability[2 * i] = __uint_as_float(word << 16);
         probability[2 * i + 1] = __uint_as_float(word & 0xffff0000u);
       }
-      __syncwarp();
-      Release(s.p_empty[stage]);
+      NamedArrive(kPEmpty + stage, kConsumerThreads);
       WgmmaWait<0>();  // dP^T
       Pin(dp);
       ColumnGradients(dp, probability, s.delta[stage]);
@@ -210,11 +212,10 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& s = *reinterpret_cast<WideShared*>(raw);
   if (threadIdx.x == 0) {
-    s.kv_full.Init(1), s.kv_empty.Init(kConsumers);
+    s.kv_full.Init(1), s.kv_empty.Init(kConsumerThreads);
     for (int i = 0; i < kStages; ++i) {
       s.q_full[i].Init(1), s.q_empty[i].Init(kBothWarps);
       s.dout_full[i].Init(1), s.dout_empty[i].Init(kBothWarps);
-      s.p_full[i].Init(kBothWarps / 2), s.p_empty[i].Init(kBothWarps / 2);
     }
     FenceBarrierInit();
   }

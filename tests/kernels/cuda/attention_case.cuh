@@ -130,7 +130,7 @@ struct ContextBuilder {
   }
   ops::TokenBatch Finish() {
     int32_t prime = 10007;
-    for (const int32_t p : {1009, 257, 67, 17})
+    for (const int32_t p : {1009, 257})
       if (next_block <= p) prime = p;
     for (int32_t& block : batch.context_blocks)
       block = static_cast<int32_t>((block * int64_t{7919} + 3) % prime);
