@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# A cluster on this machine: three replicas of coppiced on the CPU, and Prometheus with our rules. Stops on Ctrl-C.
+# A cluster on this machine: a router, three replicas of coppiced on the CPU, and Prometheus with our rules. Stops on Ctrl-C.
 #
 # Usage: deploy/local-cluster.sh [options] [-- FLAGS OF THE REPLICAS]     as root, or as a user who may sudo
 #   --model PATH           default: SmolLM2-135M-Instruct, fetched
 #   --geometry NAME        random weights of a named shape instead, see coppiced --help
 #   --replicas N           default 3
+#   --port N               of the router, default 7700; 0 = any free one
 #   --prometheus-port N    default 9090; 0 = any free one
 #   --out DIR              logs and state, default build/local-cluster; one cluster a directory
 #   --coppiced PATH        use this daemon, and install and build nothing
@@ -18,12 +19,12 @@ cd "$(dirname "$0")/.."
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"; }
 die() { echo "local-cluster: $1" >&2; exit 1; }
 
-model='' geometry='' replicas=3 prometheus_port=9090 out=build/local-cluster coppiced=''
+model='' geometry='' replicas=3 port=7700 prometheus_port=9090 out=build/local-cluster coppiced=''
 while [ $# -gt 0 ]; do
   case "$1" in
     --) shift; break ;;
     -h | --help) usage; exit 0 ;;
-    --model | --geometry | --replicas | --prometheus-port | --out | --coppiced)
+    --model | --geometry | --replicas | --port | --prometheus-port | --out | --coppiced)
       [ $# -ge 2 ] || { echo "local-cluster: $1 wants a value" >&2; exit 2; }
       name=${1#--}
       printf -v "${name//-/_}" '%s' "$2"
@@ -32,13 +33,13 @@ while [ $# -gt 0 ]; do
     *) echo "local-cluster: unknown argument $1" >&2; usage >&2; exit 2 ;;
   esac
 done
-for number in "$replicas" "$prometheus_port"; do
+for number in "$replicas" "$port" "$prometheus_port"; do
   [[ "$number" =~ ^[0-9]+$ ]] || { echo "local-cluster: want a number, got '$number'" >&2; exit 2; }
 done
 [ "$replicas" -gt 0 ] || { echo 'local-cluster: --replicas: want at least 1, got 0' >&2; exit 2; }
 readonly FLAGS=("$@") START_TIMEOUT_S=120
 
-declare -A pid=()         # of replica-0 ..., prometheus
+declare -A pid=()         # of replica-0 ..., router, prometheus
 declare -A replica_port=()  # "gRPC HTTP" by name, the same over a restart
 stops=0 restart_asked=''
 
@@ -69,6 +70,10 @@ ports_of() { # NAME: "gRPC HTTP" out of its port file
   sed -E 's/.*"grpc": ([0-9]+), "http": ([0-9]+).*/\1 \2/' "$out/$1/ports.json"
 }
 
+http_get() ( # PORT PATH: the body of the answer
+  exec 3<>"/dev/tcp/127.0.0.1/$1" && printf 'GET %s HTTP/1.0\r\n\r\n' "$2" >&3 && sed '1,/^\r$/d' <&3
+) 2>/dev/null
+
 # --- replicas
 
 start_replica() { # NAME
@@ -79,12 +84,19 @@ start_replica() { # NAME
     --port_file="$out/$1/ports.json" --threads="$threads" ${FLAGS[@]+"${FLAGS[@]}"}
 }
 
-replica_ready() { [ -s "$out/$1/ports.json" ]; }
+port_file_there() { [ -s "$out/$1/ports.json" ]; }  # a replica that is ready; a router that listens
+
+router_ready() { [ "$(http_get "${router_ports#* }" /readyz)" = ready ]; }
+
+router_sees() { # NAME
+  http_get "${router_ports#* }" /metrics | grep -qx "coppice_router_replica_up{replica=\"$1\"} 1"
+}
 
 restart_replica() { # NAME: after it ended
   echo "local-cluster: starting $1 again"
   start_replica "$1"
-  await "$1" "being ready" replica_ready "$1"
+  await "$1" "being ready" port_file_there "$1"
+  await router "seeing $1 again" router_sees "$1"
 }
 
 rolling_restart() {
@@ -102,13 +114,25 @@ rolling_restart() {
 
 # --- the rest
 
+start_router() {
+  local list=() name
+  for name in "${names[@]}"; do list+=("$name=127.0.0.1:${replica_port[$name]% *}"); done
+  mkdir -p "$out/router"
+  spawn router "$coppiced" --role=router --replicas="$(IFS=,; echo "${list[*]}")" --host=127.0.0.1 --port="$port" --http_port=0 \
+    --port_file="$out/router/ports.json"
+  await router "its ports" port_file_there router
+  router_ports=$(ports_of router)
+  await router "being ready" router_ready
+}
+
 start_prometheus() {
   mkdir -p "$out/prometheus"
   cp deploy/prometheus/{prometheus,alerts}.yaml "$out/prometheus/"
   local name separator='[' targets="$out/prometheus/targets.json"
   : >"$targets"
-  for name in "${names[@]}"; do
-    local ports=${replica_port[$name]}
+  for name in "${names[@]}" router; do
+    local ports=$router_ports
+    [ "$name" = router ] || ports=${replica_port[$name]}
     printf '%s{"targets": ["127.0.0.1:%s"], "labels": {"component": "%s", "pod": "%s"}}' "$separator" "${ports#* }" "${name%-*}" \
       "$name" >>"$targets"
     separator=$',\n '
@@ -123,8 +147,8 @@ start_prometheus() {
 announce() { # by rename: readers see all of it or nothing
   local name separator=''
   {
-    printf '{"pid": %s, "prometheus": "http://127.0.0.1:%s", "replicas": [' \
-      $$ "$prometheus_port"
+    printf '{"pid": %s, "router": "127.0.0.1:%s", "router_http": "127.0.0.1:%s", "prometheus": "http://127.0.0.1:%s", "replicas": [' \
+      $$ "${router_ports% *}" "${router_ports#* }" "$prometheus_port"
     for name in "${names[@]}"; do
       printf '%s{"name": "%s", "grpc": "127.0.0.1:%s", "http": "127.0.0.1:%s"}' "$separator" "$name" "${replica_port[$name]% *}" \
         "${replica_port[$name]#* }"
@@ -133,7 +157,8 @@ announce() { # by rename: readers see all of it or nothing
     echo ']}'
   } >"$out/cluster.json.tmp"
   mv "$out/cluster.json.tmp" "$out/cluster.json"
-  echo "local-cluster: ready, Prometheus http://127.0.0.1:$prometheus_port, addresses in $out/cluster.json; Ctrl-C stops"
+  echo "local-cluster: ready, router 127.0.0.1:${router_ports% *}, Prometheus http://127.0.0.1:$prometheus_port, logs in $out;" \
+    "Ctrl-C stops"
 }
 
 supervise() {
@@ -143,17 +168,19 @@ supervise() {
     wait -n "${pid[@]}" $! || true
     [ "$stops" -eq 0 ] || break
     [ -z "$restart_asked" ] || rolling_restart
-    alive prometheus || { tail -n 20 "$out/prometheus/log" >&2; die 'prometheus ended'; }
+    for name in router prometheus; do
+      alive "$name" || { tail -n 20 "$out/$name/log" >&2; die "$name ended"; }
+    done
     for name in "${names[@]}"; do
       [ "$stops" -ne 0 ] || alive "$name" || restart_replica "$name"
     done
   done
 }
 
-stop_all() {
+stop_all() { # the router first: then nobody is refused by a replica that drains
   echo 'local-cluster: stopping'
   local group name status failed=0
-  for group in "${names[*]}" prometheus; do
+  for group in router "${names[*]}" prometheus; do
     for name in $group; do ! alive "$name" || kill -TERM "${pid[$name]}"; done
     for name in $group; do
       [ -n "${pid[$name]:-}" ] || continue
@@ -202,7 +229,7 @@ for ((i = 0; i < replicas; ++i)); do names+=("replica-$i"); done
 mkdir -p "$out"
 exec 9>"$out/lock"
 flock -n 9 || die "another cluster runs in $out; choose another --out"
-rm -rf "$out"/{replica-*,prometheus,cluster.json}
+rm -rf "$out"/{replica-*,router,prometheus,cluster.json}
 
 # --- the cluster
 
@@ -213,9 +240,10 @@ for name in "${names[@]}"; do
   start_replica "$name"
 done
 for name in "${names[@]}"; do
-  await "$name" "being ready" replica_ready "$name"
+  await "$name" "being ready" port_file_there "$name"
   replica_port[$name]=$(ports_of "$name")
 done
+start_router
 start_prometheus
 trap on_stop INT TERM
 trap 'restart_asked=yes' HUP

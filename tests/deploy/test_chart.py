@@ -284,11 +284,13 @@ def test_every_flag_of_the_daemon_can_be_set(coppiced):
 
 
 def test_the_daemon_accepts_the_flags_of_the_chart(helm, values, everything, coppiced):
-    manifests = helm.render(*values, *everything)
-    (container,) = pods(manifests)["coppice"]["spec"]["containers"]
-    # With --help the daemon checks each flag and its range, and ends.
-    result = run(coppiced, *container["args"], "--help")
-    assert result.code == 0, result.stderr
+    templates = pods(helm.render(*values, *everything))
+    for template in templates.values():
+        (container,) = template["spec"]["containers"]
+        # With --help the daemon checks each flag and its range, and ends.
+        result = run(coppiced, *container["args"], "--help")
+        assert result.code == 0, result.stderr
+    (container,) = templates["coppice"]["spec"]["containers"]
     assert {env["name"] for env in container["env"]} == {"COPPICE_THREADS"}
     assert "threads" in daemon_flags(coppiced)
 

@@ -1,4 +1,4 @@
-"""deploy/local-cluster.sh with a tiny model: Prometheus says what the daemons' replies said, and a dead replica comes back."""
+"""deploy/local-cluster.sh with a tiny model: Prometheus says what the daemons' replies said, and nothing is lost on a restart."""
 
 import contextlib
 import dataclasses
@@ -82,7 +82,7 @@ class Cluster:
 def running(coppiced, directory, *options):
     """A cluster that is killed in the end, if it has not stopped before."""
     script = [ROOT / "deploy/local-cluster.sh", "--geometry", "tiny-llama", "--coppiced", coppiced]
-    ports = ["--prometheus-port", "0", "--out", directory]
+    ports = ["--port", "0", "--prometheus-port", "0", "--out", directory]
     with subprocess.Popen(
         [str(word) for word in (*script, *ports, *options)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -109,8 +109,8 @@ def prompt(i, length=96):
 
 
 def test_the_hit_rate_in_prometheus_is_that_of_the_replies(cluster):
-    until("every target scraped", lambda: cluster.value("count(up == 1)") == 3)
-    with coppice.Client(cluster.state["replicas"][0]["grpc"], timeout=DEADLINE_S) as client:
+    until("every target scraped", lambda: cluster.value("count(up == 1)") == 4)
+    with coppice.Client(cluster.state["router"], timeout=DEADLINE_S) as client:
         groups = [client.generate(prompt(i % 4), **SHORT) for i in range(24)]
     prompt_tokens = sum(group.usage.prompt_tokens for group in groups)
     cached_tokens = sum(group.usage.cached_tokens for group in groups)
@@ -139,6 +139,19 @@ def expressions():
     ]
 
 
+def exported(cluster):
+    """Names of all samples in /metrics of a replica and of the router."""
+    urls = [cluster.state["replicas"][0]["http"], cluster.state["router_http"]]
+    text = "".join(get(f"http://{url}/metrics") for url in urls)
+    return {re.match(r"\w+", line)[0] for line in text.splitlines() if line[:1].isalpha()}
+
+
+def test_every_metric_of_dashboard_and_rules_is_exported(cluster):
+    named = {name for e in expressions() for name in re.findall(r"\bcoppice_\w+", e)}
+    assert len(named) > 30
+    assert named - exported(cluster) == set()
+
+
 def test_a_replica_that_dies_comes_back_on_its_port(cluster):
     ports = cluster.directory / "replica-1/ports.json"
     before = json.loads(ports.read_text())
@@ -153,6 +166,28 @@ def test_a_replica_that_dies_comes_back_on_its_port(cluster):
     assert get(f"http://127.0.0.1:{after['http']}/readyz") == "ready\n"
 
 
+def test_a_rolling_restart_under_load_fails_no_request(cluster):
+    stop, failures, done = threading.Event(), [], []
+
+    def load(worker):
+        with coppice.Client(cluster.state["router"], timeout=DEADLINE_S) as client:
+            while not stop.is_set():
+                try:
+                    done.append(client.generate(prompt(worker), **SHORT))
+                except coppice.CoppiceError as error:
+                    failures.append(error)
+
+    workers = [threading.Thread(target=load, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    cluster.process.send_signal(signal.SIGHUP)
+    cluster.read_until("all replicas restarted")
+    stop.set()
+    for worker in workers:
+        worker.join()
+    assert failures == [] and len(done) > 4
+
+
 def test_every_panel_has_data_and_every_rule_is_healthy(cluster):
     replica = cluster.state["replicas"][0]["grpc"]
     with coppice.Client(replica, timeout=DEADLINE_S) as client:
@@ -161,7 +196,7 @@ def test_every_panel_has_data_and_every_rule_is_healthy(cluster):
     until("the step scraped", lambda: cluster.value("sum(rate(coppice_train_steps_total[1m]))"))
     dashboard = json.loads((ROOT / "deploy/grafana/coppice.json").read_text())
     panels = len([t for panel in dashboard["panels"] for t in panel.get("targets", [])])
-    empty = [e for e in expressions()[:panels] if "router" not in e and not cluster.query(e)]
+    empty = [e for e in expressions()[:panels] if not cluster.query(e)]
     assert empty == []
     rules = f"{cluster.state['prometheus']}/api/v1/rules"
 
@@ -177,7 +212,7 @@ def test_ctrl_c_stops_everything(cluster):
     state = cluster.state
     pids = [
         json.loads((cluster.directory / name / "ports.json").read_text())["pid"]
-        for name in [replica["name"] for replica in state["replicas"]]
+        for name in ("router", *(replica["name"] for replica in state["replicas"]))
     ]
     cluster.process.send_signal(signal.SIGINT)
     assert cluster.process.wait(DEADLINE_S) == 0, "".join(cluster.lines)
