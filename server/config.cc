@@ -110,6 +110,12 @@ const std::vector<Flag>& Flags() {
        0, INT64_MAX, Unit::kBytes},
       {"Training", "max_rollouts", &Config::max_rollouts,
        "Rollouts kept for training by id; the oldest goes first.", 1, kMaxCount},
+      {"Training", "prompt_state_bytes", &Config::prompt_state_bytes,
+       "Device memory for states of the prompts of retained requests, with which training under "
+       "the "
+       "same policy skips their forward pass; the oldest goes first. For long prompts: each such "
+       "group trains in a pass of its own. 0 = off.",
+       0, INT64_MAX, Unit::kBytes},
       {"Training", "max_step_records", &Config::max_step_records,
        "Answers kept so that a repeated step_id gets the first one.", 1, kMaxCount},
       {"Training", "checkpoint_dir", &Config::checkpoint_dir,

@@ -49,6 +49,7 @@ struct Config {
   int64_t max_train_rows = 16384;
   int64_t activation_bytes = 0;
   int64_t max_rollouts = 4096;
+  int64_t prompt_state_bytes = 0;
   int64_t max_step_records = 1024;
   std::string checkpoint_dir;
   // Router

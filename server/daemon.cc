@@ -113,6 +113,7 @@ EngineOptions Daemon::MakeEngineOptions() const {
   options.max_group_size = std::min(config_.max_group_size, config_.max_running_samples);
   options.max_context = memory_.max_context;
   options.max_rollouts = config_.max_rollouts;
+  options.prompt_state_bytes = config_.prompt_state_bytes;
   options.max_step_records = config_.max_step_records;
   options.seed = config_.seed;
   options.max_reader_stall = absl::Seconds(config_.max_reader_stall_s);

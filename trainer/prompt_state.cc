@@ -61,12 +61,8 @@ absl::Status PromptState::Prepare(const ModelConfig& config, ops::Ops& ops, int6
   return absl::OkStatus();
 }
 
-void PromptCapture::Add(int64_t row_begin, int64_t rows, std::shared_ptr<KeptPrompt> prompt) {
-  pieces_.push_back({row_begin, rows, std::move(prompt)});
-}
-
 absl::Status PromptCapture::OnAttention(int64_t layer, const LayerActivations& acts) {
-  for (const Piece& piece : pieces_) {
+  for (const KeptRows& piece : pieces_) {
     const PromptState& state = piece.prompt->state;
     const PromptState::Layer& kept = state.layer(layer);
     for (const auto& [from, to] : {std::pair(acts.input, kept.input),
@@ -83,7 +79,7 @@ absl::Status PromptCapture::OnAttention(int64_t layer, const LayerActivations& a
 }
 
 void PromptCapture::Finish() {
-  for (const Piece& piece : pieces_) piece.prompt->rows_filled += piece.rows;
+  for (const KeptRows& piece : pieces_) piece.prompt->rows_filled += piece.rows;
   pieces_.clear();
 }
 

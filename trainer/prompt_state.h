@@ -13,6 +13,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -69,27 +70,26 @@ struct KeptPrompt {
   bool complete() const { return rows_filled == static_cast<int64_t>(tokens.size()); }
 };
 
-// Rows of one batch that belong to prompts to be kept.
+// Rows [row_begin, row_begin + rows) of a batch that continue `prompt` where it is filled up to.
+struct KeptRows {
+  int64_t row_begin = 0;
+  int64_t rows = 0;
+  std::shared_ptr<KeptPrompt> prompt;
+};
+
+// Fills prompts from the batch that runs their rows.
 class PromptCapture final : public LayerObserver {
  public:
-  explicit PromptCapture(ops::Ops& ops) : ops_(ops) {}
+  PromptCapture(ops::Ops& ops, std::vector<KeptRows> pieces)
+      : ops_(ops), pieces_(std::move(pieces)) {}
 
-  // Rows [row_begin, row_begin + rows) of the batch continue `prompt` where it is filled up to.
-  void Add(int64_t row_begin, int64_t rows, std::shared_ptr<KeptPrompt> prompt);
-  bool empty() const { return pieces_.empty(); }
   absl::Status OnAttention(int64_t layer, const LayerActivations& acts) override;
   // The batch has run: its rows count as filled.
   void Finish();
 
  private:
-  struct Piece {
-    int64_t row_begin = 0;
-    int64_t rows = 0;
-    std::shared_ptr<KeptPrompt> prompt;
-  };
-
   ops::Ops& ops_;
-  std::vector<Piece> pieces_;
+  std::vector<KeptRows> pieces_;
 };
 
 class PromptGradients {

@@ -93,7 +93,10 @@ struct EngineOptions {
   int64_t max_context = 0;  // 0 = the model's
   // A reader that leaves no room for so long loses its stream: RESOURCE_EXHAUSTED.
   absl::Duration max_reader_stall = absl::Seconds(60);
-  int64_t max_rollouts = 4096;      // retained; the oldest goes first
+  int64_t max_rollouts = 4096;  // retained; the oldest goes first
+  // Device memory for what retained requests leave of their prompts, so that an update under the
+  // same policy does not run them forward; 0 = off.
+  int64_t prompt_state_bytes = 0;
   int64_t max_step_records = 1024;  // idempotency answers kept
   uint64_t seed = 0;                // of drawn seeds; 0 = from the OS
   // Told of the device error that ends the loop, on the engine thread, before anybody is answered

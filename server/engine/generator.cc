@@ -15,7 +15,7 @@ absl::StatusOr<std::unique_ptr<Generator>> Generator::Create(const EngineOptions
                                                              const Decoder& decoder,
                                                              Metrics& metrics, const Clock& clock,
                                                              uint64_t nonce) {
-  std::unique_ptr<Generator> g(new Generator(options, model, metrics, clock, nonce));
+  std::unique_ptr<Generator> g(new Generator(options, model, decoder, metrics, clock, nonce));
   ASSIGN_OR_RETURN(g->kv_, KvStore::Create({.num_blocks = options.num_blocks,
                                             .block_tokens = options.block_tokens,
                                             .model = model.config.name},
@@ -25,13 +25,14 @@ absl::StatusOr<std::unique_ptr<Generator>> Generator::Create(const EngineOptions
   return g;
 }
 
-Generator::Generator(const EngineOptions& options, const Model& model, Metrics& metrics,
-                     const Clock& clock, uint64_t nonce)
+Generator::Generator(const EngineOptions& options, const Model& model, const Decoder& decoder,
+                     Metrics& metrics, const Clock& clock, uint64_t nonce)
     : options_(options),
       model_(model),
       metrics_(metrics),
       clock_(clock),
-      rollouts_(options.max_rollouts, nonce) {}
+      rollouts_(options.max_rollouts, nonce),
+      prompt_states_(options.prompt_state_bytes, decoder) {}
 
 void Generator::Enqueue(std::unique_ptr<Group> group) {
   std::vector<std::string> present;
@@ -54,10 +55,10 @@ absl::StatusOr<bool> Generator::Step(const StepMode& mode) {
   const RowPlan rows = PlanRows(roster_.PrepareRows(*kv_, options_.max_batch_rows));
   changed |= moved | FinishWarmStems();
   if (!rows.empty()) {
-    const Batch batch = Build(rows);
+    Batch batch = Build(rows);
     ASSIGN_OR_RETURN(const std::vector<DrawnToken> drawn,
                      runner_->Run(BuildTokenBatch(batch.segments, kv_->block_tokens()), batch.draws,
-                                  kv_->pool()));
+                                  kv_->pool(), std::move(batch.kept)));
     RETURN_IF_ERROR(Publish(batch, drawn));
     changed = true;
   }
@@ -137,6 +138,7 @@ absl::StatusOr<bool> Generator::StartSprouts(Group& group, int32_t sample) {
     ASSIGN_OR_RETURN(stem, kv_->StartStem(group, std::move(path), clock_.Now()));
     if (stem == nullptr) return false;
     roster_.AddStem(stem);
+    KeepPrompt(group, *stem);
   }
   const bool fresh = group.samples[sample].tokens.empty();
   for (int32_t i = 0; i < static_cast<int32_t>(group.samples.size()); ++i) {
@@ -147,6 +149,12 @@ absl::StatusOr<bool> Generator::StartSprouts(Group& group, int32_t sample) {
     stem->sprouts.push_back({&group, i});
   }
   return true;
+}
+
+void Generator::KeepPrompt(const Group& group, Stem& stem) {
+  if (!prompt_states_.enabled() || !group.request.retain || stem.next_row > 0) return;
+  if (stem.num_tokens() != static_cast<int64_t>(group.request.prompt.size())) return;  // resumes
+  stem.kept = prompt_states_.Add(stem.tokens, kv_->policy_version());
 }
 
 void Generator::Retract(const SampleKey& key) {
@@ -192,6 +200,7 @@ void Generator::RestartStems() {
 
 void Generator::SetPolicy(PolicyVersion version, bool replaced) {
   kv_->SetPolicy(version, replaced);
+  prompt_states_.Clear();
   if (replaced) rollouts_.Clear();
   metrics_.policy_version.Set(static_cast<double>(Raw(version)));
 }
@@ -216,6 +225,7 @@ void Generator::UpdateGauges() {
   metrics_.running_requests.Set(static_cast<double>(num_running()));
   metrics_.running_samples.Set(static_cast<double>(num_running_samples()));
   metrics_.rollouts_retained.Set(static_cast<double>(rollouts_.size()));
+  metrics_.prompt_state_bytes.Set(static_cast<double>(prompt_states_.size_bytes()));
 }
 
 }  // namespace coppice

@@ -20,6 +20,7 @@
 #include "server/engine/batch_builder.h"
 #include "server/engine/engine.h"
 #include "server/engine/kv_store.h"
+#include "server/engine/prompt_states.h"
 #include "server/engine/rollouts.h"
 #include "server/engine/roster.h"
 #include "server/engine/runner.h"
@@ -75,13 +76,15 @@ class Generator {
     std::vector<SegmentSpec> segments;
     std::vector<Sprout> decode;
     std::vector<std::pair<std::shared_ptr<Stem>, int64_t>> prefill;  // stem, rows
+    std::vector<KeptRows> kept;
+    int64_t rows = 0;
     std::vector<Draw> draws;
     std::vector<Sprout> drawers;  // parallel to draws
     int32_t head_rows = 0;
   };
 
-  Generator(const EngineOptions& options, const Model& model, Metrics& metrics, const Clock& clock,
-            uint64_t nonce);
+  Generator(const EngineOptions& options, const Model& model, const Decoder& decoder,
+            Metrics& metrics, const Clock& clock, uint64_t nonce);
 
   // ---- Before the batch
   // Requests that are cancelled, late, or whose reader has stalled for too long.
@@ -92,6 +95,8 @@ class Generator {
   // Gives a sample (and those of its group that are as fresh) a stem. False if the pool lacks
   // blocks.
   absl::StatusOr<bool> StartSprouts(Group& group, int32_t sample);
+  // Asks for the state of a retained request's prompt. What came from the cache has none.
+  void KeepPrompt(const Group& group, Stem& stem);
   void Retract(const SampleKey& key);
   void DropStem(const std::shared_ptr<Stem>& stem);
   // A stem that no reader has room for gives way: what it produces, others may be waiting for. Its
@@ -135,6 +140,7 @@ class Generator {
   std::unique_ptr<Runner> runner_;
   Roster roster_;
   Rollouts rollouts_;
+  PromptStates prompt_states_;
   TenantMeter tenants_;
   uint64_t step_ = 0;
   int64_t evicted_seen_ = 0;

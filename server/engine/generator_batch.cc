@@ -26,6 +26,7 @@ void Generator::AddDecode(Group& group, int32_t index, Batch& batch) {
                             .tokens = {sample.tokens.back()},
                             .stored_tokens = sample.kv_tokens,
                             .wants_logits = true});
+  ++batch.rows;
   batch.decode.push_back({&group, index});
   AddDraw({&group, index}, batch);
   ++batch.head_rows;
@@ -40,6 +41,11 @@ void Generator::AddPrefill(const std::shared_ptr<Stem>& stem, int64_t rows, Batc
                             .tokens = {begin, begin + rows},
                             .stored_tokens = stem->ready_tokens,
                             .wants_logits = ends});
+  std::shared_ptr<KeptPrompt> kept = stem->kept.lock();
+  if (kept != nullptr && kept->rows_filled == stem->next_row) {
+    batch.kept.push_back({batch.rows, rows, std::move(kept)});
+  }
+  batch.rows += rows;
   batch.prefill.emplace_back(stem, rows);
   if (ends) {
     SetAsideSlowReaders(*stem);
@@ -95,6 +101,7 @@ void Generator::StartStreams(const Stem& stem) {
     Group& group = *sprout.group;
     if (group.started) continue;
     SettleUsage(stem, pays, group);
+    group.kept_prompt = stem.kept;
     group.sink->OnStarted(group.seed, group.usage, kv_->policy_version());
     pays = false;
   }

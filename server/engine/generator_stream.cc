@@ -101,10 +101,15 @@ std::string Generator::Retain(const Group& group) {
   Rollout rollout{.prompt = group.request.prompt,
                   .temperature = temperature > 0 ? temperature : 1,
                   .oldest_version = group.samples[0].oldest_version,
-                  .tenant_salt = group.request.tenant_salt};
+                  .tenant_salt = group.request.tenant_salt,
+                  .kept_prompt = group.kept_prompt};
   for (const Sample& sample : group.samples) {
     rollout.samples.push_back({sample.tokens, sample.sampler_logprobs});
     rollout.oldest_version = std::min(rollout.oldest_version, sample.oldest_version);
+  }
+  if (prompt_states_.enabled()) {
+    const bool kept = !rollout.kept_prompt.expired();
+    (kept ? metrics_.prompt_states_kept : metrics_.prompt_states_missed).Increment();
   }
   return rollouts_.Add(std::move(rollout));
 }

@@ -26,6 +26,7 @@
 #include "server/engine/request.h"
 #include "server/engine/scheduler.h"
 #include "server/engine/text_stream.h"
+#include "trainer/prompt_state.h"
 
 namespace coppice {
 
@@ -65,6 +66,7 @@ struct Group {
   bool started = false;  // OnStarted was called; usage of the prompt is settled
   PeekResult estimate;   // while waiting: what the cache holds of the prompt
   Usage usage;
+  std::weak_ptr<KeptPrompt> kept_prompt;  // of the stem that its samples sprouted from
   std::vector<Sample> samples;
 
   bool is_warm() const { return warm != nullptr; }
@@ -98,7 +100,8 @@ struct Stem {
   int64_t computed_tokens = 0;
   int64_t written_tokens = 0;
   MissReason miss_reason = MissReason::kNone;
-  std::vector<Sprout> sprouts;  // oldest first; empty = dropped at the next sweep
+  std::weak_ptr<KeptPrompt> kept;  // filled as it runs, if a retained request asked for it
+  std::vector<Sprout> sprouts;     // oldest first; empty = dropped at the next sweep
 
   int64_t num_tokens() const { return static_cast<int64_t>(tokens.size()); }
   bool complete() const { return next_row == num_tokens(); }

@@ -209,6 +209,8 @@ void PolicyGate::CountStep(StepKind kind, const TrainStepResult& result) {
   if (result.skipped) metrics_.train_steps_skipped.Increment();
   metrics_.train_tokens_unique.Increment(static_cast<double>(result.batch.tokens.unique));
   metrics_.train_tokens_flat.Increment(static_cast<double>(result.batch.tokens.flat));
+  metrics_.train_prompt_tokens_reused.Increment(
+      static_cast<double>(result.batch.tokens.prompt_forward_skipped));
   for (const auto& [phase, seconds] : result.batch.phases) {
     metrics_.TrainPhaseSeconds(phase).Observe(seconds);
   }

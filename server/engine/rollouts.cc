@@ -87,6 +87,7 @@ absl::Status Rollouts::Resolve(TrainStepRequest& request, PolicyVersion current)
     const Rollout& rollout = *Find(request.rollout_ids[g]);
     TrainGroup& group = request.batch.groups[g];
     group.prompt = rollout.prompt;
+    group.kept_prompt = rollout.kept_prompt.lock();
     for (size_t s = 0; s < group.samples.size(); ++s) {
       const RolloutSample& from = rollout.samples[request.rollout_samples[g][s]];
       TrainSample& to = group.samples[s];

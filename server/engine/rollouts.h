@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -16,6 +17,7 @@
 #include "absl/status/status.h"
 #include "kernels/base/ids.h"
 #include "server/engine/engine.h"
+#include "trainer/prompt_state.h"
 
 namespace coppice {
 
@@ -30,6 +32,7 @@ struct Rollout {
   float temperature = 1;            // of the sampler log-probs
   PolicyVersion oldest_version{0};  // that drew any of its tokens
   std::string tenant_salt;          // of the request that drew it; nobody else may train on it
+  std::weak_ptr<const KeptPrompt> kept_prompt;
 };
 
 class Rollouts {
@@ -48,8 +51,9 @@ class Rollouts {
   // shapes).
   absl::Status Check(const TrainStepRequest& request, PolicyVersion current) const;
   // Replaces references by tokens and log-probs. A rollout of an older policy supplies its sampler
-  // log-probs as old ones too; of the current policy none, so that the ratio is exactly 1. What the
-  // request itself gives is kept. Errors as Check; then nothing has changed.
+  // log-probs as old ones too; of the current policy none, so that the ratio is exactly 1. A
+  // prompt's kept state goes with it. What the request itself gives is kept. Errors as Check; then
+  // nothing has changed.
   absl::Status Resolve(TrainStepRequest& request, PolicyVersion current) const;
 
  private:

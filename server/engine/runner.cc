@@ -17,9 +17,14 @@ absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const Decoder& decoder,
 
 absl::StatusOr<std::vector<DrawnToken>> Runner::Run(const ops::TokenBatch& batch,
                                                     const std::vector<Draw>& draws,
-                                                    const KvPool& pool) {
+                                                    const KvPool& pool,
+                                                    std::vector<KeptRows> kept) {
   ASSIGN_OR_RETURN(const std::unique_ptr<ops::BatchPlan> plan, decoder_.ops().PlanBatch(batch));
-  ASSIGN_OR_RETURN(const TensorView hidden, decoder_.Forward(params_, *plan, &pool, workspace_));
+  const bool keeps = !kept.empty();
+  PromptCapture capture(decoder_.ops(), std::move(kept));
+  ASSIGN_OR_RETURN(const TensorView hidden,
+                   decoder_.Forward(params_, *plan, &pool, workspace_, keeps ? &capture : nullptr));
+  capture.Finish();
   if (draws.empty()) {
     RETURN_IF_ERROR(decoder_.ops().Synchronize());
     return std::vector<DrawnToken>();

@@ -9,6 +9,7 @@
 #include "kernels/model/decoder.h"
 #include "kernels/model/kv_pool.h"
 #include "server/engine/sampler.h"
+#include "trainer/prompt_state.h"
 
 namespace coppice {
 
@@ -19,10 +20,11 @@ class Runner {
                                                         const Parameters& params, int64_t max_rows,
                                                         int64_t max_draws);
 
-  // KV of the rows goes to `pool`; the tokens drawn from the batch's logit rows come back in order
-  // of `draws`.
+  // KV of the rows goes to `pool`, what `kept` names to their prompts' states; the tokens drawn
+  // from the batch's logit rows come back in order of `draws`.
   absl::StatusOr<std::vector<DrawnToken>> Run(const ops::TokenBatch& batch,
-                                              const std::vector<Draw>& draws, const KvPool& pool);
+                                              const std::vector<Draw>& draws, const KvPool& pool,
+                                              std::vector<KeptRows> kept = {});
 
  private:
   Runner(const Decoder& decoder, const Parameters& params) : decoder_(decoder), params_(params) {}

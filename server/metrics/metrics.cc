@@ -126,8 +126,18 @@ Metrics::Metrics()
                                      "Tokens run by training: every shared prefix once.")),
       train_tokens_flat(AddCounter(*registry_, "coppice_train_tokens_flat_total",
                                    "Tokens that training without sharing would have run.")),
+      train_prompt_tokens_reused(
+          AddCounter(*registry_, "coppice_train_prompt_tokens_reused_total",
+                     "Prompt tokens of training whose forward pass was generation's.")),
       rollouts_retained(
           AddGauge(*registry_, "coppice_rollouts_retained", "Rollouts kept for training by id.")),
+      prompt_state_bytes(AddGauge(*registry_, "coppice_prompt_state_bytes",
+                                  "Device memory of prompt states kept for the next update.")),
+      prompt_states_kept(AddCounter(*registry_, "coppice_prompt_states_kept_total",
+                                    "Rollouts retained with the state of their prompt.")),
+      prompt_states_missed(
+          AddCounter(*registry_, "coppice_prompt_states_missed_total",
+                     "Rollouts retained without it: cached in part, joined, or out of budget.")),
       weight_sync_bytes(AddCounter(*registry_, "coppice_weight_sync_bytes_total",
                                    "Bytes copied from trainer to generator: 0 by design.")),
       train_phase_seconds_(AddPhases(*registry_, PhaseBuckets())) {}

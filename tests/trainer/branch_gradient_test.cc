@@ -129,8 +129,7 @@ std::shared_ptr<KeptPrompt> Keep(TinyPolicy& policy, const std::vector<int32_t>&
     batch.segments = {{.row_end = static_cast<int32_t>(rows), .context_node = begin > 0 ? 0 : -1}};
     if (end == num_tokens) batch.logit_rows = {static_cast<int32_t>(rows - 1)};
     const std::unique_ptr<ops::BatchPlan> plan = policy.ops().PlanBatch(batch).value();
-    PromptCapture capture(policy.ops());
-    capture.Add(0, rows, kept);
+    PromptCapture capture(policy.ops(), {{.rows = rows, .prompt = kept}});
     EXPECT_TRUE(decoder.Forward(policy.model().params, *plan, &pool, workspace, &capture).ok());
     capture.Finish();
   }

@@ -40,6 +40,7 @@ class EveryMetricMovesTest : public ::testing::Test {
     options.engine.num_blocks = 24;
     options.engine.max_context = 256;
     options.engine.max_queued_requests = 2;
+    options.engine.prompt_state_bytes = int64_t{1} << 20;
     options.checkpoint_dir = testing::TempDir() + absl::StrCat("every_metric_moves_", getpid());
     return options;
   }
@@ -197,7 +198,11 @@ void EveryMetricMovesTest::Training() {
   v1::GenerateRequest request = TestRequest(40, 6);
   request.set_n(2);
   request.set_retain(true);
-  const std::string rollout_id = Run(request).rollout_id;
+  const std::string rollout_id = Run(request).rollout_id;  // cached in part: its state is missed
+  v1::GenerateRequest fresh = TestRequest(40, 6, 11);
+  fresh.set_n(2);
+  fresh.set_retain(true);
+  EXPECT_TRUE(Step("kept", Run(fresh).rollout_id, 0).ok());
   const grpc::Status step = Step("step", rollout_id, 1e-3f);
   EXPECT_TRUE(step.ok()) << step.error_message();
   Run(TestRequest(40, 6));  // policy_version

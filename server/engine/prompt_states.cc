@@ -1,0 +1,39 @@
+#include "server/engine/prompt_states.h"
+
+#include <utility>
+
+#include "kernels/base/log.h"
+
+namespace coppice {
+
+std::weak_ptr<KeptPrompt> PromptStates::Add(const std::vector<int32_t>& tokens,
+                                            PolicyVersion version) {
+  const int64_t rows = static_cast<int64_t>(tokens.size());
+  const int64_t bytes =
+      PromptState::SizeBytes(decoder_.config(), decoder_.ops().Info().compute_dtype, rows);
+  if (bytes > budget_bytes_) return {};
+  while (size_bytes_ + bytes > budget_bytes_) DropOldest();
+  auto prompt = std::make_shared<KeptPrompt>();
+  prompt->tokens = tokens;
+  prompt->version = version;
+  const absl::Status room = prompt->state.Prepare(decoder_.config(), decoder_.ops(), rows);
+  if (!room.ok()) {
+    LOG(WARNING) << "prompt_state_not_kept status=\"" << room << '"';
+    return {};
+  }
+  size_bytes_ += prompt->state.size_bytes();
+  kept_.push_back(std::move(prompt));
+  return kept_.back();
+}
+
+void PromptStates::Clear() {
+  kept_.clear();
+  size_bytes_ = 0;
+}
+
+void PromptStates::DropOldest() {
+  size_bytes_ -= kept_.front()->state.size_bytes();
+  kept_.pop_front();
+}
+
+}  // namespace coppice
