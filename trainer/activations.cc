@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/model/arena.h"
 
@@ -10,8 +11,8 @@ namespace {
 
 enum class Half { kAttention, kMlp };
 
-// One tensor of every layer: [rows, columns], kept for each layer from `from` on, else one buffer
-// for all.
+// One tensor of every layer: [rows, columns], kept in layers that retain at least `from`, else one
+// buffer for all.
 struct Spec {
   TensorView LayerActivations::*field;
   Half half;
@@ -25,45 +26,50 @@ constexpr Spec kSpecs[] = {
      [](const ModelConfig& c) { return c.hidden; }},
     {&LayerActivations::attn_in, Half::kAttention, Retain::kAll,
      [](const ModelConfig& c) { return c.hidden; }},
-    {&LayerActivations::attn_rstd, Half::kAttention, Retain::kProjections,
+    {&LayerActivations::attn_rstd, Half::kAttention, Retain::kLean,
      [](const ModelConfig&) { return int64_t{1}; }, true},
-    {&LayerActivations::qkv, Half::kAttention, Retain::kProjections,
+    {&LayerActivations::qkv, Half::kAttention, Retain::kLean,
      [](const ModelConfig& c) { return c.qkv_dim(); }},
-    {&LayerActivations::attn_out, Half::kAttention, Retain::kProjections,
+    {&LayerActivations::attn_out, Half::kAttention, Retain::kLean,
      [](const ModelConfig& c) { return c.q_dim(); }},
-    {&LayerActivations::lse, Half::kAttention, Retain::kProjections,
+    {&LayerActivations::lse, Half::kAttention, Retain::kLean,
      [](const ModelConfig& c) { return c.q_heads; }, true},
-    {&LayerActivations::mid, Half::kMlp, Retain::kProjections,
+    {&LayerActivations::mid, Half::kMlp, Retain::kLean,
      [](const ModelConfig& c) { return c.hidden; }},
     {&LayerActivations::mlp_in, Half::kMlp, Retain::kAll,
      [](const ModelConfig& c) { return c.hidden; }},
-    {&LayerActivations::mlp_rstd, Half::kMlp, Retain::kProjections,
+    {&LayerActivations::mlp_rstd, Half::kMlp, Retain::kLean,
      [](const ModelConfig&) { return int64_t{1}; }, true},
     {&LayerActivations::gate_up, Half::kMlp, Retain::kProjections,
      [](const ModelConfig& c) { return 2 * c.ffn; }},
-    {&LayerActivations::mlp_act, Half::kMlp, Retain::kAll,
-     [](const ModelConfig& c) { return c.ffn; }},
 };
 
 // Hands out the tensors of one pass: a fresh one for what is kept, the shared one for what is not.
 class Layout {
  public:
-  Layout(const ModelConfig& config, DType dtype, Retain retain, Arena& arena)
-      : config_(config), dtype_(dtype), retain_(retain), arena_(arena) {}
+  Layout(const ModelConfig& config, DType dtype, int64_t rows, Arena& arena)
+      : config_(config), dtype_(dtype), rows_(rows), arena_(arena) {
+    mlp_act_ = arena.Matrix(dtype, rows, config.ffn);
+  }
 
-  // REQUIRES: the same `rows` in every call that may share.
-  void Fill(Half half, int64_t rows, LayerActivations& acts) {
+  TensorView mlp_act() const { return mlp_act_; }
+
+  void Fill(Half half, Retain retain, LayerActivations& acts) {
     for (size_t i = 0; i < std::size(kSpecs); ++i) {
       if (kSpecs[i].half != half) continue;
       TensorView& view = acts.*kSpecs[i].field;
-      if (retain_ >= kSpecs[i].from) {
-        view = Take(kSpecs[i], rows);
+      if (retain >= kSpecs[i].from) {
+        view = Take(kSpecs[i], rows_);
       } else {
-        if (!shared_[i].present()) shared_[i] = Take(kSpecs[i], rows);
+        if (!shared_[i].present()) shared_[i] = Take(kSpecs[i], rows_);
         view = shared_[i];
       }
     }
-    if (half == Half::kAttention) FillHeads(rows, acts);
+    if (half == Half::kAttention) {
+      FillHeads(retain, acts);
+    } else {
+      acts.mlp_act = mlp_act_;
+    }
   }
 
   // A second half of its own, whatever is retained.
@@ -73,6 +79,7 @@ class Layout {
     for (const Spec& spec : kSpecs) {
       if (spec.half == Half::kMlp) tail.*spec.field = Take(spec, rows);
     }
+    tail.mlp_act = mlp_act_.Rows(0, rows);
     tail.output = arena_.Matrix(dtype_, rows, config_.hidden);
   }
 
@@ -85,53 +92,63 @@ class Layout {
 
   // q, k, v: columns of qkv; with qk-norm the normed q and k are tensors of their own, since
   // backward reads both.
-  void FillHeads(int64_t rows, LayerActivations& acts) {
+  void FillHeads(Retain retain, LayerActivations& acts) {
     const QkvHeads heads = SplitQkv(config_, acts.qkv);
     acts.q = heads.q;
     acts.k = heads.k;
     acts.v = heads.v;
     if (!config_.qk_norm) return;
-    const bool keep = retain_ >= Retain::kProjections;
-    if (keep || !normed_qk_.present()) {
-      normed_qk_ = arena_.Matrix(dtype_, rows, config_.q_dim() + config_.kv_dim());
-    }
-    acts.q = normed_qk_.Cols(0, config_.q_dim()).SplitHeads(config_.q_heads, config_.head_dim);
-    acts.k = normed_qk_.Cols(config_.q_dim(), config_.q_dim() + config_.kv_dim())
-                 .SplitHeads(config_.kv_heads, config_.head_dim);
+    const int64_t columns = config_.q_dim() + config_.kv_dim();
+    const bool keep = retain == Retain::kAll;
+    if (!keep && !shared_qk_.present()) shared_qk_ = arena_.Matrix(dtype_, rows_, columns);
+    const TensorView normed = keep ? arena_.Matrix(dtype_, rows_, columns) : shared_qk_;
+    acts.q = normed.Cols(0, config_.q_dim()).SplitHeads(config_.q_heads, config_.head_dim);
+    acts.k = normed.Cols(config_.q_dim(), columns).SplitHeads(config_.kv_heads, config_.head_dim);
   }
 
   const ModelConfig& config_;
   DType dtype_;
-  Retain retain_;
+  int64_t rows_;
   Arena& arena_;
   TensorView shared_[std::size(kSpecs)];
-  TensorView normed_qk_;
+  TensorView shared_qk_;
+  TensorView mlp_act_;
 };
 
 ActivationGradients LayOutGradients(const ModelConfig& config, DType dtype, int64_t rows,
-                                    int64_t head_rows, Arena& arena) {
+                                    int64_t head_rows, TensorView mlp_act, Arena& arena) {
   ActivationGradients g;
   g.residual = arena.Matrix(dtype, rows, config.hidden);
   g.normed = arena.Matrix(dtype, rows, config.hidden);
   g.attn_out = arena.Matrix(dtype, rows, config.q_dim());
   g.qkv = arena.Matrix(dtype, rows, config.qkv_dim());
-  g.mlp_act = arena.Matrix(dtype, rows, config.ffn);
+  g.mlp_act = mlp_act;
   g.tail_residual = arena.Matrix(dtype, head_rows, config.hidden);
   g.tail_attn_out = arena.Matrix(dtype, head_rows, config.q_dim());
   return g;
 }
 
+const char* Name(Retain retain) {
+  constexpr const char* kNames[] = {"nothing", "prompt", "inputs", "lean", "projections", "all"};
+  return kNames[static_cast<int>(retain)];
+}
+
 }  // namespace
 
+std::string Retention::ToString(int64_t num_layers) const {
+  const std::string rest = absl::StrCat(Name(level), "=", num_layers - num_better);
+  return num_better == 0 ? rest : absl::StrCat(Name(of(0)), "=", num_better, " ", rest);
+}
+
 int64_t Activations::LayOut(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
-                            Retain retain, void* base) {
+                            Retention retention, void* base) {
   Arena arena(base);
-  Layout layout(config, dtype, retain, arena);
+  Layout layout(config, dtype, rows, arena);
   const int64_t last = config.num_layers - 1;
   layers_.assign(config.num_layers, {});
   for (int64_t l = 0; l <= last; ++l) {
-    layout.Fill(Half::kAttention, rows, layers_[l]);
-    if (l < last) layout.Fill(Half::kMlp, rows, layers_[l]);
+    layout.Fill(Half::kAttention, retention.of(l), layers_[l]);
+    if (l < last) layout.Fill(Half::kMlp, retention.of(l), layers_[l]);
     if (l > 0) layers_[l - 1].output = layers_[l].input;
   }
   tail_ = {};
@@ -139,43 +156,50 @@ int64_t Activations::LayOut(const ModelConfig& config, DType dtype, int64_t rows
   hidden_ = arena.Matrix(dtype, head_rows, config.hidden);
   hidden_rstd_ = arena.Vector(DType::kF32, head_rows);
   gradients_ = {};
-  if (retain != Retain::kNothing) {
-    gradients_ = LayOutGradients(config, dtype, rows, head_rows, arena);
+  if (retention.level != Retain::kNothing) {
+    gradients_ = LayOutGradients(config, dtype, rows, head_rows, layout.mlp_act(), arena);
   }
   return arena.size_bytes();
 }
 
 int64_t Activations::SizeBytes(const ModelConfig& config, DType dtype, int64_t rows,
-                               int64_t head_rows, Retain retain) {
-  return Activations().LayOut(config, dtype, rows, head_rows, retain, nullptr);
+                               int64_t head_rows, Retention retention) {
+  return Activations().LayOut(config, dtype, rows, head_rows, retention, nullptr);
 }
 
-Retain Activations::Choose(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
-                           int64_t budget_bytes) {
-  for (const Retain retain : {Retain::kAll, Retain::kProjections}) {
-    if (SizeBytes(config, dtype, rows, head_rows, retain) <= budget_bytes) return retain;
+Retention Activations::Choose(const ModelConfig& config, DType dtype, int64_t rows,
+                              int64_t head_rows, int64_t budget_bytes) {
+  const auto fits = [&](const Retention& retention) {
+    return SizeBytes(config, dtype, rows, head_rows, retention) <= budget_bytes;
+  };
+  Retention best(Retain::kAll);
+  while (best.level > Retain::kInputs && !fits(best)) {
+    best.level = static_cast<Retain>(static_cast<int>(best.level) - 1);
   }
-  return Retain::kInputs;
+  if (best.level == Retain::kAll) return best;
+  best.num_better = config.num_layers - 1;
+  while (best.num_better > 0 && !fits(best)) --best.num_better;
+  return best;
 }
 
 int64_t Activations::MaxRows(const ModelConfig& config, DType dtype, int64_t budget_bytes) {
-  constexpr int64_t kProbe =
-      4096;  // sizes are linear in rows up to alignment, which this many rows drown
+  // Sizes are linear in rows up to alignment, which this many rows drown.
+  constexpr int64_t kProbe = 4096;
   const int64_t probe = SizeBytes(config, dtype, kProbe, kProbe, Retain::kInputs);
   return static_cast<int64_t>(static_cast<double>(budget_bytes) / static_cast<double>(probe) *
                               kProbe);
 }
 
 absl::Status Activations::Prepare(const ModelConfig& config, ops::Ops& ops, int64_t rows,
-                                  int64_t head_rows, Retain retain) {
+                                  int64_t head_rows, Retention retention) {
   const DType dtype = ops.Info().compute_dtype;
-  const int64_t bytes = SizeBytes(config, dtype, rows, head_rows, retain);
+  const int64_t bytes = SizeBytes(config, dtype, rows, head_rows, retention);
   if (bytes > buffer_.size_bytes()) {
     buffer_ = DeviceBuffer();  // free first: old and new need not exist together
     ASSIGN_OR_RETURN(buffer_, ops.Allocate(bytes, "activations"));
   }
-  retain_ = retain;
-  LayOut(config, dtype, rows, head_rows, retain, buffer_.data());
+  retention_ = retention;
+  LayOut(config, dtype, rows, head_rows, retention, buffer_.data());
   return absl::OkStatus();
 }
 

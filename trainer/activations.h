@@ -2,13 +2,16 @@
 // table of specs (after karpathy/llm.c), plus the gradients of activations. Grows to the largest
 // pass seen and is reused across passes and steps.
 //
-// Retain says what survives until backward; the rest shares one buffer over all layers and is
-// recomputed layer by layer:
-//   kAll          everything
-//   kProjections  not the norms and the SwiGLU output (elementwise, cheap to recompute)
-//   kInputs       only each layer's input: one more forward pass of compute for the least memory
+// Retain says what survives of a layer until backward; the rest shares one buffer over all layers
+// and is recomputed layer by layer:
+//   kAll          everything but the SwiGLU output, which its backward gives again
+//   kProjections  not the norms, nor q and k after theirs (elementwise, cheap to recompute)
+//   kLean         not gate and up either: one product more
+//   kInputs       only the layer's input: one more forward pass of compute for the least memory
 //   kPrompt       nothing: what backward starts from lies in a PromptState (UsePrompt)
 //   kNothing      scoring: no backward follows
+// Retention is the table of layers: each step down saves less time for a byte than the step before
+// it, so a pass has at most two levels, the better one in as many layers as the budget holds.
 // The second half of the last layer runs on the head rows alone (`tail`).
 //
 // Owner and thread: the trainer on the engine thread. Errors: RESOURCE_EXHAUSTED of the device's
@@ -16,6 +19,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -26,7 +30,23 @@
 
 namespace coppice {
 
-enum class Retain { kNothing, kPrompt, kInputs, kProjections, kAll };
+enum class Retain { kNothing, kPrompt, kInputs, kLean, kProjections, kAll };
+
+// The first `num_better` layers have the level after `level`, the others `level`.
+struct Retention {
+  Retain level = Retain::kNothing;
+  int64_t num_better = 0;  // > 0 between kInputs and kProjections only
+
+  // NOLINTNEXTLINE(google-explicit-constructor): one level for all layers is the usual case.
+  Retention(Retain all = Retain::kNothing) : level(all) {}
+  Retention(Retain least, int64_t better) : level(least), num_better(better) {}
+
+  Retain of(int64_t layer) const {
+    return layer < num_better ? static_cast<Retain>(static_cast<int>(level) + 1) : level;
+  }
+  std::string ToString(int64_t num_layers) const;  // "projections=16 lean=20"
+  bool operator==(const Retention&) const = default;
+};
 
 // Gradients of activations, reused by all layers. f = compute dtype.
 struct ActivationGradients {
@@ -34,7 +54,7 @@ struct ActivationGradients {
   TensorView normed;         // [rows, hidden] f: of a norm's output
   TensorView attn_out;       // [rows, q_dim] f
   TensorView qkv;            // [rows, qkv_dim] f
-  TensorView mlp_act;        // [rows, ffn] f
+  TensorView mlp_act;        // [rows, ffn] f; also every layer's SwiGLU output
   TensorView tail_residual;  // [head_rows, hidden] f
   TensorView tail_attn_out;  // [head_rows, q_dim] f
 };
@@ -43,22 +63,22 @@ class Activations {
  public:
   // Bytes of a pass over `rows` rows with `head_rows` head rows.
   static int64_t SizeBytes(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
-                           Retain retain);
-  // The most that fits `budget_bytes`, kInputs if nothing does.
-  static Retain Choose(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
-                       int64_t budget_bytes);
+                           Retention retention);
+  // The most that fits `budget_bytes`, kInputs if nothing does. O(layers^2).
+  static Retention Choose(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
+                          int64_t budget_bytes);
   // Rows that a pass may have within `budget_bytes` with kInputs, head rows included.
   static int64_t MaxRows(const ModelConfig& config, DType dtype, int64_t budget_bytes);
 
   // Lays the views out for one pass; allocates only to grow. Views of former passes become invalid.
   absl::Status Prepare(const ModelConfig& config, ops::Ops& ops, int64_t rows, int64_t head_rows,
-                       Retain retain);
+                       Retention retention);
 
   // Every layer's input, attn_out and lse become those of `state`, until the next Prepare.
   // REQUIRES: Prepare(kPrompt) for its number of rows.
   void UsePrompt(const PromptState& state);
 
-  Retain retain() const { return retain_; }
+  const Retention& retention() const { return retention_; }
   int64_t size_bytes() const { return buffer_.size_bytes(); }
   // The last layer has only the fields of the attention half.
   const LayerActivations& layer(int64_t l) const { return layers_[l]; }
@@ -71,10 +91,10 @@ class Activations {
  private:
   // Returns the bytes used from `base` on; null only counts.
   int64_t LayOut(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
-                 Retain retain, void* base);
+                 Retention retention, void* base);
 
   DeviceBuffer buffer_;
-  Retain retain_ = Retain::kNothing;
+  Retention retention_;
   std::vector<LayerActivations> layers_;
   LayerActivations tail_;
   TensorView hidden_;

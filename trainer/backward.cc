@@ -6,10 +6,23 @@
 namespace coppice {
 namespace {
 
-// y = x w^T:  d_w += d_y^T x,  d_x = d_y w.
+// Where gradients of parameters go: added to what is there, or written over it.
+struct GradientSink {
+  const LayerParameters& grads;
+  bool accumulate;
+};
+
+// y = x w^T:  d_w += d_y^T x  (or =).
+absl::Status WeightGradient(ops::Ops& ops, TensorView d_y, TensorView x, TensorView d_w,
+                            bool accumulate) {
+  return ops.MatMul(
+      {.a = d_y, .b = x, .trans_a = true, .addend = accumulate ? d_w : TensorView{}, .c = d_w});
+}
+
+// Of the same, besides:  d_x = d_y w.
 absl::Status LinearBackward(ops::Ops& ops, TensorView d_y, TensorView x, TensorView w,
-                            TensorView d_w, TensorView d_x) {
-  RETURN_IF_ERROR(ops.MatMul({.a = d_y, .b = x, .trans_a = true, .addend = d_w, .c = d_w}));
+                            TensorView d_w, bool accumulate, TensorView d_x) {
+  RETURN_IF_ERROR(WeightGradient(ops, d_y, x, d_w, accumulate));
   return ops.MatMul({.a = d_y, .b = w, .c = d_x});
 }
 
@@ -22,16 +35,18 @@ struct HalfGradients {
   TensorView mlp_act;   // [rows, ffn] f, second half only
 };
 
-// Second half of a layer: d_output -> d_mid + d_attn_out. Consumes acts.gate_up.
+// Second half of a layer: d_output -> d_mid + d_attn_out. Consumes acts.gate_up. d.mlp_act holds
+// the gradient of the SwiGLU output, then that output itself, for down's own gradient.
 absl::Status MlpBackward(ops::Ops& ops, const LayerParameters& params, const LayerActivations& acts,
-                         const LayerParameters& grads, const HalfGradients& d) {
-  RETURN_IF_ERROR(
-      LinearBackward(ops, d.residual, acts.mlp_act, params.down, grads.down, d.mlp_act));
+                         const GradientSink& sink, const HalfGradients& d) {
+  const LayerParameters& grads = sink.grads;
   const TensorView d_gate_up = acts.gate_up;
-  RETURN_IF_ERROR(
-      ops.SwiGluBackward({.gate_up = acts.gate_up, .d_out = d.mlp_act, .d_gate_up = d_gate_up}));
-  RETURN_IF_ERROR(
-      LinearBackward(ops, d_gate_up, acts.mlp_in, params.gate_up, grads.gate_up, d.normed));
+  RETURN_IF_ERROR(ops.MatMul({.a = d.residual, .b = params.down, .c = d.mlp_act}));
+  RETURN_IF_ERROR(ops.SwiGluBackward(
+      {.gate_up = acts.gate_up, .d_out = d.mlp_act, .d_gate_up = d_gate_up, .out = d.mlp_act}));
+  RETURN_IF_ERROR(WeightGradient(ops, d.residual, d.mlp_act, grads.down, sink.accumulate));
+  RETURN_IF_ERROR(LinearBackward(ops, d_gate_up, acts.mlp_in, params.gate_up, grads.gate_up,
+                                 sink.accumulate, d.normed));
   RETURN_IF_ERROR(ops.RmsNormBackward({.d_out = d.normed,
                                        .x = acts.mid,
                                        .weight = params.mlp_norm,
@@ -39,7 +54,8 @@ absl::Status MlpBackward(ops::Ops& ops, const LayerParameters& params, const Lay
                                        .d_x = d.residual,
                                        .accumulate_d_x = true,
                                        .d_weight = grads.mlp_norm}));
-  return LinearBackward(ops, d.residual, acts.attn_out, params.o, grads.o, d.attn_out);
+  return LinearBackward(ops, d.residual, acts.attn_out, params.o, grads.o, sink.accumulate,
+                        d.attn_out);
 }
 
 // What one layer needs of a PromptLink.
@@ -114,14 +130,16 @@ absl::Status QkvBackward(const Decoder& decoder, const LayerParameters& params,
 // First half of a layer: d_attn_out, d_mid -> d_input.
 absl::Status AttentionBackward(const Decoder& decoder, const LayerParameters& params,
                                const ops::BatchPlan& plan, const LayerActivations& acts,
-                               const LayerParameters& grads, const LayerLink& link,
+                               const GradientSink& sink, const LayerLink& link,
                                const ActivationGradients& d) {
+  const LayerParameters& grads = sink.grads;
   ops::Ops& ops = decoder.ops();
   RETURN_IF_ERROR(QkvBackward(decoder, params, plan, acts, grads, link, d.attn_out, d.qkv));
   if (params.qkv_bias.present()) {
     RETURN_IF_ERROR(ops.SumRows({.x = d.qkv, .out = grads.qkv_bias}));
   }
-  RETURN_IF_ERROR(LinearBackward(ops, d.qkv, acts.attn_in, params.qkv, grads.qkv, d.normed));
+  RETURN_IF_ERROR(
+      LinearBackward(ops, d.qkv, acts.attn_in, params.qkv, grads.qkv, sink.accumulate, d.normed));
   return ops.RmsNormBackward({.d_out = d.normed,
                               .x = acts.input,
                               .weight = params.attn_norm,
@@ -148,9 +166,24 @@ absl::Status Rematerialize(const Decoder& decoder, const LayerParameters& params
   ops::Ops& ops = decoder.ops();
   RETURN_IF_ERROR(
       ops.RmsNorm({.x = acts.input, .weight = params.attn_norm, .eps = eps, .out = acts.attn_in}));
+  if (decoder.config().qk_norm) RETURN_IF_ERROR(decoder.RotateForward(params, plan, {}, acts));
   RETURN_IF_ERROR(
       ops.RmsNorm({.x = acts.mid, .weight = params.mlp_norm, .eps = eps, .out = acts.mlp_in}));
-  return ops.SwiGlu({.gate_up = acts.gate_up, .out = acts.mlp_act});
+  if (retain == Retain::kProjections) return absl::OkStatus();
+  return ops.MatMul({.a = acts.mlp_in, .b = params.gate_up, .trans_b = true, .c = acts.gate_up});
+}
+
+// Norms, biases and the embedding are always added to: before the first pass they must be zero.
+absl::Status ZeroAddedGradients(ops::Ops& ops, const Parameters& grads) {
+  for (const LayerParameters& layer : grads.layers) {
+    for (const TensorView& t :
+         {layer.attn_norm, layer.qkv_bias, layer.q_norm, layer.k_norm, layer.mlp_norm}) {
+      if (t.present()) RETURN_IF_ERROR(ops.Zero(t));
+    }
+  }
+  RETURN_IF_ERROR(ops.Zero(grads.final_norm));
+  // A tied embedding is written by the head first.
+  return grads.embedding.data == grads.head.data ? absl::OkStatus() : ops.Zero(grads.embedding);
 }
 
 // The tail's gradients, spread from the head rows to all rows.
@@ -167,7 +200,8 @@ absl::Status ScatterTail(ops::Ops& ops, const ops::BatchPlan& plan, const Activa
 
 absl::Status HeadBackward(ops::Ops& ops, const Parameters& params, const TokenTree& tree,
                           float temperature, const HeadOutputs& head, const HeadGradients& d_head,
-                          const Activations& acts, const Parameters& grads) {
+                          const Activations& acts, const Parameters& grads, bool accumulate) {
+  if (!accumulate) RETURN_IF_ERROR(ZeroAddedGradients(ops, grads));
   const ActivationGradients& d = acts.gradients();
   const TensorView d_hidden = d.normed.Rows(0, tree.num_head_rows());
   RETURN_IF_ERROR(ops.LogProbHeadBackward(
@@ -181,7 +215,8 @@ absl::Status HeadBackward(ops::Ops& ops, const Parameters& params, const TokenTr
        .d_logprobs = HostView(d_head.d_logprobs),
        .d_entropy = d_head.d_entropy.empty() ? TensorView{} : HostView(d_head.d_entropy),
        .d_hidden = d_hidden,
-       .d_weight = grads.head}));
+       .d_weight = grads.head,
+       .accumulate_d_weight = accumulate}));
   return ops.RmsNormBackward({.d_out = d_hidden,
                               .x = acts.tail().output,
                               .weight = params.final_norm,
@@ -192,14 +227,15 @@ absl::Status HeadBackward(ops::Ops& ops, const Parameters& params, const TokenTr
 
 absl::Status BackwardTree(const Decoder& decoder, const Parameters& params,
                           const ops::BatchPlan& plan, const Activations& acts,
-                          const Parameters& grads, const PromptLink& link) {
+                          const Parameters& grads, bool accumulate, const PromptLink& link) {
   ops::Ops& ops = decoder.ops();
   const ActivationGradients& d = acts.gradients();
   const int64_t head_rows = d.tail_residual.dim(0);
   const int64_t last = decoder.config().num_layers - 1;
 
   // The tail has activations of its own.
-  RETURN_IF_ERROR(MlpBackward(ops, params.layers[last], acts.tail(), grads.layers[last],
+  RETURN_IF_ERROR(MlpBackward(ops, params.layers[last], acts.tail(),
+                              {.grads = grads.layers[last], .accumulate = accumulate},
                               {.residual = d.tail_residual,
                                .normed = d.normed.Rows(0, head_rows),
                                .attn_out = d.tail_attn_out,
@@ -209,19 +245,19 @@ absl::Status BackwardTree(const Decoder& decoder, const Parameters& params,
     const LayerParameters& weights = params.layers[l];
     const LayerActivations& layer = acts.layer(l);
     const LayerLink layer_link = LinkOf(link, l);
+    const GradientSink sink = {.grads = grads.layers[l], .accumulate = accumulate};
     if (l < last) {
       RETURN_IF_ERROR(
-          Rematerialize(decoder, weights, plan, layer_link.context, acts.retain(), layer));
-      RETURN_IF_ERROR(MlpBackward(ops, weights, layer, grads.layers[l],
+          Rematerialize(decoder, weights, plan, layer_link.context, acts.retention().of(l), layer));
+      RETURN_IF_ERROR(MlpBackward(ops, weights, layer, sink,
                                   {.residual = d.residual,
                                    .normed = d.normed,
                                    .attn_out = d.attn_out,
                                    .mlp_act = d.mlp_act}));
-    } else if (acts.retain() == Retain::kPrompt) {
+    } else if (acts.retention().level == Retain::kPrompt) {
       RETURN_IF_ERROR(decoder.QkvForward(weights, plan, {}, layer));
     }  // else nobody overwrote what its first half left in the shared buffers
-    RETURN_IF_ERROR(
-        AttentionBackward(decoder, weights, plan, layer, grads.layers[l], layer_link, d));
+    RETURN_IF_ERROR(AttentionBackward(decoder, weights, plan, layer, sink, layer_link, d));
   }
   return ops.EmbeddingBackward(
       {.ids = plan.tokens(), .d_out = d.residual, .d_table = grads.embedding});

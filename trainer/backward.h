@@ -1,5 +1,6 @@
-// The backward pass: every op call of the forward pass mirrored, in reverse. Weight gradients are
-// added to `grads`; what the forward pass did not retain is recomputed layer by layer.
+// The backward pass: every op call of the forward pass mirrored, in reverse. What the forward pass
+// did not retain is recomputed layer by layer. Weight gradients are added to `grads`, or with
+// `accumulate` = false written over whatever is there, which saves zeroing and reading them.
 #pragma once
 
 #include <vector>
@@ -21,12 +22,12 @@ struct HeadGradients {
 // From the log-probs to the output of the last layer on the head rows.
 absl::Status HeadBackward(ops::Ops& ops, const Parameters& params, const TokenTree& tree,
                           float temperature, const HeadOutputs& head, const HeadGradients& d_head,
-                          const Activations& acts, const Parameters& grads);
+                          const Activations& acts, const Parameters& grads, bool accumulate);
 
 // From there to the embedding. REQUIRES: HeadBackward of the same pass; the activations are
 // consumed. Branches add to link.gradients, the prompt's own tree takes them in.
 absl::Status BackwardTree(const Decoder& decoder, const Parameters& params,
                           const ops::BatchPlan& plan, const Activations& acts,
-                          const Parameters& grads, const PromptLink& link = {});
+                          const Parameters& grads, bool accumulate, const PromptLink& link = {});
 
 }  // namespace coppice

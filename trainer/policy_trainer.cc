@@ -7,6 +7,19 @@
 #include "trainer/checkpoint.h"
 
 namespace coppice {
+namespace {
+
+// On the CPU half of what is free, since others live there. On a device what is left beside
+// gradients, both moments, the remainders of masters and what ops need; should that be little, an
+// eighth.
+int64_t DefaultActivationBytes(const ModelConfig& config, const ops::DeviceInfo& info) {
+  if (info.kind == DeviceKind::kCpu) return info.free_bytes / 2;
+  const int64_t state_bytes =
+      NumParameterElements(config) * (3 * SizeOf(DType::kF32) + SizeOf(DType::kBF16));
+  return std::max(info.free_bytes - state_bytes - info.op_scratch_bytes, info.free_bytes / 8);
+}
+
+}  // namespace
 
 absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const Options& options, Model& model,
                                                          const Decoder& decoder,
@@ -16,8 +29,9 @@ absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const Options& options,
         "trainer refused: max_rows wants to be positive and activation_bytes not negative, got ",
         options.max_rows, " and ", options.activation_bytes));
   }
-  const int64_t budget =
-      options.activation_bytes > 0 ? options.activation_bytes : decoder.ops().Info().free_bytes / 2;
+  const int64_t budget = options.activation_bytes > 0
+                             ? options.activation_bytes
+                             : DefaultActivationBytes(decoder.config(), decoder.ops().Info());
   const DType dtype = decoder.ops().Info().compute_dtype;
   if (Activations::MaxRows(decoder.config(), dtype, budget) < 1) {
     return absl::ResourceExhaustedError(

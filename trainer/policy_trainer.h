@@ -68,7 +68,7 @@ class PolicyTrainer final : public Trainer {
     int64_t unique = 0;
     int64_t prompt_forward_skipped = 0;
     int64_t micro_batches = 0;
-    Retain least_retained = Retain::kAll;
+    Retain least_retained = Retain::kAll;  // of any layer
 
     void AddPrompt(int64_t rows, bool kept) {
       unique += rows;
@@ -92,9 +92,10 @@ class PolicyTrainer final : public Trainer {
                        std::vector<SampleResult>& results);
   absl::Status ScorePass(const PlannedPass& planned, Pass pass, float temperature,
                          PhaseTimer& phases, std::vector<SampleResult>& results);
-  absl::Status RunForward(TreeRun& run, Retain retain, float temperature, PhaseTimer& phases);
+  absl::Status RunForward(TreeRun& run, Retention retention, float temperature, PhaseTimer& phases);
   absl::Status RunBackward(const TreeRun& run, float temperature, PhaseTimer& phases);
-  Retain ChooseRetain(const TreeRun& run) const;
+  Retention ChooseRetention(const TreeRun& run) const;
+  void LogRetention(const TreeRun& run, Retention retention);
 
   // ---- A prompt that runs apart from its branches: prompt_pass.cc
   // Bytes that it keeps while they run.
@@ -124,6 +125,8 @@ class PolicyTrainer final : public Trainer {
   DeviceBuffer gradient_buffer_;
   Parameters gradients_;  // f32; empty until the first ForwardBackward
   bool pending_gradients_ = false;
+  bool gradients_written_ = false;  // false: what the arena holds counts for nothing
+  Retention logged_retention_;
   std::optional<Optimizer> optimizer_;
   PolicyVersion version_{0};
 };

@@ -2,6 +2,7 @@
 // generation has kept it), and once backward, from what the branches have added to the gradients of
 // its keys and values. In between only the state is kept.
 #include <algorithm>
+#include <utility>
 
 #include "kernels/base/status_macros.h"
 #include "trainer/policy_trainer.h"
@@ -54,11 +55,12 @@ absl::Status PolicyTrainer::RunPromptBackward(const TreeRun& run, float temperat
                                        run.tree.num_head_rows(), Retain::kPrompt));
   activations_.UsePrompt(StateOf(run.kept));
   RETURN_IF_ERROR(ForwardTail(decoder_, model_.params, *run.batch, activations_));
+  const bool accumulate = std::exchange(gradients_written_, true);
   RETURN_IF_ERROR(HeadBackward(ops_, model_.params, run.tree, temperature, run.head, run.d_head,
-                               activations_, gradients_));
+                               activations_, gradients_, accumulate));
   phases.Lap("head");
   RETURN_IF_ERROR(BackwardTree(decoder_, model_.params, *run.batch, activations_, gradients_,
-                               {.gradients = &prompt_gradients_}));
+                               accumulate, {.gradients = &prompt_gradients_}));
   RETURN_IF_ERROR(ops_.Synchronize());
   phases.Lap("backward");
   return absl::OkStatus();

@@ -48,7 +48,8 @@ absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
     RETURN_IF_ERROR(DropGradients());
     return status;
   }
-  pending_gradients_ = true;
+  if (!gradients_written_) RETURN_IF_ERROR(ops_.Zero(gradients_.flat));  // nothing had a target
+  gradients_written_ = pending_gradients_ = true;
 
   result.loss = totals.loss.loss();
   result.metrics = totals.loss.Metrics();
@@ -80,8 +81,10 @@ absl::Status PolicyTrainer::RunPass(const ForwardBackwardRequest& request, const
   size_t first = 0;  // sample of the pass
   for (size_t b = 0; b < pass.batches.size(); ++b) {
     TreeRun& run = pass.batches[b];
-    totals.Add(run.tree.num_rows(), ChooseRetain(run));
-    RETURN_IF_ERROR(RunForward(run, ChooseRetain(run), temperature, phases));
+    const Retention retention = ChooseRetention(run);
+    LogRetention(run, retention);
+    totals.Add(run.tree.num_rows(), retention.level);
+    RETURN_IF_ERROR(RunForward(run, retention, temperature, phases));
 
     HeadGradientSums sums(run.tree);
     std::vector<PathSource> sources = {{run.tree, run.head, 0, &sums}};
@@ -138,19 +141,19 @@ absl::Status PolicyTrainer::ReserveActivations(const std::vector<Pass>& passes) 
     for (const TreeRun& run : pass.batches) {
       if (run.tree.targets.empty()) continue;
       RETURN_IF_ERROR(activations_.Prepare(decoder_.config(), ops_, run.tree.num_rows(),
-                                           run.tree.num_head_rows(), ChooseRetain(run)));
+                                           run.tree.num_head_rows(), ChooseRetention(run)));
     }
   }
   return absl::OkStatus();
 }
 
-absl::Status PolicyTrainer::RunForward(TreeRun& run, Retain retain, float temperature,
+absl::Status PolicyTrainer::RunForward(TreeRun& run, Retention retention, float temperature,
                                        PhaseTimer& phases) {
   if (run.tree.targets.empty()) return absl::OkStatus();
   ASSIGN_OR_RETURN(run.batch, ops_.PlanBatch(run.tree.batch));
   phases.Lap("build_tree");
   RETURN_IF_ERROR(activations_.Prepare(decoder_.config(), ops_, run.tree.num_rows(),
-                                       run.tree.num_head_rows(), retain));
+                                       run.tree.num_head_rows(), retention));
   RETURN_IF_ERROR(ForwardTree(decoder_, model_.params, *run.batch, activations_, run.link));
   RETURN_IF_ERROR(ForwardTail(decoder_, model_.params, *run.batch, activations_));
   phases.Lap("forward");
@@ -161,11 +164,12 @@ absl::Status PolicyTrainer::RunForward(TreeRun& run, Retain retain, float temper
 
 absl::Status PolicyTrainer::RunBackward(const TreeRun& run, float temperature, PhaseTimer& phases) {
   if (run.tree.targets.empty()) return absl::OkStatus();
+  const bool accumulate = std::exchange(gradients_written_, true);
   RETURN_IF_ERROR(HeadBackward(ops_, model_.params, run.tree, temperature, run.head, run.d_head,
-                               activations_, gradients_));
+                               activations_, gradients_, accumulate));
   phases.Lap("head");
-  RETURN_IF_ERROR(
-      BackwardTree(decoder_, model_.params, *run.batch, activations_, gradients_, run.link));
+  RETURN_IF_ERROR(BackwardTree(decoder_, model_.params, *run.batch, activations_, gradients_,
+                               accumulate, run.link));
   RETURN_IF_ERROR(ops_.Synchronize());
   phases.Lap("backward");
   return absl::OkStatus();
@@ -233,9 +237,18 @@ absl::Status PolicyTrainer::ScorePass(const PlannedPass& planned, Pass pass, flo
   return absl::OkStatus();
 }
 
-Retain PolicyTrainer::ChooseRetain(const TreeRun& run) const {
+Retention PolicyTrainer::ChooseRetention(const TreeRun& run) const {
   return Activations::Choose(decoder_.config(), ops_.Info().compute_dtype, run.tree.num_rows(),
                              run.tree.num_head_rows(), run.budget_bytes);
+}
+
+void PolicyTrainer::LogRetention(const TreeRun& run, Retention retention) {
+  if (retention == logged_retention_) return;
+  logged_retention_ = retention;
+  LOG(INFO) << "activations_planned rows=" << run.tree.num_rows()
+            << " head_rows=" << run.tree.num_head_rows() << ' '
+            << retention.ToString(decoder_.config().num_layers)
+            << " bytes=" << activations_.size_bytes() << " budget_bytes=" << run.budget_bytes;
 }
 
 absl::Status PolicyTrainer::EnsureGradients() {
@@ -254,8 +267,8 @@ absl::Status PolicyTrainer::EnsureOptimizer() {
 }
 
 absl::Status PolicyTrainer::DropGradients() {
-  pending_gradients_ = false;
-  return gradients_.flat.present() ? ops_.Zero(gradients_.flat) : absl::OkStatus();
+  pending_gradients_ = gradients_written_ = false;  // the next pass writes over them
+  return absl::OkStatus();
 }
 
 }  // namespace coppice

@@ -24,8 +24,8 @@ class Trainer {
   struct Options {
     // Unique tokens in one pass; more is split into micro-batches of whole groups.
     int64_t max_rows = 16384;
-    // Memory for activations; decides what is retained for backward. 0 = half of the device's free
-    // memory at Create.
+    // Memory for activations; decides what is retained for backward. 0 = half of a CPU's free
+    // memory at Create; on a GPU what is free beside gradients and optimizer.
     int64_t activation_bytes = 0;
     // false: every sequence runs on its own, the baseline of benchmarks.
     bool share_prefixes = true;
@@ -45,7 +45,7 @@ class Trainer {
   // are dropped.
   virtual absl::StatusOr<ForwardBackwardResult> ForwardBackward(
       const ForwardBackwardRequest& request) = 0;
-  // Clips, updates, zeroes gradients, increments the version. A non-finite norm skips the update
+  // Clips, updates, drops gradients, increments the version. A non-finite norm skips the update
   // (gradients are dropped). FAILED_PRECONDITION without pending gradients.
   virtual absl::StatusOr<OptimStepResult> OptimStep(const AdamConfig& config) = 0;
   // Log-probs of every response token, same code path as ForwardBackward's forward.
@@ -55,7 +55,8 @@ class Trainer {
   virtual PolicyVersion policy_version() const = 0;
   virtual bool has_pending_gradients() const = 0;
   virtual bool has_optimizer_state() const = 0;
-  // The gradient arena, mapped like the weights; for tests and parity.
+  // The gradient arena, mapped like the weights; for tests and parity. Holds something while
+  // gradients are pending.
   virtual const Parameters& gradients() const = 0;
 
   // Weights, optimizer, version; temp directory, fsync, rename. `directory` must not exist or be a

@@ -35,13 +35,15 @@ absl::Status SwiGluBackward(Context& context, const ops::SwiGluBackwardParams& p
                       .Tensor("d_out", p.d_out, DType::kF32, {rows, ffn})
                       .Tensor("gate_up", p.gate_up, DType::kF32, {rows, 2 * ffn})
                       .Tensor("d_gate_up", p.d_gate_up, DType::kF32, {rows, 2 * ffn})
+                      .Optional("out", p.out, DType::kF32, {rows, ffn})
                       .status());
   ParallelRanges(context, rows, kGrainRows, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float* gate = p.gate_up.f32() + i * p.gate_up.stride[0];
       float* d_gate = p.d_gate_up.f32() + i * p.d_gate_up.stride[0];
-      SimdKernels().swiglu_backward(gate, gate + ffn, p.d_out.f32() + i * p.d_out.stride[0], d_gate,
-                                    d_gate + ffn, ffn);
+      SimdKernels().swiglu_backward(
+          gate, gate + ffn, p.d_out.f32() + i * p.d_out.stride[0], d_gate, d_gate + ffn,
+          p.out.present() ? p.out.f32() + i * p.out.stride[0] : nullptr, ffn);
     }
   });
   return absl::OkStatus();

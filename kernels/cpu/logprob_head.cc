@@ -190,7 +190,7 @@ absl::Status LogProbHeadBackward(Context& context, const ops::LogProbHeadBackwar
                           .b_row = p.hidden.stride[0],
                           .c = p.d_weight.f32() + tile.token * p.d_weight.stride[0],
                           .c_row = p.d_weight.stride[0],
-                          .accumulate = true});
+                          .accumulate = tile.row > 0 || p.accumulate_d_weight});
   });
 }
 

@@ -21,6 +21,7 @@ absl::Status SwiGluBackward(Context& context, const ops::SwiGluBackwardParams& p
                       .Tensor("d_out", p.d_out, DType::kBF16, {rows, ffn})
                       .Tensor("gate_up", p.gate_up, DType::kBF16, {rows, 2 * ffn})
                       .Tensor("d_gate_up", p.d_gate_up, DType::kBF16, {rows, 2 * ffn})
+                      .Optional("out", p.out, DType::kBF16, {rows, ffn})
                       .status());
   return context.Check(LaunchSwiGluBackward(p, context.stream()), "swiglu_backward");
 }

@@ -1,7 +1,7 @@
 // SwiGLU (Shazeer 2020): out = silu(gate) * up. Backward with s = sigmoid(gate):
 //   d_up = d_out * gate * s,  d_gate = d_out * up * s * (1 + gate * (1 - s)).
-// One thread per 8 columns of a row; 6 bytes per output element forward, 10 backward; bound by
-// memory bandwidth.
+// One thread per 8 columns of a row; 6 bytes per output element forward, 10 backward (12 with the
+// forward's output); bound by memory bandwidth.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launchers.h"
 
@@ -28,23 +28,24 @@ __global__ void SwiGluKernel(const bf16* gate_up, int64_t in_stride, bf16* out, 
 }
 
 template <int N>
-__global__ void SwiGluBackwardKernel(const bf16* gate_up, int64_t in_stride, const bf16* d_out,
-                                     int64_t d_out_stride, bf16* d_gate_up, int64_t d_in_stride,
-                                     int64_t ffn) {
+__global__ void SwiGluBackwardKernel(ops::SwiGluBackwardParams p) {
   const int64_t i = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * N, row = blockIdx.x;
+  const int64_t ffn = p.d_out.shape[1];
   if (i >= ffn) return;
-  const bf16* gate = gate_up + row * in_stride + i;
+  const bf16* gate = RowOf<bf16>(p.gate_up, row) + i;
   const Pack<bf16, N> g = Load<bf16, N>(gate), u = Load<bf16, N>(gate + ffn);
-  const Pack<bf16, N> d = Load<bf16, N>(d_out + row * d_out_stride + i);
-  Pack<bf16, N> dg, du;
+  const Pack<bf16, N> d = Load<bf16, N>(RowOf<bf16>(p.d_out, row) + i);
+  Pack<bf16, N> dg, du, y;
   for (int j = 0; j < N; ++j) {
     const float x = ToFloat(g.v[j]), s = Sigmoid(x), dy = ToFloat(d.v[j]);
+    y.v[j] = FromFloat<bf16>(x * s * ToFloat(u.v[j]));
     du.v[j] = FromFloat<bf16>(dy * x * s);
     dg.v[j] = FromFloat<bf16>(dy * ToFloat(u.v[j]) * s * (1.0f + x * (1.0f - s)));
   }
-  bf16* to = d_gate_up + row * d_in_stride + i;
+  bf16* to = RowOf<bf16>(p.d_gate_up, row) + i;
   Store<bf16, N>(to, dg);
   Store<bf16, N>(to + ffn, du);
+  if (p.out.rank != 0) Store<bf16, N>(RowOf<bf16>(p.out, row) + i, y);
 }
 
 dim3 Grid(int64_t rows, int64_t ffn, int vector) {
@@ -67,11 +68,10 @@ cudaError_t LaunchSwiGlu(const ops::SwiGluParams& p, cudaStream_t stream) {
 cudaError_t LaunchSwiGluBackward(const ops::SwiGluBackwardParams& p, cudaStream_t stream) {
   const int64_t rows = p.d_out.shape[0], ffn = p.d_out.shape[1];
   if (rows == 0 || ffn == 0) return cudaSuccess;
-  const bool wide = Aligned16(p.gate_up) && Aligned16(p.d_out) && Aligned16(p.d_gate_up);
+  const bool wide =
+      Aligned16(p.gate_up) && Aligned16(p.d_out) && Aligned16(p.d_gate_up) && Aligned16(p.out);
   const auto kernel = wide ? SwiGluBackwardKernel<8> : SwiGluBackwardKernel<1>;
-  kernel<<<Grid(rows, ffn, wide ? 8 : 1), kThreads, 0, stream>>>(
-      p.gate_up.as<bf16>(), p.gate_up.stride[0], p.d_out.as<bf16>(), p.d_out.stride[0],
-      p.d_gate_up.as<bf16>(), p.d_gate_up.stride[0], ffn);
+  kernel<<<Grid(rows, ffn, wide ? 8 : 1), kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

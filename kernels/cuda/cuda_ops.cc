@@ -1,5 +1,6 @@
 #include "kernels/cuda/cuda_ops.h"
 
+#include <algorithm>
 #include <limits>
 
 #include "absl/strings/str_cat.h"
@@ -12,6 +13,9 @@
 namespace coppice {
 namespace cuda {
 namespace {
+
+// Backward attention takes up to 8 GiB; plans, the library and fragments get another.
+constexpr int64_t kMaxScratchBytes = int64_t{9} << 30;
 
 absl::Status CheckContiguous(absl::string_view op, const TensorView& t) {
   if (t.contiguous() && (t.data != nullptr || t.num_elements() == 0)) return absl::OkStatus();
@@ -50,6 +54,7 @@ ops::DeviceInfo CudaOps::Info() const {
   size_t free_bytes = 0, total_bytes = 0;
   if (cudaMemGetInfo(&free_bytes, &total_bytes) == cudaSuccess)
     info.free_bytes = static_cast<int64_t>(free_bytes);
+  info.op_scratch_bytes = std::max<int64_t>(0, kMaxScratchBytes - context_->scratch_bytes());
   return info;
 }
 

@@ -32,8 +32,9 @@ cudaError_t LaunchGatherRows(const ops::GatherRowsParams& p, cudaStream_t stream
 cudaError_t LaunchScatterAddRows(const ops::ScatterAddRowsParams& p, cudaStream_t stream);
 cudaError_t LaunchEmbeddingBackward(const ops::EmbeddingBackwardParams& p, cudaStream_t stream);
 
-// norm.cu.  partials: [NumPartials(rows), hidden] f32
+// norm.cu
 cudaError_t LaunchRmsNorm(const ops::RmsNormParams& p, cudaStream_t stream);
+// norm_backward.cu.  partials: [NumPartials(rows), hidden] f32
 cudaError_t LaunchRmsNormBackward(const ops::RmsNormBackwardParams& p, float* partials,
                                   cudaStream_t stream);
 
@@ -50,6 +51,7 @@ cudaError_t LaunchSwiGluBackward(const ops::SwiGluBackwardParams& p, cudaStream_
 // rope.cu
 cudaError_t LaunchQkNormRope(const ops::QkNormRopeParams& p, const int32_t* positions,
                              const int32_t* kv_slots, cudaStream_t stream);
+// rope_backward.cu
 struct RopeBackwardSide {  // q or k
   TensorView d_out, in, norm, d_in;
   float* d_norm = nullptr;  // [head_dim], +=
@@ -70,9 +72,14 @@ struct HeadChunk {
 cudaError_t LaunchHeadStats(const HeadChunk& chunk, float* logprobs, float* entropy, float* lse,
                             cudaStream_t stream);
 // Replaces each row of logits by its gradient in bf16, in the first half of the row: [rows, vocab]
-// with 2 * ld elements a row.
-cudaError_t LaunchHeadGradient(const HeadChunk& chunk, const float* lse, const float* entropy,
-                               const float* d_logprobs, const float* d_entropy,
+// with 2 * ld elements a row. target_logits: scratch, one float per target.
+struct HeadGradientArgs {
+  const float *lse = nullptr, *entropy = nullptr;  // [rows]
+  const float* d_logprobs = nullptr;               // per target
+  const float* d_entropy = nullptr;                // [rows], or null
+  float* target_logits = nullptr;
+};
+cudaError_t LaunchHeadGradient(const HeadChunk& chunk, const HeadGradientArgs& args,
                                cudaStream_t stream);
 
 // sampling.cu

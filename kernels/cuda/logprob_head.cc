@@ -14,7 +14,7 @@
 namespace coppice::cuda {
 namespace {
 
-constexpr int64_t kLogitBytes = int64_t{640} << 20;
+constexpr int64_t kLogitBytes = int64_t{2560} << 20;
 constexpr int64_t kMaxRows = 4096;
 
 absl::Status CheckTargets(absl::string_view op, const TensorView& indptr, const TensorView& targets,
@@ -41,6 +41,7 @@ struct Memory {
   int32_t* indptr = nullptr;
   int32_t* targets = nullptr;
   float *logprobs = nullptr, *entropy = nullptr, *lse = nullptr, *d_entropy = nullptr;
+  float* target_logits = nullptr;
   int64_t chunk_rows = 0, ld = 0;
 };
 
@@ -56,6 +57,7 @@ Memory LayOut(int64_t head_rows, int64_t num_targets, int64_t vocab, ScratchCurs
   m.entropy = cursor.Take<float>(head_rows);
   m.lse = cursor.Take<float>(head_rows);
   m.d_entropy = cursor.Take<float>(head_rows);
+  m.target_logits = cursor.Take<float>(num_targets);
   return m;
 }
 
@@ -168,20 +170,23 @@ absl::Status LogProbHeadBackward(Context& context, const ops::LogProbHeadBackwar
   if (p.d_entropy.present()) RETURN_IF_ERROR(ToDevice(context, p.d_entropy, memory.d_entropy));
   return ForChunks(
       context, p.hidden, p.weight, p.temperature, memory, [&](const HeadChunk& chunk, int64_t row) {
-        RETURN_IF_ERROR(context.Check(
-            LaunchHeadGradient(chunk, memory.lse + row, memory.entropy + row, memory.logprobs,
-                               p.d_entropy.present() ? memory.d_entropy + row : nullptr,
-                               context.stream()),
-            kOp));
+        const HeadGradientArgs gradient = {
+            .lse = memory.lse + row,
+            .entropy = memory.entropy + row,
+            .d_logprobs = memory.logprobs,
+            .d_entropy = p.d_entropy.present() ? memory.d_entropy + row : nullptr,
+            .target_logits = memory.target_logits};
+        RETURN_IF_ERROR(context.Check(LaunchHeadGradient(chunk, gradient, context.stream()), kOp));
         const TensorView d_logits =
             View2D(chunk.logits, DType::kBF16, chunk.rows, 2 * chunk.ld).Cols(0, vocab);
         RETURN_IF_ERROR(MatMul(
             context, {.a = d_logits, .b = p.weight, .c = p.d_hidden.Rows(row, row + chunk.rows)}));
-        return MatMul(context, {.a = d_logits,
-                                .b = p.hidden.Rows(row, row + chunk.rows),
-                                .trans_a = true,
-                                .addend = p.d_weight,
-                                .c = p.d_weight});
+        return MatMul(context,
+                      {.a = d_logits,
+                       .b = p.hidden.Rows(row, row + chunk.rows),
+                       .trans_a = true,
+                       .addend = row > 0 || p.accumulate_d_weight ? p.d_weight : TensorView{},
+                       .c = p.d_weight});
       });
 }
 

@@ -16,11 +16,17 @@ constexpr int kThreads = 512;
 struct Stats {
   float max = -INFINITY, sum = 0, weighted = 0;
 
-  __device__ void Add(float z) {
-    if (z > max) Rescale(z);
-    const float shifted = z - max, e = __expf(shifted);
-    sum += e;
-    weighted += e > 0.0f ? e * shifted : 0.0f;
+  // The reference point moves once for all of them, which seldom happens.
+  template <int N>
+  __device__ void Add(const float (&z)[N]) {
+    float top = z[0];
+    for (int j = 1; j < N; ++j) top = fmaxf(top, z[j]);
+    if (top > max) Rescale(top);
+    for (int j = 0; j < N; ++j) {
+      const float shifted = z[j] - max, e = __expf(shifted);
+      sum += e;
+      weighted += e > 0.0f ? e * shifted : 0.0f;
+    }
   }
   // Moves the reference point to `to` >= max.
   __device__ void Rescale(float to) {
@@ -77,12 +83,20 @@ __global__ void HeadStatsKernel(HeadChunk chunk, float* logprobs, float* entropy
   const int64_t row = blockIdx.x;
   const float* logits = chunk.logits + row * chunk.ld;
   Stats stats;
-  const int64_t whole = chunk.vocab / 4 * 4;
-  for (int64_t i = threadIdx.x * 4; i < whole; i += kThreads * 4) {
-    const Pack<float, 4> z = Load<float, 4>(logits + i);
-    for (int j = 0; j < 4; ++j) stats.Add(z.v[j] * chunk.scale);
+  const int64_t whole = chunk.vocab / 8 * 8;
+  for (int64_t i = threadIdx.x * 8; i < whole; i += kThreads * 8) {
+    const Pack<float, 4> low = Load<float, 4>(logits + i), high = Load<float, 4>(logits + i + 4);
+    float z[8];
+    for (int j = 0; j < 4; ++j) {
+      z[j] = low.v[j] * chunk.scale;
+      z[j + 4] = high.v[j] * chunk.scale;
+    }
+    stats.Add(z);
   }
-  if (whole + threadIdx.x < chunk.vocab) stats.Add(logits[whole + threadIdx.x] * chunk.scale);
+  if (whole + threadIdx.x < chunk.vocab) {
+    const float z[1] = {logits[whole + threadIdx.x] * chunk.scale};
+    stats.Add(z);
+  }
   stats = BlockMerge(stats);
   const float log_sum = logf(stats.sum), row_lse = stats.max + log_sum;
   if (threadIdx.x == 0) {
@@ -95,35 +109,58 @@ __global__ void HeadStatsKernel(HeadChunk chunk, float* logprobs, float* entropy
   }
 }
 
-// In place: a step reads 4 kThreads logits, waits, and writes their gradients below everything that
-// is still unread.
-__global__ void HeadGradientKernel(HeadChunk chunk, const float* lse, const float* entropy,
-                                   const float* d_logprobs, const float* d_entropy) {
+// One row's derivative by z_j, without the targets' own terms.
+struct RowGradient {
+  float lse, entropy, coefficient, d_entropy, scale;
+
+  __device__ float At(float logit) const {
+    const float log_p = logit * scale - lse, p = __expf(log_p);
+    float g = -coefficient * p;
+    if (d_entropy != 0.0f && p > 0.0f) g -= d_entropy * p * (log_p + entropy);
+    return g;
+  }
+};
+
+// In place: a step reads the logits of the next step, waits until all threads have, and writes the
+// gradients of its own below everything that is still unread. The few target columns are set aside
+// first and written last.
+__global__ void __launch_bounds__(kThreads)
+    HeadGradientKernel(HeadChunk chunk, HeadGradientArgs a) {
   const int64_t row = blockIdx.x;
   const float* logits = chunk.logits + row * chunk.ld;
   bf16* gradient = reinterpret_cast<bf16*>(chunk.logits + row * chunk.ld);
   const int32_t begin = chunk.target_indptr[row], end = chunk.target_indptr[row + 1];
-  const float row_lse = lse[row], row_entropy = entropy[row],
-              e = d_entropy == nullptr ? 0.0f : d_entropy[row];
-  float coefficient = 0;
-  for (int32_t t = begin; t < end; ++t) coefficient += d_logprobs[t];
-  for (int64_t base = 0; base < chunk.vocab; base += kThreads * 4) {
-    const int64_t i = base + threadIdx.x * 4;
-    Pack<float, 4> z = {};
-    if (i < chunk.ld) z = Load<float, 4>(logits + i);
+  RowGradient g = {a.lse[row], a.entropy[row], 0, a.d_entropy == nullptr ? 0 : a.d_entropy[row],
+                   chunk.scale};
+  for (int32_t t = begin; t < end; ++t) g.coefficient += a.d_logprobs[t];
+  for (int32_t t = begin + static_cast<int32_t>(threadIdx.x); t < end; t += kThreads) {
+    a.target_logits[t] = logits[chunk.targets[t]];
+  }
+  constexpr int64_t kStep = kThreads * 8;
+  Pack<float, 4> low = {}, high = {};
+  const auto read = [&](int64_t i) {
+    if (i >= chunk.ld) return;  // a multiple of 8
+    low = Load<float, 4>(logits + i);
+    high = Load<float, 4>(logits + i + 4);
+  };
+  read(threadIdx.x * 8);
+  for (int64_t base = 0; base < chunk.vocab; base += kStep) {
+    const int64_t i = base + threadIdx.x * 8;
+    const Pack<float, 4> z[2] = {low, high};
+    read(i + kStep);
     __syncthreads();
     if (i >= chunk.ld) continue;
-    Pack<bf16, 4> d;
-    for (int j = 0; j < 4; ++j) {
-      const float log_p = z.v[j] * chunk.scale - row_lse, p = __expf(log_p);
-      float g = -coefficient * p;
-      if (e != 0.0f && p > 0.0f) g -= e * p * (log_p + row_entropy);
-      for (int32_t t = begin; t < end; ++t) {
-        if (chunk.targets[t] == i + j) g += d_logprobs[t];
-      }
-      d.v[j] = FromFloat<bf16>(g * chunk.scale);
+    Pack<bf16, 8> d;
+    for (int j = 0; j < 8; ++j) d.v[j] = FromFloat<bf16>(g.At(z[j / 4].v[j % 4]) * chunk.scale);
+    Store<bf16, 8>(gradient + i, d);
+  }
+  __syncthreads();
+  for (int32_t t = begin + static_cast<int32_t>(threadIdx.x); t < end; t += kThreads) {
+    float d = g.At(a.target_logits[t]);
+    for (int32_t same = begin; same < end; ++same) {  // ascending, whoever writes
+      if (chunk.targets[same] == chunk.targets[t]) d += a.d_logprobs[same];
     }
-    Store<bf16, 4>(gradient + i, d);
+    gradient[chunk.targets[t]] = FromFloat<bf16>(d * chunk.scale);
   }
 }
 
@@ -137,12 +174,10 @@ cudaError_t LaunchHeadStats(const HeadChunk& chunk, float* logprobs, float* entr
   return cudaGetLastError();
 }
 
-cudaError_t LaunchHeadGradient(const HeadChunk& chunk, const float* lse, const float* entropy,
-                               const float* d_logprobs, const float* d_entropy,
+cudaError_t LaunchHeadGradient(const HeadChunk& chunk, const HeadGradientArgs& args,
                                cudaStream_t stream) {
   if (chunk.rows == 0) return cudaSuccess;
-  HeadGradientKernel<<<static_cast<unsigned>(chunk.rows), kThreads, 0, stream>>>(
-      chunk, lse, entropy, d_logprobs, d_entropy);
+  HeadGradientKernel<<<static_cast<unsigned>(chunk.rows), kThreads, 0, stream>>>(chunk, args);
   return cudaGetLastError();
 }
 

@@ -1,7 +1,7 @@
 // Per-head RMSNorm of q and k (norm.cu has the formula), rotary positions in the rotate-half form,
 // keys and values into their pages. For the halves a, b of a head: (a, b) -> (a cos - b sin, b cos
-// + a sin); backward turns the other way, then goes through the norm. One warp per head of a row;
-// each element once in, once out (keys and values twice); bound by memory bandwidth.
+// + a sin). One warp per head of a row; each element once in, once out (keys and values twice);
+// bound by memory bandwidth. Backward: rope_backward.cu.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launchers.h"
 
@@ -48,12 +48,12 @@ struct Share {
       Store<bf16, N>(y + half + c, hi);
     }
   }
-  __device__ void Rotate(const float* cos_sin, float direction, int64_t half, int lane) {
+  __device__ void Rotate(const float* cos_sin, int64_t half, int lane) {
 #pragma unroll
     for (int i = 0; i < kMaxPairs; ++i) {
       const int64_t c = (int64_t{i / N} * 32 + lane) * N + i % N;
       if (c >= half) continue;
-      const float cosine = cos_sin[c], sine = direction * cos_sin[half + c], x = a[i];
+      const float cosine = cos_sin[c], sine = cos_sin[half + c], x = a[i];
       a[i] = x * cosine - b[i] * sine;
       b[i] = b[i] * cosine + x * sine;
     }
@@ -106,66 +106,10 @@ __global__ void QkNormRopeKernel(ForwardArgs p) {
       share.b[i] *= rstd * weight.b[i];
     }
   }
-  share.Rotate(RowOf<float>(p.rope, p.positions[row]), 1.0f, half, lane);
+  share.Rotate(RowOf<float>(p.rope, p.positions[row]), half, lane);
   share.Write(HeadOf(is_q ? p.q_out : p.k_out, row, head), half, lane);
   if (!is_q && slot >= 0) {
     share.Write(static_cast<bf16*>(p.page_k.data) + (slot * kv_heads + head) * dim, half, lane);
-  }
-}
-
-// A block takes a run of rows; its warps take the heads in turn and keep their share of d_norm in
-// registers.
-template <int N>
-__global__ void RopeBackwardKernel(RopeBackwardSide s, float eps, TensorView rope,
-                                   const int32_t* positions, float* partials) {
-  extern __shared__ float sums[];  // [kWarps, head_dim]
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t rows = s.d_out.shape[0], heads = s.d_out.shape[1], dim = s.d_out.shape[2],
-                half = dim / 2;
-  const bool norm = s.norm.rank != 0;
-  Share<N> weight, d_weight = {};
-  if (norm) weight.Read(static_cast<const bf16*>(s.norm.data), half, lane);
-  const int64_t begin = rows * blockIdx.x / gridDim.x, end = rows * (blockIdx.x + 1) / gridDim.x;
-  for (int64_t item = begin * heads + warp; item < end * heads; item += kWarps) {
-    const int64_t row = item / heads, head = item % heads;
-    Share<N> d;
-    d.Read(HeadOf(s.d_out, row, head), half, lane);
-    d.Rotate(RowOf<float>(rope, positions[row]), -1.0f, half, lane);
-    if (norm) {
-      Share<N> x;
-      x.Read(HeadOf(s.in, row, head), half, lane);
-      const float rstd = 1.0f / sqrtf(x.SumSquares() / static_cast<float>(dim) + eps);
-      float dot = 0;
-#pragma unroll
-      for (int i = 0; i < kMaxPairs; ++i) {
-        d_weight.a[i] += d.a[i] * x.a[i] * rstd;
-        d_weight.b[i] += d.b[i] * x.b[i] * rstd;
-        d.a[i] *= weight.a[i];
-        d.b[i] *= weight.b[i];
-        dot += d.a[i] * x.a[i] + d.b[i] * x.b[i];
-      }
-      const float mean = WarpSum(dot) * rstd * rstd / static_cast<float>(dim);
-#pragma unroll
-      for (int i = 0; i < kMaxPairs; ++i) {
-        d.a[i] = rstd * (d.a[i] - x.a[i] * mean);
-        d.b[i] = rstd * (d.b[i] - x.b[i] * mean);
-      }
-    }
-    d.Write(HeadOf(s.d_in, row, head), half, lane);
-  }
-  if (!norm) return;
-#pragma unroll
-  for (int i = 0; i < kMaxPairs; ++i) {
-    const int64_t c = (int64_t{i / N} * 32 + lane) * N + i % N;
-    if (c >= half) continue;
-    sums[warp * dim + c] = d_weight.a[i];
-    sums[warp * dim + half + c] = d_weight.b[i];
-  }
-  __syncthreads();
-  for (int64_t c = threadIdx.x; c < dim; c += blockDim.x) {
-    float sum = 0;
-    for (int w = 0; w < kWarps; ++w) sum += sums[w * dim + c];
-    partials[blockIdx.x * dim + c] = sum;
   }
 }
 
@@ -195,21 +139,6 @@ cudaError_t LaunchQkNormRope(const ops::QkNormRopeParams& p, const int32_t* posi
   const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(CeilDiv(items, kWarps)));
   kernel<<<grid, kWarps * 32, 0, stream>>>(args);
   return cudaGetLastError();
-}
-
-cudaError_t LaunchRopeBackward(const RopeBackwardSide& side, float eps, const TensorView& rope,
-                               const int32_t* positions, float* partials, cudaStream_t stream) {
-  const int64_t rows = side.d_out.shape[0], dim = side.d_out.shape[2];
-  if (rows == 0) return cudaSuccess;
-  const bool paired =
-      Paired(side.d_out) && Paired(side.in) && Paired(side.norm) && Paired(side.d_in);
-  const auto kernel = paired ? RopeBackwardKernel<2> : RopeBackwardKernel<1>;
-  const bool norm = side.norm.rank != 0;
-  const int64_t parts =
-      norm ? NumPartials(rows) : rows;  // without a sum, any cut gives the same bits
-  kernel<<<static_cast<unsigned>(parts), kWarps * 32, kWarps * dim * sizeof(float), stream>>>(
-      side, eps, rope, positions, partials);
-  return norm ? LaunchAddPartials(partials, parts, dim, side.d_norm, stream) : cudaGetLastError();
 }
 
 }  // namespace coppice::cuda

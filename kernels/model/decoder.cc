@@ -87,6 +87,11 @@ absl::Status Decoder::QkvForward(const LayerParameters& params, const ops::Batch
                                 .trans_b = true,
                                 .bias = params.qkv_bias,
                                 .c = acts.qkv}));
+  return RotateForward(params, plan, kv, acts);
+}
+
+absl::Status Decoder::RotateForward(const LayerParameters& params, const ops::BatchPlan& plan,
+                                    const ops::PagedKv& kv, const LayerActivations& acts) const {
   const QkvHeads heads = SplitQkv(config_, acts.qkv);
   return ops_->QkNormRope({.plan = &plan,
                            .q_in = heads.q,

@@ -84,6 +84,9 @@ class Decoder {
   // every layer needs.
   absl::Status QkvForward(const LayerParameters& params, const ops::BatchPlan& plan,
                           const ops::PagedKv& kv, const LayerActivations& acts) const;
+  // The last step of QkvForward: q and k from the projections, and the pages.
+  absl::Status RotateForward(const LayerParameters& params, const ops::BatchPlan& plan,
+                             const ops::PagedKv& kv, const LayerActivations& acts) const;
   // Second half, from input and attn_out on; any subset of the rows.
   absl::Status MlpForward(const LayerParameters& params, const LayerActivations& acts) const;
   // The second half up to mlp_act: all that backward needs of it.

@@ -43,6 +43,7 @@ struct DeviceInfo {
   DType compute_dtype = DType::kF32;
   int64_t total_bytes = 0;  // memory of the device
   int64_t free_bytes = 0;
+  int64_t op_scratch_bytes = 0;  // the most that ops may still take for themselves
   // TreeAttentionBackward takes batches with context and adds to d_context.
   bool context_gradients = false;
 };

@@ -145,6 +145,7 @@ struct SwiGluBackwardParams {
   TensorView gate_up;    // [rows, 2 * ffn] f
   TensorView d_out;      // [rows, ffn] f
   TensorView d_gate_up;  // [rows, 2 * ffn] f, may alias gate_up
+  TensorView out;        // optional [rows, ffn] f: SwiGlu's own output again; may alias d_out
 };
 
 // The language-model head without ever holding all logits: rows are processed in chunks.
@@ -176,7 +177,8 @@ struct LogProbHeadBackwardParams {
   TensorView d_logprobs;  // [targets] f32 (host memory)
   TensorView d_entropy;   // optional [head_rows] f32 (host memory)
   TensorView d_hidden;    // [head_rows, hidden] f
-  TensorView d_weight;    // [vocab, hidden] f32, +=
+  TensorView d_weight;    // [vocab, hidden] f32, += or =
+  bool accumulate_d_weight = true;
 };
 
 // What decides one sampled token. Filters apply in the order logit_bias, temperature, top_k, top_p,

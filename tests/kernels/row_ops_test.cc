@@ -160,6 +160,11 @@ TEST_P(RowOpsTest, SwiGluMatchesReferenceAndFiniteDifferences) {
     out.ExpectGuardsIntact("out");
     ASSERT_TRUE(ops_->SwiGluBackward({gate_up.view(), d_out.view(), gate_up.view()}).ok());
     EXPECT_EQ(gate_up.ToFloat(), d_gate_up.ToFloat()) << "in place";
+    gate_up.FillNormal(random_, 3);
+    ASSERT_TRUE(ops_->SwiGlu({gate_up.view(), out.view()}).ok());
+    ASSERT_TRUE(
+        ops_->SwiGluBackward({gate_up.view(), d_out.view(), gate_up.view(), d_out.view()}).ok());
+    EXPECT_EQ(d_out.ToFloat(), out.ToFloat()) << "the forward's output again, in place";
   }
 }
 

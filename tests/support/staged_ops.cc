@@ -255,6 +255,7 @@ absl::Status StagedOps::SwiGluBackward(const ops::SwiGluBackwardParams& params) 
   ops::SwiGluBackwardParams p = params;
   Staging s(*ops_);
   s.In(p.gate_up).In(p.d_out).Out(p.d_gate_up);
+  if (p.out.present()) s.Out(p.out);
   return s.Finish(ops_->SwiGluBackward(p));
 }
 absl::Status StagedOps::LogProbHead(const ops::LogProbHeadParams& params) {

@@ -61,6 +61,16 @@ inline constexpr double kBf16Attention = 1e-2;
 // by an eighth for a vocabulary of 64.
 inline constexpr double kRandomEntropy = 0.2;
 
+// Gradients of a whole model of a few layers in bf16 against fp32, |got - want| / |want| in the
+// Euclidean norm, for each tensor: a dozen roundings of 2^-9 on the way, of independent signs.
+inline constexpr double kBf16Gradient = 1e-2;
+// The same with matrices of gain 1, which pass on every rounding undiminished. Separate sequences
+// err as much: measured 0.9 to 2.8e-2 for both.
+inline constexpr double kBf16GradientOfLargeWeights = 4e-2;
+// Such an error of a shared tree over that of separate sequences, all tensors together: both round
+// the same quantities, other bits of them.
+inline constexpr double kSharedOverFlat = 1.1;
+
 // Chi-square tests: the probability that a correct sampler fails. Seeds are fixed, so a pass stays
 // a pass.
 inline constexpr double kChiSquareSignificance = 1e-4;

@@ -110,9 +110,9 @@ struct Kernels {
 
   // out = silu(gate) * up
   void (*swiglu)(const float* gate, const float* up, float* out, int64_t n);
-  // d_gate and d_up may alias gate and up.
+  // d_gate and d_up may alias gate and up, out d_out; out may be null.
   void (*swiglu_backward)(const float* gate, const float* up, const float* d_out, float* d_gate,
-                          float* d_up, int64_t n);
+                          float* d_up, float* out, int64_t n);
 
   float (*max)(const float* x, int64_t n);  // -inf when empty
   // out = exp((x - shift) / divisor); out may alias x.

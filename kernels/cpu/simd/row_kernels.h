@@ -72,10 +72,11 @@ void SwiGlu(const float* gate, const float* up, float* out, int64_t n) {
 
 // silu'(g) = s + g s (1 - s) with s = sigmoid(g)
 void SwiGluBackward(const float* gate, const float* up, const float* d_out, float* d_gate,
-                    float* d_up, int64_t n) {
+                    float* d_up, float* out, int64_t n) {
   ForLanes(n, [&](int64_t i, int64_t c) {
     const Vec g = Load(gate + i, c), u = Load(up + i, c), d = Load(d_out + i, c);
     const Vec s = Sigmoid(g);
+    if (out != nullptr) Store(out + i, g * s * u, c);
     Store(d_gate + i, d * u * (s + g * s * (1.0f - s)), c);
     Store(d_up + i, d * g * s, c);
   });

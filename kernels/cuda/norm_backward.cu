@@ -1,0 +1,149 @@
+// Backward of RMSNorm (norm.cu). With g = d_out * weight and xhat = x * rstd:
+//   d_x = rstd * (g - xhat * mean(g * xhat)),  d_weight = sum over rows of d_out * xhat.
+// A block takes a run of rows; a thread keeps its columns' share of d_weight in registers while the
+// next row is on its way. 6 (8 with accumulation) bytes per element; bound by memory bandwidth.
+#include "kernels/cuda/common.cuh"
+#include "kernels/cuda/launchers.h"
+
+namespace coppice::cuda {
+namespace {
+
+constexpr int kMaxThreads = 512;
+constexpr int64_t kRegisterBlocks = 264;  // two for each multiprocessor of an H200
+
+// Sum over the block, for every thread, one barrier. REQUIRES: calls alternate between the two
+// halves of `sums` [2][kMaxThreads / 32].
+__device__ inline float RowSum(float x, float (*sums)[kMaxThreads / 32], int half) {
+  x = WarpSum(x);
+  if (threadIdx.x % 32 == 0) sums[half][threadIdx.x / 32] = x;
+  __syncthreads();
+  float sum = 0;
+  for (unsigned w = 0; w < blockDim.x / 32; ++w) sum += sums[half][w];
+  return sum;
+}
+
+// A thread's columns of one row: runs of 8, a block's width apart.
+template <int kRuns>
+struct RowShare {
+  Pack<bf16, 8> x[kRuns], d_out[kRuns], d_x[kRuns];
+  float rstd;
+
+  __device__ void Read(const ops::RmsNormBackwardParams& p, int64_t row, int64_t hidden) {
+    rstd = *RowOf<float>(p.rstd, row);
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) {
+      const int64_t c = (int64_t{r} * blockDim.x + threadIdx.x) * 8;
+      x[r] = d_out[r] = d_x[r] = {};
+      if (c >= hidden) continue;
+      x[r] = Load<bf16, 8>(RowOf<bf16>(p.x, row) + c);
+      d_out[r] = Load<bf16, 8>(RowOf<bf16>(p.d_out, row) + c);
+      if (p.accumulate_d_x) d_x[r] = Load<bf16, 8>(RowOf<bf16>(p.d_x, row) + c);
+    }
+  }
+};
+
+// REQUIRES: hidden <= kRuns * 8 * blockDim.x, 16-byte rows.
+template <int kRuns>
+__global__ void __launch_bounds__(kMaxThreads)
+    RegisterNormBackwardKernel(ops::RmsNormBackwardParams p, float* partials) {
+  __shared__ float sums[2][kMaxThreads / 32];
+  const int64_t rows = p.x.shape[0], hidden = p.x.shape[1];
+  const int64_t end = rows * (blockIdx.x + 1) / gridDim.x;
+  Pack<bf16, 8> weight[kRuns];
+  float d_weight[kRuns][8] = {};
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+    const int64_t c = (int64_t{r} * blockDim.x + threadIdx.x) * 8;
+    weight[r] = {};
+    if (c < hidden) weight[r] = Load<bf16, 8>(RowOf<bf16>(p.weight, 0) + c);
+  }
+  int64_t row = rows * blockIdx.x / gridDim.x;
+  RowShare<kRuns> share;
+  if (row < end) share.Read(p, row, hidden);
+  for (int half = 0; row < end; ++row, half ^= 1) {
+    const RowShare<kRuns> now = share;
+    if (row + 1 < end) share.Read(p, row + 1, hidden);
+    float dot = 0;
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) {
+      for (int j = 0; j < 8; ++j) {
+        const float dx = ToFloat(now.d_out[r].v[j]) * ToFloat(now.x[r].v[j]);
+        dot += dx * ToFloat(weight[r].v[j]);
+        d_weight[r][j] += dx * now.rstd;
+      }
+    }
+    const float mean = RowSum(dot, sums, half) * now.rstd * now.rstd / static_cast<float>(hidden);
+#pragma unroll
+    for (int r = 0; r < kRuns; ++r) {
+      const int64_t c = (int64_t{r} * blockDim.x + threadIdx.x) * 8;
+      if (c >= hidden) continue;
+      Pack<bf16, 8> y;
+      for (int j = 0; j < 8; ++j) {
+        const float g = ToFloat(now.d_out[r].v[j]) * ToFloat(weight[r].v[j]);
+        y.v[j] = FromFloat<bf16>(ToFloat(now.d_x[r].v[j]) +
+                                 now.rstd * (g - ToFloat(now.x[r].v[j]) * mean));
+      }
+      Store<bf16, 8>(RowOf<bf16>(p.d_x, row) + c, y);
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kRuns; ++r) {
+    const int64_t c = (int64_t{r} * blockDim.x + threadIdx.x) * 8;
+    if (c >= hidden) continue;
+    for (int j = 0; j < 8; ++j) partials[blockIdx.x * hidden + c + j] = d_weight[r][j];
+  }
+}
+
+// Any width and alignment: d_weight in shared memory, an element at a time.
+__global__ void RmsNormBackwardKernel(ops::RmsNormBackwardParams p, float* partials) {
+  extern __shared__ float d_weight[];  // [hidden]; each thread touches its own columns only
+  __shared__ float shared[33];
+  const int64_t rows = p.x.shape[0], hidden = p.x.shape[1];
+  const bf16* weight = RowOf<bf16>(p.weight, 0);
+  for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) d_weight[i] = 0;
+  const int64_t end = rows * (blockIdx.x + 1) / gridDim.x;
+  for (int64_t row = rows * blockIdx.x / gridDim.x; row < end; ++row) {
+    const bf16* x = RowOf<bf16>(p.x, row);
+    const bf16* d_out = RowOf<bf16>(p.d_out, row);
+    bf16* d_x = RowOf<bf16>(p.d_x, row);
+    const float rstd = *RowOf<float>(p.rstd, row);
+    float dot = 0;
+    for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) {
+      const float dx = ToFloat(d_out[i]) * ToFloat(x[i]);
+      dot += dx * ToFloat(weight[i]);
+      d_weight[i] += dx * rstd;
+    }
+    const float mean = BlockSum(dot, shared) * rstd * rstd / static_cast<float>(hidden);
+    for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) {
+      const float before = p.accumulate_d_x ? ToFloat(d_x[i]) : 0.0f;
+      const float g = ToFloat(d_out[i]) * ToFloat(weight[i]);
+      d_x[i] = FromFloat<bf16>(before + rstd * (g - ToFloat(x[i]) * mean));
+    }
+  }
+  for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) {
+    partials[blockIdx.x * hidden + i] = d_weight[i];
+  }
+}
+
+}  // namespace
+
+cudaError_t LaunchRmsNormBackward(const ops::RmsNormBackwardParams& p, float* partials,
+                                  cudaStream_t stream) {
+  const int64_t rows = p.x.shape[0], hidden = p.x.shape[1];
+  if (rows == 0 || hidden == 0) return cudaSuccess;
+  const bool wide = Aligned16(p.x) && Aligned16(p.d_out) && Aligned16(p.weight) && Aligned16(p.d_x);
+  int64_t parts = NumPartials(rows);
+  if (wide && hidden <= 2 * 8 * kMaxThreads) {
+    parts = rows < kRegisterBlocks ? rows : kRegisterBlocks;
+    const int threads = RowThreads(hidden / 8);
+    const auto kernel =
+        threads * 8 >= hidden ? RegisterNormBackwardKernel<1> : RegisterNormBackwardKernel<2>;
+    kernel<<<static_cast<unsigned>(parts), threads, 0, stream>>>(p, partials);
+  } else {
+    RmsNormBackwardKernel<<<static_cast<unsigned>(parts), RowThreads(hidden),
+                            hidden * sizeof(float), stream>>>(p, partials);
+  }
+  return LaunchAddPartials(partials, parts, hidden, p.d_weight.f32(), stream);
+}
+
+}  // namespace coppice::cuda
