@@ -184,6 +184,22 @@ TEST_P(LogProbHeadTest, BackwardMatchesReferenceOverSeveralTiles) {
   }
   EXPECT_LT(RelativeError(d_hidden, want_hidden), backward_tolerance());
   EXPECT_LT(RelativeError(d_weight, want_weight), backward_tolerance());
+
+  // Written over what is there.
+  ASSERT_TRUE(ops_->LogProbHeadBackward({.hidden = p.hidden.view(),
+                                         .weight = p.weight.view(),
+                                         .target_indptr = Ints(p.indptr),
+                                         .targets = Ints(p.targets),
+                                         .temperature = 1,
+                                         .lse = p.lse.view(),
+                                         .entropy = p.entropy.view(),
+                                         .d_logprobs = d_logprobs.view(),
+                                         .d_entropy = d_entropy.view(),
+                                         .d_hidden = d_hidden.view(),
+                                         .d_weight = d_weight.view(),
+                                         .accumulate_d_weight = false})
+                  .ok());
+  EXPECT_LT(RelativeError(d_weight, want_weight), backward_tolerance());
 }
 
 TEST_P(LogProbHeadTest, BadTargetsAreRefused) {
