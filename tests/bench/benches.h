@@ -14,6 +14,7 @@ absl::Status RunTrainStep(const Options& options);
 absl::Status RunAdamW(const Options& options);
 absl::Status RunLogProbHead(const Options& options);
 absl::Status RunRadix(const Options& options);
+absl::Status RunPlacement(const Options& options);
 absl::Status RunAttention(const Options& options);
 
 }  // namespace coppice::bench

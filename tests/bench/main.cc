@@ -17,7 +17,7 @@ int Main(const std::vector<absl::string_view>& arguments) {
       {"prefill", RunPrefill},          {"decode", RunDecode},
       {"train_step", RunTrainStep},     {"adamw", RunAdamW},
       {"logprob_head", RunLogProbHead}, {"radix", RunRadix},
-      {"attention", RunAttention},
+      {"placement", RunPlacement},      {"attention", RunAttention},
   };
   bool help = false;
   const absl::StatusOr<Options> options = ParseOptions(arguments, help);

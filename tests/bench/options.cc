@@ -23,12 +23,13 @@ Subcommands
   adamw        the gradient norm, and the update of all parameters of the geometry
   logprob_head the head over group * response rows, forward and backward, against its products alone
   radix        match and publish of a prompt in the radix cache (no device)
+  placement    choosing one of four replicas for a prompt (no device)
   attention    the attention op over one prompt and its responses, forward and backward
 
 Options
   --geometry NAME      model shape with random weights: smollm2-135m (default), qwen3-4b, tiny-llama,
                        tiny-qwen2, tiny-qwen3
-  --prompt N           prompt tokens; default 1000, radix 16384
+  --prompt N           prompt tokens; default 1000, radix 16384, placement 12000
   --response N         response tokens of each sample (default 64); decode: tokens it has already
   --group N            samples of the prompt (default 8); prefill and radix use none
   --mode shared|flat   shared (default): the prompt exists once; flat: each sample has its own, same kernels
@@ -119,7 +120,11 @@ absl::StatusOr<Options> ParseOptions(const std::vector<absl::string_view>& argum
         equals == absl::string_view::npos ? arguments[++i] : argument.substr(equals + 1);
     RETURN_IF_ERROR(Set(argument.substr(0, equals), value, options));
   }
-  if (options.prompt == 0) options.prompt = options.subcommand == "radix" ? 16384 : 1000;
+  if (options.prompt == 0) {
+    options.prompt = options.subcommand == "radix"       ? 16384
+                     : options.subcommand == "placement" ? 12000
+                                                         : 1000;
+  }
   return options;
 }
 

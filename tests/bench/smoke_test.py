@@ -59,6 +59,9 @@ class CoppiceBench(unittest.TestCase):
     def test_radix(self):
         self.check("radix", ["miss", "hit"])
 
+    def test_placement(self):
+        self.check("placement", ["choose", "whole"])
+
     def test_attention_in_both_modes(self):
         self.check("attention", ["forward", "backward"])
         self.check("attention", ["forward", "backward"], "--mode=flat")

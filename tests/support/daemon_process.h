@@ -30,6 +30,8 @@ class DaemonProcess {
   void Signal(int signal);
   // Memory of the process that is in RAM.
   int64_t ResidentBytes() const;
+  // User and system time of all its threads so far.
+  double CpuSeconds() const;
   // Waits for the end: the exit code, or minus the signal that killed it.
   int Wait();
   // Everything logged so far, stdout included.
