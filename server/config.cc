@@ -106,7 +106,9 @@ const std::vector<Flag>& Flags() {
        "Unique tokens in one training pass; more is split into micro-batches.", 1, kMaxCount},
       {"Training", "activation_bytes", &Config::activation_bytes,
        "Memory for activations of one training pass; decides what is kept and what is recomputed. "
-       "0 = half of the memory that is free at start.",
+       "0 = half of the memory that is free at start; on cuda all of it but what gradients, "
+       "optimizer "
+       "and scratch need.",
        0, INT64_MAX, Unit::kBytes},
       {"Training", "max_rollouts", &Config::max_rollouts,
        "Rollouts kept for training by id; the oldest goes first.", 1, kMaxCount},

@@ -9,8 +9,8 @@
 namespace coppice::cuda {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int64_t kBlocks = 264;  // two for each multiprocessor of an H200
+constexpr int kThreads = 256;
+constexpr int64_t kBlocks = 396;  // three for each multiprocessor of an H200
 
 // A lane's share of a head: N columns in each run of N * kLanes, in both halves.
 template <int N, int kLanes, int kRuns>
@@ -134,7 +134,7 @@ struct HeadGradient {
 // positions and angles are read once for these; all groups of a warp stay in step, those behind the
 // end with zeros.
 template <int N, int kLanes, int kRuns>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, 3)
     RopeBackwardKernel(RopeBackwardSide s, float eps, TensorView rope, const int32_t* positions,
                        float* partials) {
   using Bits = HeadShare<N, kLanes, kRuns>;
