@@ -43,13 +43,6 @@ struct ItemOrder {
   }
 };
 
-inline int Multiprocessors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 // Order of (tile, head) for `tiles` tiles with `entries` list entries in all, `longest` at most.
 // The heads that go together hold at least twice the longest item's work for every multiprocessor.
 inline ItemOrder MakeItemOrder(int tiles, int longest, int entries, int kv_heads, int per_kv_head) {
