@@ -137,6 +137,14 @@ absl::Status CudaOps::SwiGlu(const ops::SwiGluParams& p) { return cuda::SwiGlu(*
 absl::Status CudaOps::LogProbHead(const ops::LogProbHeadParams& p) {
   return cuda::LogProbHead(*context_, p);
 }
+absl::Status CudaOps::NormMatMul(const ops::NormMatMulParams& p) {
+  if (FitsSkinny(*context_, p)) return SkinnyNormMatMul(*context_, p);
+  return Ops::NormMatMul(p);
+}
+absl::Status CudaOps::NormSwiGlu(const ops::NormSwiGluParams& p) {
+  if (FitsSkinny(*context_, p)) return SkinnyNormSwiGlu(*context_, p);
+  return Ops::NormSwiGlu(p);
+}
 absl::Status CudaOps::EmbeddingBackward(const ops::EmbeddingBackwardParams& p) {
   return cuda::EmbeddingBackward(*context_, p);
 }

@@ -44,6 +44,8 @@ class CudaOps final : public ops::Ops {
   absl::Status TreeAttention(const ops::TreeAttentionParams& p) override;
   absl::Status SwiGlu(const ops::SwiGluParams& p) override;
   absl::Status LogProbHead(const ops::LogProbHeadParams& p) override;
+  absl::Status NormMatMul(const ops::NormMatMulParams& p) override;
+  absl::Status NormSwiGlu(const ops::NormSwiGluParams& p) override;
 
   absl::Status EmbeddingBackward(const ops::EmbeddingBackwardParams& p) override;
   absl::Status ScatterAddRows(const ops::ScatterAddRowsParams& p) override;

@@ -28,6 +28,15 @@ absl::Status RmsNormBackward(Context& context, const ops::RmsNormBackwardParams&
 absl::Status MatMul(Context& context, const ops::MatMulParams& p);
 absl::Status SumRows(Context& context, const ops::SumRowsParams& p);
 
+// skinny_matmul.cc: products of at most kMaxSkinnyRows rows. REQUIRES: FitsSkinny, which is true
+// where shapes, strides, memory and the device suit, and the context is not deterministic.
+bool FitsSkinny(const Context& context, const ops::MatMulParams& p);
+bool FitsSkinny(const Context& context, const ops::NormMatMulParams& p);
+bool FitsSkinny(const Context& context, const ops::NormSwiGluParams& p);
+absl::Status SkinnyMatMul(Context& context, const ops::MatMulParams& p);
+absl::Status SkinnyNormMatMul(Context& context, const ops::NormMatMulParams& p);
+absl::Status SkinnyNormSwiGlu(Context& context, const ops::NormSwiGluParams& p);
+
 // rope.cc
 absl::Status QkNormRope(Context& context, const ops::QkNormRopeParams& p);
 absl::Status QkNormRopeBackward(Context& context, const ops::QkNormRopeBackwardParams& p);

@@ -137,6 +137,7 @@ absl::Status MatMul(Context& context, const ops::MatMulParams& p) {
   const int64_t n = p.trans_b ? p.b.dim(0) : p.b.dim(1);
   RETURN_IF_ERROR(CheckMatMul(p, m, n, k));
   if (m == 0 || n == 0) return absl::OkStatus();
+  if (FitsSkinny(context, p)) return SkinnyMatMul(context, p);
   const MatMulShape shape = {.m = m,
                              .n = n,
                              .k = k,

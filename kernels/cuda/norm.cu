@@ -2,6 +2,7 @@
 // block per row, 4 bytes per element; bound by memory bandwidth. Backward: norm_backward.cu.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launchers.h"
+#include "kernels/cuda/overlap.cuh"
 
 namespace coppice::cuda {
 namespace {
@@ -10,6 +11,8 @@ template <int N>
 __global__ void RmsNormKernel(const bf16* x, int64_t x_stride, const bf16* weight, float eps,
                               bf16* out, int64_t out_stride, float* rstd_out, int64_t hidden) {
   __shared__ float shared[33];
+  LetSuccessorStart();
+  WaitForPredecessor();
   x += blockIdx.x * x_stride;
   out += blockIdx.x * out_stride;
   float squares = 0;
@@ -33,11 +36,17 @@ cudaError_t LaunchRmsNorm(const ops::RmsNormParams& p, cudaStream_t stream) {
   const int64_t rows = p.x.shape[0], hidden = p.x.shape[1];
   if (rows == 0 || hidden == 0) return cudaSuccess;
   const bool wide = Aligned16(p.x) && Aligned16(p.weight) && Aligned16(p.out);
-  const auto kernel = wide ? RmsNormKernel<8> : RmsNormKernel<1>;
-  kernel<<<static_cast<unsigned>(rows), RowThreads(wide ? hidden / 8 : hidden), 0, stream>>>(
-      p.x.as<bf16>(), p.x.stride[0], p.weight.as<bf16>(), p.eps, p.out.as<bf16>(), p.out.stride[0],
-      p.rstd.present() ? p.rstd.f32() : nullptr, hidden);
-  return cudaGetLastError();
+  const OverlappedGrid grid = {dim3(static_cast<unsigned>(rows)),
+                               RowThreads(wide ? hidden / 8 : hidden)};
+  float* rstd = p.rstd.present() ? p.rstd.f32() : nullptr;
+  if (wide) {
+    return LaunchOverlapped<RmsNormKernel<8>>(grid, stream, p.x.as<bf16>(), p.x.stride[0],
+                                              p.weight.as<bf16>(), p.eps, p.out.as<bf16>(),
+                                              p.out.stride[0], rstd, hidden);
+  }
+  return LaunchOverlapped<RmsNormKernel<1>>(grid, stream, p.x.as<bf16>(), p.x.stride[0],
+                                            p.weight.as<bf16>(), p.eps, p.out.as<bf16>(),
+                                            p.out.stride[0], rstd, hidden);
 }
 
 }  // namespace coppice::cuda

@@ -4,6 +4,7 @@
 // bound by memory bandwidth. Backward: rope_backward.cu.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launchers.h"
+#include "kernels/cuda/overlap.cuh"
 
 namespace coppice::cuda {
 namespace {
@@ -79,6 +80,8 @@ __device__ inline bf16* HeadOf(const TensorView& t, int64_t row, int64_t head) {
 
 template <int N>
 __global__ void QkNormRopeKernel(ForwardArgs p) {
+  LetSuccessorStart();
+  WaitForPredecessor();
   const int lane = threadIdx.x % 32;
   const int64_t row = blockIdx.x, dim = p.q_in.shape[2], half = dim / 2;
   const int64_t q_heads = p.q_in.shape[1], kv_heads = p.k_in.shape[1];
@@ -135,10 +138,11 @@ cudaError_t LaunchQkNormRope(const ops::QkNormRopeParams& p, const int32_t* posi
        {&p.q_in, &p.k_in, &p.v, &p.q_norm, &p.k_norm, &p.q_out, &p.k_out, &p.pages.k, &p.pages.v}) {
     paired = paired && Paired(*t);
   }
-  const auto kernel = paired ? QkNormRopeKernel<2> : QkNormRopeKernel<1>;
-  const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>(CeilDiv(items, kWarps)));
-  kernel<<<grid, kWarps * 32, 0, stream>>>(args);
-  return cudaGetLastError();
+  const OverlappedGrid grid = {
+      dim3(static_cast<unsigned>(rows), static_cast<unsigned>(CeilDiv(items, kWarps))),
+      kWarps * 32};
+  if (paired) return LaunchOverlapped<QkNormRopeKernel<2>>(grid, stream, args);
+  return LaunchOverlapped<QkNormRopeKernel<1>>(grid, stream, args);
 }
 
 }  // namespace coppice::cuda

@@ -64,6 +64,7 @@ __device__ Best ArgMax(const float* scores, int64_t vocab) {
 __device__ double LogSumExp(const float* logits, int64_t vocab, float max, float temperature) {
   __shared__ double shared[33];
   double sum = 0;
+#pragma unroll 8  // as above
   for (int64_t i = threadIdx.x; i < vocab; i += kThreads)
     sum += expf((logits[i] - max) / temperature);
   return static_cast<double>(max) / temperature + log(BlockSum(sum, shared));
@@ -311,7 +312,8 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(SampleInputs in) {
   float* logits = in.logits + blockIdx.x * in.stride;
   SampleOutput out;
   if (threadIdx.x == 0) in.out[blockIdx.x] = out;
-  const float raw_max = ArgMax(logits, in.vocab).value;
+  const Best raw_best = ArgMax(logits, in.vocab);
+  const float raw_max = raw_best.value;
   if (!isfinite(raw_max)) return;
   const double raw_lse = LogSumExp(logits, in.vocab, raw_max, 1.0f);
   TopLogprobs(in, blockIdx.x, logits, raw_lse);
@@ -319,7 +321,8 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(SampleInputs in) {
   const double tempered_lse =
       temperature == 1.0f ? raw_lse : LogSumExp(logits, in.vocab, raw_max, temperature);
   ApplyBias(in, row, logits);
-  const Best best = ArgMax(logits, in.vocab);
+  const bool biased = row.bias_begin < row.bias_end;
+  const Best best = biased ? ArgMax(logits, in.vocab) : raw_best;
   if (!isfinite(best.value)) return;
   out.token = best.id;
   if (row.temperature > 0) {

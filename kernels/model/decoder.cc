@@ -77,16 +77,14 @@ int64_t Decoder::WorkspaceBytes(int64_t max_rows, int64_t max_head_rows) const {
 
 absl::Status Decoder::QkvForward(const LayerParameters& params, const ops::BatchPlan& plan,
                                  const ops::PagedKv& kv, const LayerActivations& acts) const {
-  RETURN_IF_ERROR(ops_->RmsNorm({.x = acts.input,
-                                 .weight = params.attn_norm,
-                                 .eps = config_.rms_eps,
-                                 .out = acts.attn_in,
-                                 .rstd = acts.attn_rstd}));
-  RETURN_IF_ERROR(ops_->MatMul({.a = acts.attn_in,
-                                .b = params.qkv,
-                                .trans_b = true,
-                                .bias = params.qkv_bias,
-                                .c = acts.qkv}));
+  RETURN_IF_ERROR(ops_->NormMatMul({.norm = {.x = acts.input,
+                                             .weight = params.attn_norm,
+                                             .eps = config_.rms_eps,
+                                             .out = acts.attn_in,
+                                             .rstd = acts.attn_rstd},
+                                    .b = params.qkv,
+                                    .bias = params.qkv_bias,
+                                    .c = acts.qkv}));
   return RotateForward(params, plan, kv, acts);
 }
 
@@ -121,23 +119,31 @@ absl::Status Decoder::AttentionForward(const LayerParameters& params, const ops:
 
 absl::Status Decoder::MlpHiddenForward(const LayerParameters& params,
                                        const LayerActivations& acts) const {
-  RETURN_IF_ERROR(ops_->MatMul(
-      {.a = acts.attn_out, .b = params.o, .trans_b = true, .addend = acts.input, .c = acts.mid}));
-  RETURN_IF_ERROR(ops_->RmsNorm({.x = acts.mid,
-                                 .weight = params.mlp_norm,
-                                 .eps = config_.rms_eps,
-                                 .out = acts.mlp_in,
-                                 .rstd = acts.mlp_rstd}));
-  RETURN_IF_ERROR(
-      ops_->MatMul({.a = acts.mlp_in, .b = params.gate_up, .trans_b = true, .c = acts.gate_up}));
-  return ops_->SwiGlu({.gate_up = acts.gate_up, .out = acts.mlp_act});
+  RETURN_IF_ERROR(ops_->MatMul({.a = acts.attn_out,
+                                .b = params.o,
+                                .trans_b = true,
+                                .addend = acts.input,
+                                .c = acts.mid,
+                                .b_is_parameter = true}));
+  return ops_->NormSwiGlu({.norm = {.x = acts.mid,
+                                    .weight = params.mlp_norm,
+                                    .eps = config_.rms_eps,
+                                    .out = acts.mlp_in,
+                                    .rstd = acts.mlp_rstd},
+                           .b = params.gate_up,
+                           .gate_up = acts.gate_up,
+                           .out = acts.mlp_act});
 }
 
 absl::Status Decoder::MlpForward(const LayerParameters& params,
                                  const LayerActivations& acts) const {
   RETURN_IF_ERROR(MlpHiddenForward(params, acts));
-  return ops_->MatMul(
-      {.a = acts.mlp_act, .b = params.down, .trans_b = true, .addend = acts.mid, .c = acts.output});
+  return ops_->MatMul({.a = acts.mlp_act,
+                       .b = params.down,
+                       .trans_b = true,
+                       .addend = acts.mid,
+                       .c = acts.output,
+                       .b_is_parameter = true});
 }
 
 absl::StatusOr<TensorView> Decoder::Forward(const Parameters& params, const ops::BatchPlan& plan,
@@ -175,7 +181,8 @@ absl::StatusOr<TensorView> Decoder::Forward(const Parameters& params, const ops:
 }
 
 absl::Status Decoder::Logits(const Parameters& params, TensorView hidden, TensorView logits) const {
-  return ops_->MatMul({.a = hidden, .b = params.head, .trans_b = true, .c = logits});
+  return ops_->MatMul(
+      {.a = hidden, .b = params.head, .trans_b = true, .c = logits, .b_is_parameter = true});
 }
 
 }  // namespace coppice

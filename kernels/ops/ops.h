@@ -85,6 +85,9 @@ class Ops {
   virtual absl::Status TreeAttention(const TreeAttentionParams& p) = 0;
   virtual absl::Status SwiGlu(const SwiGluParams& p) = 0;
   virtual absl::Status LogProbHead(const LogProbHeadParams& p) = 0;
+  // Defined by the ops above, which they call unless a backend knows a shorter way.
+  virtual absl::Status NormMatMul(const NormMatMulParams& p);
+  virtual absl::Status NormSwiGlu(const NormSwiGluParams& p);
 
   // Backward, mirroring the forward names.
   virtual absl::Status EmbeddingBackward(const EmbeddingBackwardParams& p) = 0;

@@ -63,6 +63,16 @@ struct MatMulParams {
   TensorView bias;    // optional [n] f
   TensorView addend;  // optional [m, n], dtype of c; may be c itself (c +=)
   TensorView c;       // [m, n] f, or f32 for weight gradients and logits
+  // b is a model parameter, which only loads and updates write: it may be read ahead of its turn.
+  bool b_is_parameter = false;
+};
+// c = RmsNorm(x) b^T (+ bias): a projection and the norm before it. With norm.rstd (backward
+// follows) norm.out holds the normed rows afterwards; without, it may keep what it held.
+struct NormMatMulParams {
+  RmsNormParams norm;
+  TensorView b;     // [n, hidden] f; unit inner stride; a model parameter (MatMulParams)
+  TensorView bias;  // optional [n] f
+  TensorView c;     // [rows, n] f
 };
 // out[j] += sum over rows of x[row, j]: gradient of a bias
 struct SumRowsParams {
@@ -138,6 +148,14 @@ struct TreeAttentionBackwardParams {
 
 // out = silu(gate) * up   (Shazeer 2020)
 struct SwiGluParams {
+  TensorView gate_up;  // [rows, 2 * ffn] f
+  TensorView out;      // [rows, ffn] f
+};
+// out = SwiGlu(RmsNorm(x) b^T): the first half of a gated MLP. norm.out and gate_up hold what they
+// are named after if there is norm.rstd; without, they may keep what they held.
+struct NormSwiGluParams {
+  RmsNormParams norm;
+  TensorView b;        // [2 * ffn, hidden] f; unit inner stride; a model parameter
   TensorView gate_up;  // [rows, 2 * ffn] f
   TensorView out;      // [rows, ffn] f
 };

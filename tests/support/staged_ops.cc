@@ -258,6 +258,20 @@ absl::Status StagedOps::SwiGluBackward(const ops::SwiGluBackwardParams& params) 
   if (p.out.present()) s.Out(p.out);
   return s.Finish(ops_->SwiGluBackward(p));
 }
+absl::Status StagedOps::NormMatMul(const ops::NormMatMulParams& params) {
+  ops::NormMatMulParams p = params;
+  Staging s(*ops_);
+  s.In(p.norm.x).In(p.norm.weight).Out(p.norm.out).OutAs(p.norm.rstd, DType::kF32);
+  s.In(p.b).In(p.bias).Out(p.c);
+  return s.Finish(ops_->NormMatMul(p));
+}
+absl::Status StagedOps::NormSwiGlu(const ops::NormSwiGluParams& params) {
+  ops::NormSwiGluParams p = params;
+  Staging s(*ops_);
+  s.In(p.norm.x).In(p.norm.weight).Out(p.norm.out).OutAs(p.norm.rstd, DType::kF32);
+  s.In(p.b).Out(p.gate_up).Out(p.out);
+  return s.Finish(ops_->NormSwiGlu(p));
+}
 absl::Status StagedOps::LogProbHead(const ops::LogProbHeadParams& params) {
   ops::LogProbHeadParams p = params;
   Staging s(*ops_);

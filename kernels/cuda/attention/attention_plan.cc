@@ -243,7 +243,8 @@ class Planner {
       AddItems(kind, item);
       for (int32_t r = 0; r < num_rows && !whole; ++r) {
         const int32_t part = num_partials_++;
-        parts_[rows[r]].push_back(key % kChunkKeys == 0 ? ~part : part);
+        const bool begins_chunk = parts_[rows[r]].empty() || key % kChunkKeys == 0;
+        parts_[rows[r]].push_back({part, begins_chunk});
       }
       key = last;
     }
@@ -257,6 +258,7 @@ class Planner {
     for (int32_t left = item.num_rows; left > 0; left -= most) {
       item.num_rows = std::min(most, left);
       items.push_back(item);
+      if (is_narrow) narrow_rows_ = std::max(narrow_rows_, item.num_rows * options_.group_size);
       item.rows_begin += item.num_rows;
       if (item.partial >= 0) item.partial += item.num_rows;
     }
@@ -281,8 +283,16 @@ class Planner {
   void AddMerges() {
     for (int32_t row = 0; row < num_rows_; ++row) {
       if (parts_[row].empty()) continue;
-      merges_.push_back({row, Size(merge_parts_), Size(parts_[row])});
-      merge_parts_.insert(merge_parts_.end(), parts_[row].begin(), parts_[row].end());
+      merges_.push_back({row, Size(merge_chunks_), 0});
+      for (const Part& part : parts_[row]) {
+        if (part.begins_chunk) {
+          merge_chunks_.push_back(Size(merge_parts_));
+          ++merges_.back().num_chunks;
+        }
+        merge_parts_.push_back(part.index);
+      }
+      merge_chunks_.push_back(Size(merge_parts_));
+      most_chunks_ = std::max(most_chunks_, merges_.back().num_chunks);
     }
     std::stable_sort(wide_.begin(), wide_.end(), [](const ChunkWork& a, const ChunkWork& b) {
       return a.key_end - a.key_begin > b.key_end - b.key_begin;
@@ -326,7 +336,6 @@ class Planner {
     s.key_runs = Put(backward_.runs);
     s.num_key_work = Size(backward_.work);
     s.num_images = backward_.num_images;
-    s.longest_key_work = backward_.longest_work;
     s.num_context_tiles = Size(context_tiles_);
     s.num_context_ends = Size(context_ends_);
     s.wide_chunks = Put(wide_);
@@ -335,12 +344,15 @@ class Planner {
     s.chunk_rows = Put(chunk_rows_);
     s.chunk_blocks = Put(chunk_blocks_);
     s.merges = Put(merges_);
+    s.merge_chunks = Put(merge_chunks_);
     s.merge_parts = Put(merge_parts_);
     s.num_wide = Size(wide_);
     s.num_narrow = Size(narrow_);
     s.num_stacked = Size(stacked_);
     s.num_merges = Size(merges_);
     s.num_partials = num_partials_;
+    s.narrow_rows = narrow_rows_;
+    s.most_chunks = most_chunks_;
     plan_.has_context = !batch_.context_nodes.empty();
     return std::move(plan_);
   }
@@ -362,10 +374,14 @@ class Planner {
   BackwardLists backward_;
 
   std::vector<ChunkWork> wide_, narrow_, stacked_;
-  std::vector<int32_t> chunk_rows_, chunk_blocks_, merge_parts_;
-  std::vector<std::vector<int32_t>> parts_;  // [rows] partial results by key
+  std::vector<int32_t> chunk_rows_, chunk_blocks_, merge_chunks_, merge_parts_;
+  struct Part {
+    int32_t index;
+    bool begins_chunk;
+  };
+  std::vector<std::vector<Part>> parts_;  // [rows] partial results by key
   std::vector<MergeWork> merges_;
-  int32_t num_partials_ = 0;
+  int32_t num_partials_ = 0, narrow_rows_ = 0, most_chunks_ = 0;
 };
 
 template <typename T>
@@ -394,6 +410,7 @@ AttentionSchedule AttentionPlan::Bind(const int32_t* device_words) const {
   Rebase(s.chunk_rows, device_words);
   Rebase(s.chunk_blocks, device_words);
   Rebase(s.merges, device_words);
+  Rebase(s.merge_chunks, device_words);
   Rebase(s.merge_parts, device_words);
   return s;
 }

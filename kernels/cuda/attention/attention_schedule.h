@@ -14,7 +14,8 @@ inline constexpr int kChunkKeys = 1024;  // splits of one work item, folded in o
 inline constexpr int kChunkRows =
     64;  // stacked rows (row x query head of a KV head) of a wide work item
 inline constexpr int kStackedRows = 128;  // of a stacked one, on the wide tensor path
-inline constexpr int kNarrowRows = 16;    // and of a narrow one
+inline constexpr int kNarrowRows = 32;    // and of a narrow one
+inline constexpr int kChunkParts = kChunkKeys / kSplitKeys;  // partial results of a chunk
 
 // Rows [row_begin, row_end), at most kQueryTile, and the entries [list_begin, list_end) of
 // `key_tiles` they visit: `partial` of them with mask code first, then full ones, each ascending.
@@ -50,7 +51,7 @@ struct KeyWork {
 // tokens by position, then the segment's packed rows. Every row sees all context keys; packed keys
 // are tested one by one.
 struct ChunkWork {
-  int32_t rows_begin, num_rows;  // rows chunk_rows[rows_begin, + num_rows); 0 rows: nothing to do
+  int32_t rows_begin, num_rows;  // rows chunk_rows[rows_begin, + num_rows)
   int32_t key_begin,
       key_end;  // a multiple of kSplitKeys; does not leave its chunk unless partial is -1
   int32_t context_tokens;  // keys below are in pages, the others packed
@@ -60,10 +61,11 @@ struct ChunkWork {
                     // its rows
 };
 
-// Partial results of one row, merge_parts[parts_begin, + num_parts) in the order of their keys:
-// index i goes on with the chunk of the part before, ~i begins a chunk.
+// Partial results of one row: chunk i of its keys is made of the results merge_parts[begin, end)
+// with begin and end at merge_chunks[chunks_begin + i] and after, at most kChunkParts, in the order
+// of their keys.
 struct MergeWork {
-  int32_t row, parts_begin, num_parts;
+  int32_t row, chunks_begin, num_chunks;
 };
 
 struct AttentionSchedule {
@@ -86,7 +88,6 @@ struct AttentionSchedule {
   const KeyRun* key_runs = nullptr;
   int32_t num_backward_tiles = 0, longest_backward_list = 0, num_backward_entries = 0;
   int32_t num_key_work = 0, num_images = 0;
-  int32_t longest_key_work = 0;  // query tiles of 64 rows
   int32_t num_context_tiles = 0, num_context_ends = 0;
 
   // Chunks.
@@ -97,8 +98,11 @@ struct AttentionSchedule {
   const int32_t* chunk_rows = nullptr;
   const int32_t* chunk_blocks = nullptr;
   const MergeWork* merges = nullptr;
+  const int32_t* merge_chunks = nullptr;
   const int32_t* merge_parts = nullptr;
   int32_t num_wide = 0, num_narrow = 0, num_stacked = 0, num_merges = 0, num_partials = 0;
+  int32_t narrow_rows = 0;  // stacked rows of the largest narrow item
+  int32_t most_chunks = 0;  // of a merge
 };
 
 }  // namespace coppice::cuda

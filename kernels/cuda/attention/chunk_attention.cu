@@ -6,11 +6,14 @@
 // A block takes one item and one KV head. Keys run in splits of 256 by absolute position, an online
 // softmax over tiles of 32 (16 at head_dim 256); the splits of a chunk of 1024 are folded in order,
 // then the chunks. That order is the same whether the splits run in blocks of their own (narrow:
-// one warp, up to 16 stacked rows, one split), one after the other (wide: four warps of 16 stacked
-// rows share the keys) or in other launches (partial results, merged by MergeChunksKernel), so a
-// row's bits depend neither on the batch nor on where sharing ends. Traffic: each key once per
+// a warp for 16 stacked rows, up to two, one split), one after the other (wide: four warps of 16
+// stacked rows share the keys) or in other launches (partial results, merged by MergeChunksKernel),
+// so a row's bits depend neither on the batch nor on where sharing ends. Traffic: each key once per
 // item, 4 head_dim bytes; narrow items are bound by that (4.3 TB/s), wide ones by mma.sync.
+#include <algorithm>
+
 #include "kernels/cuda/attention/chunk_attention.cuh"
+#include "kernels/cuda/overlap.cuh"
 
 namespace coppice::cuda {
 namespace {
@@ -20,20 +23,27 @@ struct WideShared : ChunkShared<D> {
   SharedSums<D> chunk[kChunkWarps], total[kChunkWarps];
 };
 
-// One warp, up to 16 stacked rows, one split.
-template <int D>
-__global__ void __launch_bounds__(32) NarrowChunkKernel(const __grid_constant__ ChunkParameters p) {
+// One or two warps, 16 stacked rows each, one split. Keys in pages are on their way before the
+// kernel ahead has ended: it wrote none of them.
+template <int D, int kWarps>
+__global__ void __launch_bounds__(32 * kWarps)
+    NarrowChunkKernel(const __grid_constant__ ChunkParameters p) {
   extern __shared__ __align__(128) unsigned char raw[];
   auto& shared = *reinterpret_cast<ChunkShared<D>*>(raw);
-  const WarpWork<D, 1> work{
-      p,     p.items[blockIdx.x], static_cast<int>(blockIdx.y), static_cast<int>(threadIdx.x), 0,
-      shared};
-  if (work.item.num_rows == 0) return;
+  LetSuccessorStart();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const WarpWork<D, kWarps> work{
+      p, p.items[blockIdx.x], static_cast<int>(blockIdx.y), lane, warp, shared};
+  const int begin = work.item.key_begin, end = work.item.key_end;
+  const bool is_cached = end <= work.item.context_tokens;
+  if (is_cached) work.StartSplit(begin, end);
+  WaitForPredecessor();
+  if (!is_cached) work.StartSplit(begin, end);
   uint32_t q[D / 16][4];
   int rows[2];
   work.LoadQueries(q, rows);
   RowSums<D> s;
-  work.SumSplit(s, q, rows, work.item.key_begin, work.item.key_end);
+  work.SumSplit(s, q, rows, begin, end);
   work.Write(InRegisters<D>{s});
 }
 
@@ -46,7 +56,8 @@ __global__ void __launch_bounds__(kChunkThreads)
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const WarpWork<D, kChunkWarps> work{
       p, p.items[blockIdx.x], static_cast<int>(blockIdx.y), lane, warp, shared};
-  if (work.item.num_rows == 0) return;
+  LetSuccessorStart();
+  WaitForPredecessor();
   uint32_t q[D / 16][4];
   int rows[2];
   work.LoadQueries(q, rows);
@@ -58,6 +69,7 @@ __global__ void __launch_bounds__(kChunkThreads)
     chunk.Clear(lane);
     for (; begin < chunk_end; begin += kSplitKeys) {
       RowSums<D> s;
+      work.StartSplit(begin, min(begin + kSplitKeys, chunk_end));
       work.SumSplit(s, q, rows, begin, min(begin + kSplitKeys, chunk_end));
       chunk.FoldIn(InRegisters<D>{s}, lane);
     }
@@ -68,67 +80,110 @@ __global__ void __launch_bounds__(kChunkThreads)
 
 template <int kColumns>
 struct ColumnSums {
-  float out[kColumns], max, sum;
+  float out[kColumns], max = -INFINITY, sum = 0.f;
 
-  __device__ ColumnSums() : max(-INFINITY), sum(0.f) {
+  __device__ ColumnSums() {
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) out[i] = 0.f;
   }
-  __device__ void FoldIn(const float (&x)[kColumns], float x_max, float x_sum) {
-    const FoldFactors f = Factors(max, x_max);
+  __device__ __forceinline__ void FoldIn(const float (&x)[kColumns], float2 sums) {
+    const FoldFactors f = Factors(max, sums.x);
     max = f.max;
-    sum = Fold(f, sum, x_sum);
+    sum = Fold(f, sum, sums.y);
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) out[i] = Fold(f, out[i], x[i]);
   }
 };
 
-// Folds a row's partial results: a warp takes one row and query head, and reads kBatch parts at a
-// time before it folds them in order: latency is the bound. Reads 4 head_dim + 8 bytes a part.
+// A lane's columns of the partial results of one chunk, all on their way at once.
 template <int D>
-__global__ void __launch_bounds__(kChunkThreads)
-    MergeChunksKernel(const __grid_constant__ ChunkParameters p) {
-  constexpr int kColumns = D / 32, kBatch = 8;
-  const int lane = threadIdx.x % 32, head = blockIdx.y * kChunkWarps + threadIdx.x / 32;
-  if (head >= p.q_heads) return;
-  const MergeWork work = p.schedule.merges[blockIdx.x];
-  const int* parts = p.schedule.merge_parts + work.parts_begin;
-  ColumnSums<kColumns> chunk, total;
-  for (int first = 0; first < work.num_parts; first += kBatch) {
-    int index[kBatch];
-    float2 sums[kBatch];
-    float x[kBatch][kColumns];
+struct ChunkPartials {
+  static constexpr int kColumns = D / 32;
+  float x[kChunkParts][kColumns];
+  float2 sums[kChunkParts];
+  int count = 0;
+
+  __device__ __forceinline__ void Read(const ChunkParameters& p, const int* ends, int head) {
+    const int first = ends[0], lane = threadIdx.x % 32;
+    count = ends[1] - first;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) index[i] = parts[min(first + i, work.num_parts - 1)];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t part = int64_t{index[i] < 0 ? ~index[i] : index[i]} * p.q_heads + head;
-      sums[i] = p.partial.sums[part];
+    for (int i = 0; i < kChunkParts; ++i) {
+      if (i >= count) break;
+      const int64_t part = int64_t{p.schedule.merge_parts[first + i]} * p.q_heads + head;
+      sums[i] = __ldcg(p.partial.sums + part);
+      const auto* from = reinterpret_cast<const float2*>(p.partial.out + part * D) + lane;
 #pragma unroll
       for (int c = 0; c < kColumns; c += 2) {
-        const float* from = p.partial.out + part * D + lane * kColumns + c;
-        const float2 pair = *reinterpret_cast<const float2*>(from);
+        const float2 pair = __ldcg(from + c * 16);
         x[i][c] = pair.x, x[i][c + 1] = pair.y;
       }
     }
+  }
+  __device__ __forceinline__ ColumnSums<kColumns> Folded() const {
+    ColumnSums<kColumns> chunk;
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      if (first + i >= work.num_parts) break;
-      if (index[i] < 0) {
-        total.FoldIn(chunk.out, chunk.max, chunk.sum);
-        chunk = ColumnSums<kColumns>();
+    for (int i = 0; i < kChunkParts; ++i)
+      if (i < count) chunk.FoldIn(x[i], sums[i]);
+    return chunk;
+  }
+};
+
+constexpr int kMaxMergeWarps = 16;
+
+template <int D>
+struct MergeShared {
+  float out[2][kMaxMergeWarps][D];
+  float2 sums[2][kMaxMergeWarps];
+};
+
+// Folds the partial results of one row and query head. Each warp folds one chunk and reads its next
+// one meanwhile; then each of the first D threads folds a column of the chunks in order. Reads
+// 4 head_dim + 8 bytes a part, mostly from L2; bound by latency.
+template <int D>
+__global__ void __launch_bounds__(kMaxMergeWarps * 32)
+    MergeChunksKernel(const __grid_constant__ ChunkParameters p) {
+  constexpr int kColumns = D / 32;
+  __shared__ MergeShared<D> shared;
+  LetSuccessorStart();
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int head = blockIdx.y, column = threadIdx.x;
+  const MergeWork work = p.schedule.merges[blockIdx.x];
+  const int* chunks = p.schedule.merge_chunks + work.chunks_begin;
+  WaitForPredecessor();
+  ChunkPartials<D> partials;
+  if (warp < work.num_chunks) partials.Read(p, chunks + warp, head);
+  ColumnSums<1> total;
+  for (int first = 0, half = 0; first < work.num_chunks; first += warps, half ^= 1) {
+    const int mine = first + warp;
+    if (mine < work.num_chunks) {
+      const ColumnSums<kColumns> chunk = partials.Folded();
+#pragma unroll
+      for (int c = 0; c < kColumns; c += 2)
+        *reinterpret_cast<float2*>(&shared.out[half][warp][c * 32 + lane * 2]) = {chunk.out[c],
+                                                                                  chunk.out[c + 1]};
+      if (lane == 0) shared.sums[half][warp] = {chunk.max, chunk.sum};
+    }
+    if (mine + warps < work.num_chunks) partials.Read(p, chunks + mine + warps, head);
+    __syncthreads();
+    if (column < D) {
+      for (int i = 0; i < min(warps, work.num_chunks - first); ++i) {
+        const float x[1] = {shared.out[half][i][column]};
+        total.FoldIn(x, shared.sums[half][i]);
       }
-      chunk.FoldIn(x[i], sums[i].x, sums[i].y);
     }
   }
-  total.FoldIn(chunk.out, chunk.max, chunk.sum);
-  const float inverse = 1.f / total.sum;
-  Bf16* to = p.out + work.row * p.out_stride + head * D + lane * kColumns;
-#pragma unroll
-  for (int c = 0; c < kColumns; c += 2)
-    *reinterpret_cast<uint32_t*>(to + c) = Pack(total.out[c] * inverse, total.out[c + 1] * inverse);
-  if (p.lse && lane == 0)
+  if (column >= D) return;
+  p.out[work.row * p.out_stride + head * D + column] =
+      __float2bfloat16_rn(total.out[0] / total.sum);
+  if (p.lse && column == 0)
     p.lse[int64_t{work.row} * p.q_heads + head] = total.max * kLn2 + logf(total.sum);
+}
+
+// Warps of a merging block: every column has a thread, and blocks fill the device once.
+int MergeWarps(int head_dim, int blocks, int most_chunks) {
+  constexpr int kResidentWarps = 8192;
+  const int wanted = std::min({most_chunks, kResidentWarps / std::max(blocks, 1), kMaxMergeWarps});
+  return std::max(wanted, head_dim / 32);
 }
 
 int Log2(int x) {
@@ -137,20 +192,13 @@ int Log2(int x) {
   return shift;
 }
 
-template <typename Shared>
-cudaError_t LaunchChunks(void (*kernel)(ChunkParameters), const ChunkParameters& p, int items,
-                         int threads, cudaStream_t stream) {
+template <auto kKernel, typename Shared>
+cudaError_t LaunchItems(const ChunkParameters& p, int items, int threads, cudaStream_t stream) {
   if (items == 0) return cudaSuccess;
-  const int shared_bytes = sizeof(Shared);
-  if (auto e =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
-    return e;
-  kernel<<<dim3(items, p.kv_heads), threads, shared_bytes, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchOverlapped<kKernel>({dim3(items, p.kv_heads), threads, sizeof(Shared)}, stream, p);
 }
 
-template <int D>
-cudaError_t Launch(const TreeAttentionArgs& a, const ChunkScratch& scratch, cudaStream_t stream) {
+ChunkParameters ParametersOf(const TreeAttentionArgs& a, const ChunkScratch& scratch) {
   ChunkParameters p{};
   p.schedule = a.schedule;
   p.q = static_cast<const Bf16*>(a.q.data);
@@ -167,31 +215,56 @@ cudaError_t Launch(const TreeAttentionArgs& a, const ChunkScratch& scratch, cuda
   p.q_heads = a.shape.q_heads, p.kv_heads = a.shape.kv_heads;
   p.group_size = p.q_heads / p.kv_heads;
   p.scale = a.shape.scale;
-  const AttentionSchedule& s = a.schedule;
+  return p;
+}
+
+template <int D>
+cudaError_t LaunchBoth(ChunkParameters p, cudaStream_t stream) {
+  const AttentionSchedule& s = p.schedule;
   p.items = s.wide_chunks;
-  if (auto e =
-          LaunchChunks<WideShared<D>>(WideChunkKernel<D>, p, s.num_wide, kChunkThreads, stream))
+  if (auto e = LaunchItems<WideChunkKernel<D>, WideShared<D>>(p, s.num_wide, kChunkThreads, stream))
     return e;
   p.items = s.narrow_chunks;
-  if (auto e = LaunchChunks<ChunkShared<D>>(NarrowChunkKernel<D>, p, s.num_narrow, 32, stream))
-    return e;
-  if (a.schedule.num_merges == 0) return cudaSuccess;
-  const dim3 grid(a.schedule.num_merges, (p.q_heads + kChunkWarps - 1) / kChunkWarps);
-  MergeChunksKernel<D><<<grid, kChunkThreads, 0, stream>>>(p);
-  return cudaGetLastError();
+  if (s.narrow_rows <= 16)
+    return LaunchItems<NarrowChunkKernel<D, 1>, ChunkShared<D>>(p, s.num_narrow, 32, stream);
+  return LaunchItems<NarrowChunkKernel<D, 2>, ChunkShared<D>>(p, s.num_narrow, 64, stream);
+}
+
+template <int D>
+cudaError_t LaunchMerge(const ChunkParameters& p, cudaStream_t stream) {
+  const AttentionSchedule& s = p.schedule;
+  const int warps = MergeWarps(D, s.num_merges * p.q_heads, s.most_chunks);
+  return LaunchOverlapped<MergeChunksKernel<D>>({dim3(s.num_merges, p.q_heads), warps * 32}, stream,
+                                                p);
 }
 
 }  // namespace
 
-cudaError_t LaunchChunkForward(const TreeAttentionArgs& args, const ChunkScratch& scratch,
-                               cudaStream_t stream) {
+cudaError_t LaunchChunks(const TreeAttentionArgs& args, const ChunkScratch& scratch,
+                         cudaStream_t stream) {
+  const ChunkParameters p = ParametersOf(args, scratch);
   switch (args.shape.head_dim) {
     case 64:
-      return Launch<64>(args, scratch, stream);
+      return LaunchBoth<64>(p, stream);
     case 128:
-      return Launch<128>(args, scratch, stream);
+      return LaunchBoth<128>(p, stream);
     case 256:
-      return Launch<256>(args, scratch, stream);
+      return LaunchBoth<256>(p, stream);
+    default:
+      return cudaErrorNotSupported;
+  }
+}
+
+cudaError_t LaunchMerges(const TreeAttentionArgs& args, const ChunkScratch& scratch,
+                         cudaStream_t stream) {
+  const ChunkParameters p = ParametersOf(args, scratch);
+  switch (args.shape.head_dim) {
+    case 64:
+      return LaunchMerge<64>(p, stream);
+    case 128:
+      return LaunchMerge<128>(p, stream);
+    case 256:
+      return LaunchMerge<256>(p, stream);
     default:
       return cudaErrorNotSupported;
   }

@@ -303,7 +303,16 @@ struct WarpWork {
     }
   }
 
-  // Sums over keys [begin, end) of one split.
+  // Issues the first copies of a split of keys [begin, end).
+  __device__ void StartSplit(int begin, int end) const {
+#pragma unroll
+    for (int i = 0; i < kChunkStages - 1; ++i) {
+      if (begin + i * kT < end) LoadTile(begin + i * kT, end, i);
+      CommitCopies();
+    }
+  }
+
+  // Sums over keys [begin, end) of a split that has started.
   __device__ void SumSplit(RowSums<D>& s, const uint32_t (&q)[D / 16][4], const int (&rows)[2],
                            int begin, int end) const {
 #pragma unroll
@@ -312,11 +321,6 @@ struct WarpWork {
       for (int e = 0; e < 4; ++e) s.out[n][e] = 0.f;
     s.max[0] = s.max[1] = -INFINITY, s.sum[0] = s.sum[1] = 0.f;
     const int tiles = (end - begin + kT - 1) / kT;
-#pragma unroll
-    for (int i = 0; i < kChunkStages - 1; ++i) {
-      if (i < tiles) LoadTile(begin + i * kT, end, i);
-      CommitCopies();
-    }
     for (int i = 0; i < tiles; ++i) {
       WaitCopies<kChunkStages - 2>();
       Arrive();

@@ -5,14 +5,6 @@
 
 namespace coppice::cuda {
 
-// Of the current device.
-inline int Multiprocessors() {
-  int device = 0, count = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count;
-}
-
 // Tile kernels. `counter`: one int of scratch.
 cudaError_t LaunchTileForward(const TreeAttentionArgs& args, int* counter, cudaStream_t stream);
 
@@ -23,9 +15,12 @@ struct ChunkScratch {
 };
 cudaError_t LaunchStackedChunks(const TreeAttentionArgs& args, const ChunkScratch& scratch,
                                 cudaStream_t stream);
-// The other chunks, and what merges the results of all.
-cudaError_t LaunchChunkForward(const TreeAttentionArgs& args, const ChunkScratch& scratch,
-                               cudaStream_t stream);
+// The other chunks.
+cudaError_t LaunchChunks(const TreeAttentionArgs& args, const ChunkScratch& scratch,
+                         cudaStream_t stream);
+// Folds the partial results of both.
+cudaError_t LaunchMerges(const TreeAttentionArgs& args, const ChunkScratch& scratch,
+                         cudaStream_t stream);
 
 // Backward of KV heads [first_kv_head, + num_kv_heads).
 struct BackwardPass {

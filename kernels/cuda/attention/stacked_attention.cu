@@ -13,6 +13,7 @@
 #include "kernels/cuda/attention/launchers.h"
 #include "kernels/cuda/attention/pipeline.cuh"
 #include "kernels/cuda/attention/softmax.cuh"
+#include "kernels/cuda/overlap.cuh"
 
 namespace coppice::cuda {
 namespace {
@@ -191,6 +192,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     StackedAttentionKernel(const __grid_constant__ StackedParameters p) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& s = *reinterpret_cast<StackedShared<D>*>(raw);
+  LetSuccessorStart();
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       s.k_full[i].Init(1), s.k_empty[i].Init(kConsumerWarps);
@@ -205,6 +207,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) Produce(p, s);
   } else {
     TakeRegisters<kConsumerRegisters<40>>();
+    WaitForPredecessor();  // the pages, which the producer reads, are older
     Consume(p, s, group - 1);
   }
 }
@@ -229,13 +232,8 @@ cudaError_t Launch(const TreeAttentionArgs& a, const ChunkScratch& scratch, cuda
   p.scale = a.shape.scale;
   const int items = a.schedule.num_stacked * p.kv_heads;
   const int grid = items < Multiprocessors() ? items : Multiprocessors();
-  const int shared_bytes = sizeof(StackedShared<D>);
-  const auto kernel = StackedAttentionKernel<D>;
-  if (auto e =
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
-    return e;
-  kernel<<<grid, kThreads, shared_bytes, stream>>>(p);
-  return cudaGetLastError();
+  return LaunchOverlapped<StackedAttentionKernel<D>>(
+      {dim3(grid), kThreads, sizeof(StackedShared<D>)}, stream, p);
 }
 
 }  // namespace

@@ -90,13 +90,14 @@ cudaError_t LaunchTreeAttention(const TreeAttentionArgs& args, cudaStream_t stre
   if (args.schedule.num_query_tiles > 0) {
     if (const cudaError_t e = LaunchTileForward(args, scratch.counter, stream)) return e;
   }
+  if (args.schedule.num_wide + args.schedule.num_narrow > 0) {
+    if (const cudaError_t e = LaunchChunks(args, scratch.chunks, stream)) return e;
+  }
   if (args.schedule.num_stacked > 0) {
     if (const cudaError_t e = LaunchStackedChunks(args, scratch.chunks, stream)) return e;
   }
-  if (args.schedule.num_wide + args.schedule.num_narrow > 0) {
-    return LaunchChunkForward(args, scratch.chunks, stream);
-  }
-  return cudaSuccess;
+  if (args.schedule.num_merges == 0) return cudaSuccess;
+  return LaunchMerges(args, scratch.chunks, stream);
 }
 
 int64_t TreeAttentionBackwardScratchBytes(const AttentionSchedule& schedule,
@@ -104,12 +105,7 @@ int64_t TreeAttentionBackwardScratchBytes(const AttentionSchedule& schedule,
   const int64_t fixed = BackwardScratch(Scratch(nullptr), schedule, shape).used;
   const int64_t per_head = DsBytesPerKvHead(schedule, shape);
   if (!StoresDs(shape) || per_head == 0 || budget_bytes < fixed + per_head) return fixed;
-  const int64_t fit = std::min<int64_t>((budget_bytes - fixed) / per_head, shape.kv_heads);
-  const int64_t rounds = (shape.kv_heads + fit - 1) / fit;
-  const int64_t heads = (shape.kv_heads + rounds - 1) / rounds;
-  // Few heads a round leave multiprocessors idle when the longest key tile outlasts an even share.
-  const int64_t work = heads * schedule.num_images;
-  if (rounds > 1 && work < int64_t{schedule.longest_key_work} * Multiprocessors()) return fixed;
+  const int64_t heads = std::min<int64_t>((budget_bytes - fixed) / per_head, shape.kv_heads);
   return fixed + heads * per_head;
 }
 

@@ -1,0 +1,112 @@
+#include "kernels/cuda/skinny_matmul.h"
+
+#include "kernels/base/status_macros.h"
+#include "kernels/cuda/context.h"
+#include "kernels/cuda/families.h"
+#include "kernels/ops/shape_check.h"
+
+namespace coppice::cuda {
+namespace {
+
+bool IsMatrix(const TensorView& t, DType dtype) {
+  return t.rank == 2 && t.dtype == dtype && t.stride[1] == 1;
+}
+bool AlignedTo(const TensorView& t, uintptr_t bytes) {
+  return reinterpret_cast<uintptr_t>(t.data) % bytes == 0;
+}
+// Rows that 16-byte copies may walk.
+bool IsWide(const TensorView& t) {
+  return IsMatrix(t, DType::kBF16) && AlignedTo(t, 16) && t.dim(1) % 8 == 0 && t.stride[0] % 8 == 0;
+}
+// Rows that pairs of elements may walk.
+bool IsPaired(const TensorView& t) {
+  return AlignedTo(t, 2 * SizeOf(t.dtype)) && t.dim(t.rank - 1) % 2 == 0 &&
+         (t.rank == 1 || t.stride[0] % 2 == 0);
+}
+
+bool Fits(const Context& context, const TensorView& x, const TensorView& w, const TensorView& c) {
+  constexpr int64_t kMaxColumns = int64_t{1} << 30;
+  const bool suits = context.compute_capability() == 90 && !context.deterministic();
+  return suits && IsWide(x) && IsWide(w) && x.dim(0) >= 1 && x.dim(0) <= kMaxSkinnyRows &&
+         w.dim(0) < kMaxColumns && w.dim(1) > 0 && c.rank == 2 && IsPaired(c);
+}
+bool Fits(const Context& context, const ops::RmsNormParams& norm, const TensorView& w,
+          const TensorView& c) {
+  return !norm.rstd.present() && Fits(context, norm.x, w, c) && AlignedTo(norm.weight, 16);
+}
+
+SkinnyArgs ArgsOf(const TensorView& x, const TensorView& w, const TensorView& c) {
+  return {.x = x.data,
+          .x_stride = x.stride[0],
+          .w = w.data,
+          .w_stride = w.stride[0],
+          .c = c.data,
+          .c_stride = c.stride[0],
+          .c_is_f32 = c.dtype == DType::kF32,
+          .rows = x.dim(0),
+          .n = w.dim(0),
+          .k = w.dim(1)};
+}
+SkinnyArgs ArgsOf(const ops::RmsNormParams& norm, const TensorView& w, const TensorView& c) {
+  SkinnyArgs args = ArgsOf(norm.x, w, c);
+  args.w_is_parameter = true;
+  args.norm = norm.weight.data;
+  args.eps = norm.eps;
+  return args;
+}
+
+absl::Status Run(Context& context, const SkinnyArgs& args) {
+  return context.Check(LaunchSkinnyMatMul(args, context.stream()), "skinny matmul");
+}
+
+}  // namespace
+
+bool FitsSkinny(const Context& context, const ops::MatMulParams& p) {
+  return p.trans_b && !p.trans_a && Fits(context, p.a, p.b, p.c) &&
+         (!p.bias.present() || IsPaired(p.bias)) && (!p.addend.present() || IsPaired(p.addend));
+}
+bool FitsSkinny(const Context& context, const ops::NormMatMulParams& p) {
+  return Fits(context, p.norm, p.b, p.c) && (!p.bias.present() || IsPaired(p.bias));
+}
+bool FitsSkinny(const Context& context, const ops::NormSwiGluParams& p) {
+  return Fits(context, p.norm, p.b, p.out) && p.b.dim(0) % 2 == 0;
+}
+
+absl::Status SkinnyMatMul(Context& context, const ops::MatMulParams& p) {
+  SkinnyArgs args = ArgsOf(p.a, p.b, p.c);
+  args.w_is_parameter = p.b_is_parameter;
+  args.bias = p.bias.data;
+  args.addend = p.addend.data;
+  args.addend_stride = p.addend.stride[0];
+  return Run(context, args);
+}
+
+absl::Status SkinnyNormMatMul(Context& context, const ops::NormMatMulParams& p) {
+  const int64_t rows = p.norm.x.dim(0), hidden = p.norm.x.dim(1), n = p.b.dim(0);
+  const DType out = p.c.dtype == DType::kF32 ? DType::kF32 : DType::kBF16;
+  RETURN_IF_ERROR(ops::ShapeCheck("norm_matmul")
+                      .Tensor("x", p.norm.x, DType::kBF16, {rows, hidden})
+                      .Tensor("weight", p.norm.weight, DType::kBF16, {hidden})
+                      .Tensor("b", p.b, DType::kBF16, {n, hidden})
+                      .Optional("bias", p.bias, DType::kBF16, {n})
+                      .Tensor("c", p.c, out, {rows, n})
+                      .status());
+  SkinnyArgs args = ArgsOf(p.norm, p.b, p.c);
+  args.bias = p.bias.data;
+  return Run(context, args);
+}
+
+absl::Status SkinnyNormSwiGlu(Context& context, const ops::NormSwiGluParams& p) {
+  const int64_t rows = p.norm.x.dim(0), hidden = p.norm.x.dim(1), ffn = p.out.dim(1);
+  RETURN_IF_ERROR(ops::ShapeCheck("norm_swiglu")
+                      .Tensor("x", p.norm.x, DType::kBF16, {rows, hidden})
+                      .Tensor("weight", p.norm.weight, DType::kBF16, {hidden})
+                      .Tensor("b", p.b, DType::kBF16, {2 * ffn, hidden})
+                      .Tensor("out", p.out, DType::kBF16, {rows, ffn})
+                      .status());
+  SkinnyArgs args = ArgsOf(p.norm, p.b, p.out);
+  args.swiglu = true;
+  return Run(context, args);
+}
+
+}  // namespace coppice::cuda
