@@ -5,6 +5,14 @@
 
 namespace coppice::cuda {
 
+// Of the current device.
+inline int Multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // Tile kernels. `counter`: one int of scratch.
 cudaError_t LaunchTileForward(const TreeAttentionArgs& args, int* counter, cudaStream_t stream);
 

@@ -105,7 +105,12 @@ int64_t TreeAttentionBackwardScratchBytes(const AttentionSchedule& schedule,
   const int64_t fixed = BackwardScratch(Scratch(nullptr), schedule, shape).used;
   const int64_t per_head = DsBytesPerKvHead(schedule, shape);
   if (!StoresDs(shape) || per_head == 0 || budget_bytes < fixed + per_head) return fixed;
-  const int64_t heads = std::min<int64_t>((budget_bytes - fixed) / per_head, shape.kv_heads);
+  const int64_t fit = std::min<int64_t>((budget_bytes - fixed) / per_head, shape.kv_heads);
+  const int64_t rounds = (shape.kv_heads + fit - 1) / fit;
+  const int64_t heads = (shape.kv_heads + rounds - 1) / rounds;
+  // Few heads a round leave multiprocessors idle when the longest key tile outlasts an even share.
+  const int64_t work = heads * schedule.num_images;
+  if (rounds > 1 && work < int64_t{schedule.longest_key_work} * Multiprocessors()) return fixed;
   return fixed + heads * per_head;
 }
 
