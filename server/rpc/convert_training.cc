@@ -216,7 +216,7 @@ TrainSample Numbers(const v1::Sample& sample, const LossConfig& loss) {
   out.advantages = Copy(sample.advantages());
   if (sample.has_reward()) out.reward = sample.reward();
   if (out.advantages.empty() && !out.reward && loss.kind == LossConfig::Kind::kCrossEntropy) {
-    out.advantages = {1.0f};
+    out.advantages.assign(1, 1.0f);
   }
   out.old_logprobs = Copy(sample.old_logprobs());
   out.sampler_logprobs = Copy(sample.sampler_logprobs());
