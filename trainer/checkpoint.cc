@@ -13,6 +13,7 @@
 #include "kernels/model/arena_fill.h"
 #include "kernels/model/safetensors.h"
 #include "trainer/hf_config.h"
+#include "trainer/master_weights.h"
 #include "trainer/safetensors_writer.h"
 #include "trainer/sha256.h"
 
@@ -35,6 +36,15 @@ std::vector<TensorToWrite> Named(const ModelConfig& config, TensorView flat,
   for (const NamedTensor& tensor : HfTensors(config, mapped)) {
     tensors.push_back({prefix + tensor.name, tensor.view});
   }
+  return tensors;
+}
+
+// The weights; with an optimizer that completes them to f32 masters, the masters.
+std::vector<TensorToWrite> WeightTensors(const CheckpointView& view) {
+  std::vector<TensorToWrite> tensors = Named(view.config, view.params.flat, "");
+  if (view.optimizer == nullptr || !view.optimizer->remainder().present()) return tensors;
+  const std::vector<TensorToWrite> remainders = Named(view.config, view.optimizer->remainder(), "");
+  for (size_t i = 0; i < tensors.size(); ++i) tensors[i].remainder = remainders[i].view;
   return tensors;
 }
 
@@ -203,6 +213,30 @@ absl::Status ReadTensors(const std::vector<TensorToWrite>& tensors, const Tensor
   return absl::OkStatus();
 }
 
+// f32 masters into bf16 weights and their remainders.
+absl::Status ReadMasters(const std::vector<TensorToWrite>& tensors, const TensorSource& source,
+                         ops::Ops& ops) {
+  std::vector<float> masters;
+  std::vector<uint16_t> params;
+  std::vector<int16_t> remainders;
+  for (const TensorToWrite& tensor : tensors) {
+    const int64_t n = tensor.view.num_elements();
+    masters.resize(n);
+    params.resize(n);
+    remainders.resize(n);
+    RETURN_IF_ERROR(source.ReadRows(tensor.name, 0, tensor.view.dim(0), masters.data()));
+    for (int64_t i = 0; i < n; ++i) {
+      const MasterParts parts = SplitMaster(masters[i]);
+      params[i] = parts.param;
+      remainders[i] = parts.remainder;
+    }
+    RETURN_IF_ERROR(ops.Upload(params.data(), tensor.view));
+    RETURN_IF_ERROR(ops.Upload(remainders.data(), tensor.remainder));
+    RETURN_IF_ERROR(ops.Synchronize());  // the host's copies are used again
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status WriteCheckpoint(const CheckpointView& view, absl::string_view directory, ops::Ops& ops,
@@ -212,7 +246,7 @@ absl::Status WriteCheckpoint(const CheckpointView& view, absl::string_view direc
                    AtomicDirectory::Create(directory, std::move(boundary)));
   CheckpointWriter writer(*target, ops);
   RETURN_IF_ERROR(writer.WriteText(kConfigFile, HfConfigJson(view.config)));
-  RETURN_IF_ERROR(writer.WriteTensors(kWeightsFile, Named(view.config, view.params.flat, "")));
+  RETURN_IF_ERROR(writer.WriteTensors(kWeightsFile, WeightTensors(view)));
   if (view.optimizer != nullptr) {
     RETURN_IF_ERROR(writer.WriteTensors(
         kOptimizerFile, OptimizerTensors(view.config, view.optimizer->m(), view.optimizer->v())));
@@ -247,8 +281,11 @@ absl::StatusOr<std::unique_ptr<CheckpointReader>> CheckpointReader::Open(
   return reader;
 }
 
-absl::Status CheckpointReader::ReadWeights(const Parameters& params, ops::Ops& ops) const {
-  return ReadTensors(Named(config_, params.flat, ""), *weights_, ops);
+absl::Status CheckpointReader::ReadWeights(const Parameters& params, const Optimizer* optimizer,
+                                           ops::Ops& ops) const {
+  const std::vector<TensorToWrite> tensors = WeightTensors({config_, params, optimizer, version_});
+  return tensors[0].remainder.present() ? ReadMasters(tensors, *weights_, ops)
+                                        : ReadTensors(tensors, *weights_, ops);
 }
 
 absl::Status CheckpointReader::ReadOptimizer(Optimizer& optimizer, ops::Ops& ops) const {

@@ -33,11 +33,13 @@ class Optimizer {
   void set_num_steps(int64_t n) { num_steps_ = n; }
   TensorView m() const { return m_; }  // [params] f32
   TensorView v() const { return v_; }  // [params] f32
+  // [params] 16-bit, absent where params are f32
+  TensorView remainder() const { return remainder_; }
 
  private:
   DeviceBuffer m_buffer_, v_buffer_, remainder_buffer_, decay_buffer_;
   TensorView m_, v_;
-  TensorView remainder_;   // [params] 16-bit, absent where params are f32
+  TensorView remainder_;
   TensorView decay_mask_;  // [params / 64] u8
   int64_t num_steps_ = 0;
 };

@@ -93,7 +93,8 @@ absl::Status PolicyTrainer::LoadCheckpoint(absl::string_view directory) {
     RETURN_IF_ERROR(reader->ReadOptimizer(*optimizer, ops_));
   }
   // The file is mapped and checked: from here on only the device can fail.
-  RETURN_IF_ERROR(reader->ReadWeights(model_.params, ops_));
+  RETURN_IF_ERROR(
+      reader->ReadWeights(model_.params, optimizer.has_value() ? &*optimizer : nullptr, ops_));
   optimizer_ = std::move(optimizer);
   version_ = reader->version();
   return DropGradients();

@@ -30,6 +30,7 @@ class PolicyTrainer final : public Trainer {
   absl::StatusOr<ForwardBackwardResult> ForwardBackward(
       const ForwardBackwardRequest& request) override;
   absl::StatusOr<OptimStepResult> OptimStep(const AdamConfig& config) override;
+  absl::Status DropGradients() override;
   absl::StatusOr<std::vector<SampleResult>> Score(const std::vector<TrainGroup>& groups,
                                                   float temperature) override;
 
@@ -110,7 +111,6 @@ class PolicyTrainer final : public Trainer {
 
   absl::Status EnsureGradients();
   absl::Status EnsureOptimizer();
-  absl::Status DropGradients();
 
   const int64_t activation_bytes_;
   Model& model_;

@@ -48,6 +48,8 @@ class Trainer {
   // Clips, updates, drops gradients, increments the version. A non-finite norm skips the update
   // (gradients are dropped). FAILED_PRECONDITION without pending gradients.
   virtual absl::StatusOr<OptimStepResult> OptimStep(const AdamConfig& config) = 0;
+  // Forgets pending gradients; the device's errors.
+  virtual absl::Status DropGradients() = 0;
   // Log-probs of every response token, same code path as ForwardBackward's forward.
   virtual absl::StatusOr<std::vector<SampleResult>> Score(const std::vector<TrainGroup>& groups,
                                                           float temperature) = 0;

@@ -157,8 +157,7 @@ absl::StatusOr<TrainStepResult> PolicyGate::RunStep(StepKind kind, TrainStepRequ
     ASSIGN_OR_RETURN(result.batch, RunForwardBackward(request.batch));
   }
   if (kind != StepKind::kForwardBackward) {
-    ASSIGN_OR_RETURN(OptimStepResult optim, trainer_->OptimStep(request.optim));
-    pending_forwards_.clear();
+    ASSIGN_OR_RETURN(OptimStepResult optim, RunOptimStep(kind, request.optim));
     result.skipped = optim.skipped;
     result.skip_reason = std::move(optim.skip_reason);
     result.grad_norm = optim.grad_norm;
@@ -176,11 +175,27 @@ absl::StatusOr<TrainStepResult> PolicyGate::RunStep(StepKind kind, TrainStepRequ
 absl::StatusOr<ForwardBackwardResult> PolicyGate::RunForwardBackward(
     const ForwardBackwardRequest& batch) {
   absl::StatusOr<ForwardBackwardResult> result = trainer_->ForwardBackward(batch);
-  if (result.ok() || trainer_->has_pending_gradients() || pending_forwards_.empty()) return result;
+  if (!result.ok()) return ForgetDropped(result.status());
+  return result;
+}
+
+absl::StatusOr<OptimStepResult> PolicyGate::RunOptimStep(StepKind kind, const AdamConfig& config) {
+  absl::StatusOr<OptimStepResult> result = trainer_->OptimStep(config);
+  if (result.ok()) {
+    pending_forwards_.clear();
+    return result;
+  }
+  // A repeat of a TrainStep would add its gradients again; of an OptimStep it would not.
+  if (kind == StepKind::kTrainStep) RETURN_IF_ERROR(trainer_->DropGradients());
+  return ForgetDropped(result.status());
+}
+
+absl::Status PolicyGate::ForgetDropped(const absl::Status& failure) {
+  if (trainer_->has_pending_gradients() || pending_forwards_.empty()) return failure;
   for (const StepRecords::Key& key : pending_forwards_) records_.Forget(key);
   const size_t dropped = std::exchange(pending_forwards_, {}).size();
-  return absl::Status(result.status().code(),
-                      absl::StrCat(result.status().message(), "; the gradients of ", dropped,
+  return absl::Status(failure.code(),
+                      absl::StrCat(failure.message(), "; the gradients of ", dropped,
                                    " earlier calls are dropped with it: repeat them"));
 }
 

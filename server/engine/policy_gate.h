@@ -81,9 +81,11 @@ class PolicyGate {
   absl::Status RunAndAnswer(StepKind kind, TrainStepRequest request);
   absl::StatusOr<TrainStepResult> RunStep(StepKind kind, TrainStepRequest request);
   absl::Status Check(StepKind kind, const TrainStepRequest& request) const;
-  // `batch` through the trainer. If it fails and takes earlier gradients with it, their answers are
-  // forgotten.
   absl::StatusOr<ForwardBackwardResult> RunForwardBackward(const ForwardBackwardRequest& batch);
+  // If it fails within a TrainStep, the step's gradients are dropped.
+  absl::StatusOr<OptimStepResult> RunOptimStep(StepKind kind, const AdamConfig& config);
+  // `failure`; if earlier gradients went with it, their answers are forgotten and it says so.
+  absl::Status ForgetDropped(const absl::Status& failure);
   // Step records, then the checkpoint: see step_log.h.
   absl::Status SaveDurably();
   void ChangePolicy(RunningRequests running, bool replaced);

@@ -12,7 +12,7 @@
 
 namespace coppice {
 
-class FailingOps final : public ops::Ops {
+class FailingOps : public ops::Ops {
  public:
   explicit FailingOps(std::unique_ptr<ops::Ops> inner) : inner_(std::move(inner)) {}
 

@@ -197,6 +197,29 @@ TEST(PolicyTest, AFailedStepLeavesNoRecordAndChangesNothing) {
   EXPECT_FALSE(good->repeated);
 }
 
+TEST(PolicyTest, AStepWithoutMemoryForItsOptimizerLeavesNoGradients) {
+  EngineUnderTest test, twin;
+  Answer<TrainStepResult> earlier;
+  test.engine().ForwardBackward(StepOnTokens("earlier"), earlier.reply());
+  test.RunAll();
+  ASSERT_TRUE(earlier.get().ok());
+  test.device().FailAllocations();  // the optimizer's state is what a first step allocates last
+  const absl::Status failed = test.TrainStep(StepOnTokens("s")).status();
+  EXPECT_EQ(failed.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(failed.message()), testing::HasSubstr("1 earlier calls are dropped"));
+  EXPECT_FALSE(test.Status().pending_gradients);
+  test.device().AllowAllocations();
+
+  const auto repeat = test.TrainStep(StepOnTokens("s"));
+  ASSERT_TRUE(repeat.ok()) << repeat.status();
+  EXPECT_FALSE(repeat->repeated);
+  EXPECT_EQ(repeat->grad_norm, twin.TrainStep(StepOnTokens("s"))->grad_norm);
+  Answer<TrainStepResult> again;
+  test.engine().ForwardBackward(StepOnTokens("earlier"), again.reply());
+  test.RunAll();
+  EXPECT_FALSE(again.get()->repeated);
+}
+
 TEST(PolicyTest, ForwardBackwardAndOptimStepMakeATrainStep) {
   EngineUnderTest whole, halves;
   ASSERT_TRUE(whole.TrainStep(StepOnTokens("s1")).ok());
