@@ -71,11 +71,16 @@ absl::StatusOr<const CudaBatchPlan::Attention*> ScheduleFor(const Context& conte
                                                             const ops::BatchPlan* plan,
                                                             const AttentionShape& shape,
                                                             bool backward) {
-  return CudaPlan(plan).PlanFor(
-      {.tiles = HasTileKernels(shape.head_dim, context.compute_capability()),
-       .stacked = HasStackedKernels(shape.head_dim, context.compute_capability()),
-       .backward = backward,
-       .group_size = shape.q_heads / shape.kv_heads});
+  // What stores or reads KV is generation: there a row's sums follow its keys' positions alone.
+  const ops::TokenBatch& batch = plan->batch();
+  const bool invariant = !backward && context.deterministic() &&
+                         (!batch.kv_slots.empty() || !batch.context_nodes.empty());
+  const int capability = context.compute_capability();
+  return CudaPlan(plan).PlanFor({.tiles = !invariant && HasTileKernels(shape.head_dim, capability),
+                                 .stacked = HasStackedKernels(shape.head_dim, capability),
+                                 .backward = backward,
+                                 .group_size = shape.q_heads / shape.kv_heads,
+                                 .batch_invariant = invariant});
 }
 
 absl::Status Launched(Context& context, cudaError_t error, absl::string_view op,

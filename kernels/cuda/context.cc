@@ -7,6 +7,12 @@
 #include "kernels/cuda/matmul_cache.h"
 
 namespace coppice::cuda {
+namespace {
+
+// What generation needs at its usual sizes, so that serving does not allocate.
+constexpr int64_t kInitialScratchBytes = int64_t{256} << 20;
+
+}  // namespace
 
 absl::Status StatusOf(cudaError_t error, absl::string_view call) {
   if (error == cudaSuccess) return absl::OkStatus();
@@ -43,7 +49,7 @@ absl::Status Context::Init() {
   }
   RETURN_IF_ERROR(Check(cudaMalloc(&workspace_, kWorkspaceBytes), "workspace"));
   matmuls_ = std::make_unique<MatMulCache>();
-  return Scratch(int64_t{64} << 20).status();
+  return Scratch(kInitialScratchBytes).status();
 }
 
 Context::Context(bool deterministic) : deterministic_(deterministic) {}

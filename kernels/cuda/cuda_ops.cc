@@ -23,11 +23,13 @@ absl::Status CheckContiguous(absl::string_view op, const TensorView& t) {
       absl::StrCat(op, ": want dense memory, got a strided or null view; copy it first"));
 }
 
-// Memory of plans comes from the stream's pool and stays there.
+// Memory of plans comes from the stream's pool and stays there, up to so much.
+constexpr uint64_t kPoolBytes = uint64_t{256} << 20;
+
 absl::Status KeepPool(Context& context) {
   cudaMemPool_t pool = nullptr;
   RETURN_IF_ERROR(context.Check(cudaDeviceGetDefaultMemPool(&pool, 0), "memory pool"));
-  uint64_t threshold = std::numeric_limits<uint64_t>::max();
+  uint64_t threshold = kPoolBytes;
   return context.Check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &threshold),
                        "memory pool");
 }

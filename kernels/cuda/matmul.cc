@@ -15,68 +15,6 @@
 namespace coppice::cuda {
 namespace {
 
-void Destroy(const MatMulCache::Entry& e) {
-  for (const cublasLtMatrixLayout_t layout : {e.a, e.b, e.c, e.d}) {
-    if (layout != nullptr) cublasLtMatrixLayoutDestroy(layout);
-  }
-  if (e.desc != nullptr) cublasLtMatmulDescDestroy(e.desc);
-}
-
-template <typename T>
-void Set(cublasLtMatmulDesc_t desc, cublasLtMatmulDescAttributes_t attribute, T value) {
-  cublasLtMatmulDescSetAttribute(desc, attribute, &value, sizeof(value));
-}
-
-// The column-major view of a row-major [rows, cols] matrix.
-cublasLtMatrixLayout_t Layout(cudaDataType_t type, int64_t rows, int64_t cols, int64_t row_stride) {
-  cublasLtMatrixLayout_t layout = nullptr;
-  cublasLtMatrixLayoutCreate(&layout, type, cols, rows, row_stride);
-  return layout;
-}
-
-MatMulCache::Entry Describe(const MatMulShape& s) {
-  const cudaDataType_t out = s.c_type == DType::kF32 ? CUDA_R_32F : CUDA_R_16BF;
-  MatMulCache::Entry e;
-  cublasLtMatmulDescCreate(&e.desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
-  Set(e.desc, CUBLASLT_MATMUL_DESC_TRANSA, s.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
-  Set(e.desc, CUBLASLT_MATMUL_DESC_TRANSB, s.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
-  if (s.bias) {
-    Set(e.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
-    Set(e.desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, CUDA_R_16BF);
-  }
-  e.a = s.trans_b ? Layout(CUDA_R_16BF, s.n, s.k, s.b_row) : Layout(CUDA_R_16BF, s.k, s.n, s.b_row);
-  e.b = s.trans_a ? Layout(CUDA_R_16BF, s.k, s.m, s.a_row) : Layout(CUDA_R_16BF, s.m, s.k, s.a_row);
-  e.c = Layout(out, s.m, s.n, s.addend ? s.addend_row : s.c_row);
-  e.d = Layout(out, s.m, s.n, s.c_row);
-  return e;
-}
-
-bool Choose(cublasLtHandle_t blas, const MatMulShape& s, bool deterministic,
-            int64_t workspace_bytes, MatMulCache::Entry& e) {
-  cublasLtMatmulPreference_t preference = nullptr;
-  cublasLtMatmulPreferenceCreate(&preference);
-  const auto set = [preference](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
-    cublasLtMatmulPreferenceSetAttribute(preference, attribute, &value, sizeof(value));
-  };
-  set(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, static_cast<uint64_t>(workspace_bytes));
-  for (const auto attribute :
-       {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
-        CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
-    set(attribute, static_cast<uint32_t>(s.alignment));
-  }
-  if (deterministic) {
-    set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-        static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
-  }
-  cublasLtMatmulHeuristicResult_t result = {};
-  int found = 0;
-  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(blas, e.desc, e.a, e.b, e.c, e.d,
-                                                               preference, 1, &result, &found);
-  cublasLtMatmulPreferenceDestroy(preference);
-  e.algo = result.algo;
-  return status == CUBLAS_STATUS_SUCCESS && found > 0;
-}
-
 int64_t RowStride(const TensorView& t) {
   return t.dim(0) > 1 ? t.stride[0] : std::max<int64_t>(t.dim(1), 1);
 }
@@ -108,28 +46,6 @@ absl::Status CheckMatMul(const ops::MatMulParams& p, int64_t m, int64_t n, int64
 
 }  // namespace
 
-MatMulCache::~MatMulCache() {
-  for (const auto& [key, entry] : entries_) Destroy(entry);
-}
-
-absl::StatusOr<const MatMulCache::Entry*> MatMulCache::Find(cublasLtHandle_t blas,
-                                                            const MatMulShape& shape,
-                                                            bool deterministic,
-                                                            int64_t workspace_bytes) {
-  const auto found = entries_.find(shape.Key());
-  if (found != entries_.end()) return &found->second;
-  Entry entry = Describe(shape);
-  if (!Choose(blas, shape, deterministic, workspace_bytes, entry)) {
-    Destroy(entry);
-    return absl::UnimplementedError(
-        absl::StrCat("matmul: want a product that cublasLt has (bf16 operands; c in bf16 or f32; "
-                     "bias with c in bf16), got m=",
-                     shape.m, " n=", shape.n, " k=", shape.k, " c=", Name(shape.c_type),
-                     " bias=", shape.bias, "; change the types or strides"));
-  }
-  return &entries_.emplace(shape.Key(), entry).first->second;
-}
-
 absl::Status MatMul(Context& context, const ops::MatMulParams& p) {
   RETURN_IF_ERROR(ops::ShapeCheck("matmul").Rank("a", p.a, 2).Rank("b", p.b, 2).status());
   const int64_t m = p.trans_a ? p.a.dim(1) : p.a.dim(0);
@@ -154,8 +70,11 @@ absl::Status MatMul(Context& context, const ops::MatMulParams& p) {
   ASSIGN_OR_RETURN(const MatMulCache::Entry* entry,
                    context.matmuls().Find(context.blas(), shape, context.deterministic(),
                                           Context::kWorkspaceBytes));
-  if (shape.bias)
-    Set(entry->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, static_cast<const void*>(p.bias.data));
+  if (shape.bias) {
+    const void* bias = p.bias.data;
+    cublasLtMatmulDescSetAttribute(entry->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
+                                   sizeof(bias));
+  }
   const float alpha = 1, beta = shape.addend ? 1.0f : 0.0f;
   const cublasStatus_t status =
       cublasLtMatmul(context.blas(), entry->desc, &alpha, p.b.data, entry->a, p.a.data, entry->b,

@@ -1,12 +1,16 @@
 // MatMulCache: for each shape of product, cuBLASLt's descriptors and the algorithm that its
 // heuristic chose; looked up by everything the choice depends on. Owner: Context. Cost of a miss:
 // about 0.1 ms on the host.
+//
+// Deterministic: one algorithm serves every m of otherwise equal products, one that its heuristic
+// offers for many rows and that does not split k. Slow for few rows, but a row's bits are its own.
 #pragma once
 
 #include <cublasLt.h>
 
 #include <array>
 #include <cstdint>
+#include <optional>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
@@ -45,12 +49,19 @@ class MatMulCache {
   MatMulCache(const MatMulCache&) = delete;
   MatMulCache& operator=(const MatMulCache&) = delete;
 
-  // UNIMPLEMENTED if the library has no algorithm. `deterministic` forbids splitting k.
+  // UNIMPLEMENTED if the library has no algorithm.
   absl::StatusOr<const Entry*> Find(cublasLtHandle_t blas, const MatMulShape& shape,
                                     bool deterministic, int64_t workspace_bytes);
 
  private:
-  absl::flat_hash_map<std::array<int64_t, 11>, Entry> entries_;
+  using Key = std::array<int64_t, 11>;
+
+  std::optional<cublasLtMatmulAlgo_t> Choose(cublasLtHandle_t blas, const MatMulShape& shape,
+                                             const Entry& entry, bool deterministic,
+                                             int64_t workspace_bytes);
+
+  absl::flat_hash_map<Key, Entry> entries_;
+  absl::flat_hash_map<Key, std::optional<cublasLtMatmulAlgo_t>> for_every_m_;  // keys with m = 0
 };
 
 }  // namespace coppice::cuda

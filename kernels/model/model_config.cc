@@ -175,7 +175,7 @@ ModelConfig Tiny(absl::string_view name, Architecture architecture) {
   c.hidden = 64;
   c.q_heads = 4;
   c.kv_heads = 2;
-  c.head_dim = architecture == Architecture::kQwen3 ? 32 : 16;
+  c.head_dim = 64;  // the smallest that every device has kernels for
   c.ffn = 160;
   c.vocab = 300;
   c.max_positions = 4096;
