@@ -20,7 +20,9 @@ enum class Unit { kNone, kBytes };
 struct Flag {
   const char* group;
   const char* name;
-  std::variant<std::string Config::*, int64_t Config::*, uint64_t Config::*, bool Config::*> field;
+  std::variant<std::string Config::*, int64_t Config::*, uint64_t Config::*, double Config::*,
+               bool Config::*>
+      field;
   const char* help;
   // Integers:
   int64_t min = 0, max = INT64_MAX;
@@ -86,8 +88,14 @@ const std::vector<Flag>& Flags() {
        0, INT64_MAX, Unit::kBytes},
       {"Memory", "kv_blocks", &Config::kv_blocks,
        "Number of KV blocks, instead of --kv_bytes; 0 = by --kv_bytes.", 0, INT32_MAX},
+      {"Memory", "kv_fraction", &Config::kv_fraction,
+       "KV blocks, instead of --kv_bytes, as a share of the device memory that weights, workspace, "
+       "scratch, gradients and optimizer leave free; training's activations get the rest. 0 = by "
+       "--kv_bytes.",
+       0, 1},
       {"Memory", "block_tokens", &Config::block_tokens,
-       "Token positions in a KV block: the unit of sharing.", 1, 1024},
+       "Token positions in a KV block: the unit of sharing. On cuda a power of two, at least 8.", 1,
+       1024},
       {"Scheduling", "max_context", &Config::max_context,
        "Most tokens of prompt and completion; 0 = the model's own limit.", 0, kMaxCount},
       {"Scheduling", "max_batch_rows", &Config::max_batch_rows,
@@ -220,6 +228,15 @@ struct Setter {
     if (!absl::SimpleAtoi(text, &(config.*field))) return BadFlag(source, "an integer >= 0", text);
     return absl::OkStatus();
   }
+  absl::Status operator()(double Config::*field) const {
+    double value = 0;
+    if (!absl::SimpleAtod(text, &value) || !(value >= static_cast<double>(flag.min)) ||
+        !(value <= static_cast<double>(flag.max))) {
+      return BadFlag(source, absl::StrCat("a number in ", Range(flag)), text);
+    }
+    config.*field = value;
+    return absl::OkStatus();
+  }
   absl::Status operator()(bool Config::*field) const {
     if (!absl::SimpleAtob(text, &(config.*field))) return BadFlag(source, "true or false", text);
     return absl::OkStatus();
@@ -297,9 +314,14 @@ absl::Status CheckModel(const Config& config) {
 absl::Status CheckTogether(const Config& config) {
   if (config.help || config.version) return absl::OkStatus();
   RETURN_IF_ERROR(config.role == "router" ? CheckRouter(config) : CheckModel(config));
-  if (config.kv_bytes > 0 && config.kv_blocks > 0) {
-    return BadFlag("--kv_blocks", "one of --kv_bytes and --kv_blocks",
+  if ((config.kv_bytes > 0) + (config.kv_blocks > 0) + (config.kv_fraction > 0) > 1) {
+    return BadFlag("--kv_blocks", "one of --kv_bytes, --kv_blocks and --kv_fraction",
                    absl::StrCat(config.kv_blocks));
+  }
+  const int64_t tokens = config.block_tokens;
+  if (config.device == "cuda" && (tokens < 8 || (tokens & (tokens - 1)) != 0)) {
+    return BadFlag("--block_tokens", "a power of two, at least 8, with --device=cuda",
+                   absl::StrCat(tokens));
   }
   if (config.port != 0 && config.port == config.http_port) {
     return BadFlag("--http_port", "another port than --port", absl::StrCat(config.http_port));
@@ -312,6 +334,7 @@ struct Printer {
   std::string operator()(std::string Config::*field) const { return config.*field; }
   std::string operator()(int64_t Config::*field) const { return absl::StrCat(config.*field); }
   std::string operator()(uint64_t Config::*field) const { return absl::StrCat(config.*field); }
+  std::string operator()(double Config::*field) const { return absl::StrCat(config.*field); }
   std::string operator()(bool Config::*field) const { return config.*field ? "true" : "false"; }
 };
 
@@ -322,6 +345,8 @@ std::string Domain(const Flag& flag) {
   const std::string type =
       std::holds_alternative<bool Config::*>(flag.field)       ? "true or false"
       : std::holds_alternative<uint64_t Config::*>(flag.field) ? "integer >= 0"
+      : std::holds_alternative<double Config::*>(flag.field)
+          ? absl::StrCat("number in ", Range(flag))
       : !std::holds_alternative<std::string Config::*>(flag.field)
           ? absl::StrCat(flag.unit == Unit::kBytes ? "bytes, KiB, MiB or GiB, in " : "integer in ",
                          Range(flag))

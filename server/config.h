@@ -37,6 +37,7 @@ struct Config {
   // Memory
   int64_t kv_bytes = 0;
   int64_t kv_blocks = 0;
+  double kv_fraction = 0;
   int64_t block_tokens = 16;
   // Scheduling
   int64_t max_context = 0;

@@ -8,6 +8,8 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/log.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/model/row_equality.h"
+#include "server/engine/runner.h"
 #include "server/port_file.h"
 #include "server/rpc/services.h"
 
@@ -52,7 +54,10 @@ Daemon::~Daemon() {
 ExitCode Daemon::Run() {
   LOG(INFO) << "start " << ToString(config_);
   if (absl::Status s = StartHttp(); !s.ok()) return Fail(ExitCode::kPortTaken, "start_failed", s);
-  if (absl::Status s = Load(); !s.ok()) return Fail(ExitCode::kModelError, "load_failed", s);
+  if (absl::Status s = Load(); !s.ok()) {
+    return Fail(absl::IsInternal(s) ? ExitCode::kDeviceError : ExitCode::kModelError, "load_failed",
+                s);
+  }
   events_ = std::make_unique<LifeEvents>();
   engine_thread_ = std::thread([this] {
     engine_status_ = engine_->Run();
@@ -85,17 +90,21 @@ absl::Status Daemon::StartHttp() {
 
 absl::Status Daemon::Load() {
   ASSIGN_OR_RETURN(ops_, make_ops_(config_));
-  const ops::DeviceInfo device = ops_->Info();
+  const ops::DeviceInfo device = ops_->Info();  // with nothing of ours on it
   ASSIGN_OR_RETURN(model_, LoadOrMakeModel(config_, *ops_));
   LOG(INFO) << "model_loaded device=\"" << device.name << "\" " << model_.config.ToString()
             << " tokenizer=" << (model_.tokenizer != nullptr ? "yes" : "no");
   ASSIGN_OR_RETURN(decoder_, Decoder::Create(model_.config, *ops_));
   const int64_t workspace_bytes =
-      decoder_->WorkspaceBytes(config_.max_batch_rows, config_.max_running_samples);
-  ASSIGN_OR_RETURN(memory_,
-                   PlanMemory(config_, model_.config, device.compute_dtype, workspace_bytes));
+      Runner::WorkspaceBytes(*decoder_, config_.max_batch_rows, config_.max_running_samples);
+  ASSIGN_OR_RETURN(memory_, PlanMemory(config_, model_.config, device, workspace_bytes));
   LOG(INFO) << "memory_plan " << memory_.ToString() << " device_mib=" << (device.total_bytes >> 20)
-            << " note=\"gradients and optimizer are allocated by the first training step\"";
+            << " free_mib=" << (device.free_bytes >> 20)
+            << " note=\"gradients, optimizer and activations from the first training step on\"";
+  if (config_.deterministic) {
+    RETURN_IF_ERROR(CheckRowEquality(*decoder_, model_.params, config_.block_tokens));
+    LOG(INFO) << "row_equality ok note=\"a row's bits depend on its own prefix alone\"";
+  }
   EngineOptions options = MakeEngineOptions();
   options.on_device_error = [this](const absl::Status&) { readiness_.SetFailed(); };
   ASSIGN_OR_RETURN(options.trainer.step_log_dir, StepLogDir(config_));
@@ -118,7 +127,7 @@ EngineOptions Daemon::MakeEngineOptions() const {
   options.seed = config_.seed;
   options.max_reader_stall = absl::Seconds(config_.max_reader_stall_s);
   options.trainer.max_rows = config_.max_train_rows;
-  options.trainer.activation_bytes = config_.activation_bytes;
+  options.trainer.activation_bytes = memory_.activation_bytes;
   return options;
 }
 

@@ -56,9 +56,11 @@ absl::StatusOr<bool> Generator::Step(const StepMode& mode) {
   changed |= moved | FinishWarmStems();
   if (!rows.empty()) {
     Batch batch = Build(rows);
+    const ops::TokenBatch tokens = BuildTokenBatch(batch.segments, kv_->block_tokens());
+    const absl::Duration start = clock_.Now();
     ASSIGN_OR_RETURN(const std::vector<DrawnToken> drawn,
-                     runner_->Run(BuildTokenBatch(batch.segments, kv_->block_tokens()), batch.draws,
-                                  kv_->pool(), std::move(batch.kept)));
+                     runner_->Run(tokens, batch.draws, kv_->pool(), std::move(batch.kept)));
+    metrics_.run_seconds.Observe(absl::ToDoubleSeconds(clock_.Now() - start));
     RETURN_IF_ERROR(Publish(batch, drawn));
     changed = true;
   }

@@ -4,6 +4,11 @@
 
 namespace coppice {
 
+int64_t Runner::WorkspaceBytes(const Decoder& decoder, int64_t max_rows, int64_t max_draws) {
+  return decoder.WorkspaceBytes(max_rows, max_draws) +
+         max_draws * decoder.config().vocab * SizeOf(DType::kF32);
+}
+
 absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const Decoder& decoder,
                                                        const Parameters& params, int64_t max_rows,
                                                        int64_t max_draws) {

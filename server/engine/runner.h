@@ -15,6 +15,8 @@ namespace coppice {
 
 class Runner {
  public:
+  // Device memory that Create takes: activations of the largest step, and its logits.
+  static int64_t WorkspaceBytes(const Decoder& decoder, int64_t max_rows, int64_t max_draws);
   // Borrows decoder and params.
   static absl::StatusOr<std::unique_ptr<Runner>> Create(const Decoder& decoder,
                                                         const Parameters& params, int64_t max_rows,

@@ -117,6 +117,10 @@ Metrics::Metrics()
                              "Samples retracted to make room for older ones.")),
       step_seconds(AddHistogram(*registry_, "coppice_engine_step_seconds",
                                 "Seconds of one engine step with work.", LatencyBuckets())),
+      run_seconds(AddHistogram(*registry_, "coppice_engine_run_seconds",
+                               "Seconds of one generation batch: planning its kernels, queueing "
+                               "and awaiting them. The rest of a step is the host's alone.",
+                               LatencyBuckets())),
       policy_version(AddGauge(*registry_, "coppice_policy_version",
                               "Version of the weights: committed updates.")),
       train_steps(AddCounter(*registry_, "coppice_train_steps_total", "Updates committed.")),

@@ -60,6 +60,7 @@ class Metrics {
   prometheus::Counter& requests_rejected;  // coppice_requests_rejected_total (queue full)
   prometheus::Counter& preemptions;        // coppice_preemptions_total
   prometheus::Histogram& step_seconds;     // coppice_engine_step_seconds
+  prometheus::Histogram& run_seconds;      // coppice_engine_run_seconds
 
   // ---- Training
   prometheus::Gauge& policy_version;         // coppice_policy_version

@@ -59,9 +59,18 @@ TEST(ConfigTest, ErrorsNameFlagWantAndGot) {
   ExpectBad({"--model=m", "--device=tpu"}, "--device: want cpu or cuda, got \"tpu\"");
   ExpectBad({"--model=m", "--trust_tenant_header=maybe"}, "want true or false");
   ExpectBad({"--model=m", "--seed=-1"}, "--seed: want an integer >= 0");
+  ExpectBad({"--model=m", "--max_reader_stall_s=0"},
+            "--max_reader_stall_s: want an integer in [1,");
+  for (const char* tokens : {"--block_tokens=4", "--block_tokens=24"}) {
+    ExpectBad({"--model=m", "--device=cuda", tokens}, "a power of two, at least 8");
+    EXPECT_TRUE(Parse({"--model=m", tokens}).ok());
+  }
   ExpectBad({}, "exactly one of --model and --model_geometry");
   ExpectBad({"--model=m", "--model_geometry=tiny-llama"}, "exactly one of");
-  ExpectBad({"--model=m", "--kv_bytes=1", "--kv_blocks=1"}, "one of --kv_bytes and --kv_blocks");
+  ExpectBad({"--model=m", "--kv_bytes=1", "--kv_blocks=1"}, "one of --kv_bytes, --kv_blocks");
+  ExpectBad({"--model=m", "--kv_bytes=1", "--kv_fraction=0.5"}, "one of --kv_bytes, --kv_blocks");
+  ExpectBad({"--model=m", "--kv_fraction=1.5"}, "--kv_fraction: want a number in [0, 1]");
+  ExpectBad({"--model=m", "--kv_fraction=nan"}, "--kv_fraction: want a number in [0, 1]");
   ExpectBad({"--model=m", "--port=8000", "--http_port=8000"}, "another port");
 }
 

@@ -11,10 +11,11 @@ using ::testing::HasSubstr;
 
 class MemoryPlanTest : public ::testing::Test {
  protected:
-  absl::StatusOr<MemoryPlan> Plan() { return PlanMemory(config_, model_, DType::kF32, 1000); }
+  absl::StatusOr<MemoryPlan> Plan() { return PlanMemory(config_, model_, device_, 1000); }
 
   Config config_;
   ModelConfig model_ = *NamedGeometry("tiny-llama");
+  ops::DeviceInfo device_;
 };
 
 TEST_F(MemoryPlanTest, DefaultHoldsSixteenContexts) {
@@ -42,6 +43,25 @@ TEST_F(MemoryPlanTest, RefusesWhatCannotHoldOneContext) {
   config_.kv_blocks = 0;
   config_.max_context = model_.max_positions + 1;
   EXPECT_THAT(std::string(Plan().status().message()), HasSubstr("lower --max_context"));
+}
+
+TEST_F(MemoryPlanTest, AFractionLeavesRoomForTheRest) {
+  device_ = {.kind = DeviceKind::kCuda,
+             .compute_dtype = DType::kBF16,
+             .total_bytes = int64_t{12} << 30,
+             .free_bytes = int64_t{11} << 30};
+  config_.kv_fraction = 0.75;
+  const auto plan = Plan();
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_LE(plan->total_bytes(), device_.free_bytes);
+  EXPECT_GT(plan->total_bytes(), device_.free_bytes - plan->block_bytes);
+  const double kv = static_cast<double>(plan->num_blocks * plan->block_bytes);
+  EXPECT_NEAR(kv / (kv + static_cast<double>(plan->activation_bytes)), 0.75, 1e-3);
+
+  device_.free_bytes = int64_t{1} << 30;  // the scratch alone
+  EXPECT_THAT(std::string(Plan().status().message()), HasSubstr("use --kv_bytes"));
+  config_.kv_fraction = 0;
+  EXPECT_TRUE(Plan().ok());
 }
 
 }  // namespace
