@@ -5,6 +5,7 @@ import pathlib
 
 import coppice
 import pytest
+from conftest import LOGPROB_TOLERANCE
 
 LONG = [
     {"role": "system", "content": "You are a careful assistant. " * 30},
@@ -14,10 +15,6 @@ LONG = [
 GOLDEN = json.loads(
     (pathlib.Path(__file__).parents[1] / "client/chat_golden.json").read_text(encoding="utf-8")
 )
-
-
-# Two ways of computing one log-prob in fp32: batched decode and the trainer's forward.
-LOGPROB_TOLERANCE = 1e-3
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import coppice
 import pytest
+from conftest import LOGPROB_TOLERANCE
 
 PROMPT = [{"role": "user", "content": "Name a colour."}]
 LR = 1e-5
@@ -26,7 +27,7 @@ def test_a_step_raises_the_version_and_the_next_answer_is_the_new_policys(client
     assert after.usage.cached_tokens == 0 and after.usage.miss_reason == "policy_version"
     # On-policy: the trainer's log-probs are the sampler's.
     for sample, stats in zip(group, result.samples, strict=True):
-        assert stats.logprobs == pytest.approx(sample.logprobs, abs=1e-3)
+        assert stats.logprobs == pytest.approx(sample.logprobs, abs=LOGPROB_TOLERANCE)
 
 
 def test_a_step_makes_the_rewarded_response_likelier(client):

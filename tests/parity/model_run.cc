@@ -34,7 +34,8 @@ T ValueOrDie(absl::StatusOr<T> value) {
 
 }  // namespace
 
-ModelRun::ModelRun(const std::string& path) : ops_(ValueOrDie(ops::CreateOps("cpu"))) {
+ModelRun::ModelRun(const std::string& path, const std::string& device)
+    : ops_(ValueOrDie(ops::CreateOps(device))) {
   auto model = LoadModel(path, *ops_);
   CHECK(model.ok()) << model.status().ToString() << " (deploy/fetch_model.sh fetches SmolLM2)";
   model_ = *std::move(model);
@@ -45,25 +46,26 @@ std::vector<float> ModelRun::Logits(const std::vector<int32_t>& tokens) {
   ops::TokenBatch batch;
   AppendSequence(tokens, 0, -1, batch);
   for (int32_t r = 0; r < batch.num_rows(); ++r) batch.logit_rows.push_back(r);
-  const int64_t rows = batch.num_rows(), vocab = model_.config.vocab;
+  return RunBatch(batch, nullptr);
+}
+
+std::vector<float> ModelRun::RunBatch(const ops::TokenBatch& batch, const KvPool* kv) {
+  const int64_t n = static_cast<int64_t>(batch.logit_rows.size()), vocab = model_.config.vocab;
   DeviceBuffer workspace =
-      ValueOrDie(ops_->Allocate(decoder_->WorkspaceBytes(rows, rows), "workspace"));
+      ValueOrDie(ops_->Allocate(decoder_->WorkspaceBytes(batch.num_rows(), n), "workspace"));
+  const DeviceBuffer buffer = ValueOrDie(ops_->Allocate(n * vocab * SizeOf(DType::kF32), "logits"));
   const auto plan = ValueOrDie(ops_->PlanBatch(batch));
-  const TensorView hidden = ValueOrDie(decoder_->Forward(model_.params, *plan, nullptr, workspace));
-  std::vector<float> logits(rows * vocab);
-  CHECK_OK(
-      decoder_->Logits(model_.params, hidden, View2D(logits.data(), DType::kF32, rows, vocab)));
-  return logits;
+  const TensorView hidden = ValueOrDie(decoder_->Forward(model_.params, *plan, kv, workspace));
+  const TensorView logits = View2D(buffer.data(), DType::kF32, n, vocab);
+  CHECK_OK(decoder_->Logits(model_.params, hidden, logits));
+  std::vector<float> host(n * vocab);
+  CHECK_OK(ops_->Download(logits, host.data()));
+  return host;
 }
 
 std::vector<int32_t> ModelRun::ArgMaxStep(const ops::TokenBatch& batch, const KvPool& kv) {
   const int64_t n = static_cast<int64_t>(batch.logit_rows.size()), vocab = model_.config.vocab;
-  DeviceBuffer workspace =
-      ValueOrDie(ops_->Allocate(decoder_->WorkspaceBytes(batch.num_rows(), n), "workspace"));
-  const auto plan = ValueOrDie(ops_->PlanBatch(batch));
-  const TensorView hidden = ValueOrDie(decoder_->Forward(model_.params, *plan, &kv, workspace));
-  std::vector<float> logits(n * vocab);
-  CHECK_OK(decoder_->Logits(model_.params, hidden, View2D(logits.data(), DType::kF32, n, vocab)));
+  const std::vector<float> logits = RunBatch(batch, &kv);
   std::vector<int32_t> best;
   for (int64_t i = 0; i < n; ++i) {
     const float* row = logits.data() + i * vocab;

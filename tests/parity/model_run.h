@@ -17,7 +17,7 @@ namespace coppice {
 
 class ModelRun {
  public:
-  explicit ModelRun(const std::string& path);
+  explicit ModelRun(const std::string& path, const std::string& device = "cpu");
 
   Model& model() { return model_; }
   // [tokens, vocab] row-major: what each position predicts.
@@ -30,6 +30,8 @@ class ModelRun {
   const Parameters& GroupGradients(const GoldenArrays& golden);
 
  private:
+  // [logit rows, vocab] on the host
+  std::vector<float> RunBatch(const ops::TokenBatch& batch, const KvPool* kv);
   std::vector<int32_t> ArgMaxStep(const ops::TokenBatch& batch, const KvPool& kv);
 
   std::unique_ptr<ops::Ops> ops_;

@@ -4,6 +4,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <random>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "kernels/base/log.h"
+#include "kernels/model/arena_fill.h"
 #include "kernels/model/decoder.h"
 #include "kernels/model/model_loader.h"
 #include "kernels/ops/ops.h"
@@ -125,12 +127,25 @@ inline ModelConfig TinyEngineModel() {
   return c;
 }
 
+// The same with shapes that a GPU has kernels for.
+inline ModelConfig TinyDeviceModel() {
+  ModelConfig c = TinyEngineModel();
+  c.hidden = 128;
+  c.head_dim = 64;
+  c.ffn = 192;
+  c.vocab = 264;
+  return c;
+}
+
 // One policy and one engine over it.
 class EngineUnderTest {
  public:
-  explicit EngineUnderTest(EngineOptions options = {}, ModelConfig config = TinyEngineModel()) {
+  explicit EngineUnderTest(EngineOptions options = {}, ModelConfig config = TinyEngineModel())
+      : EngineUnderTest(options, config, ops::CreateOps("cpu", 1).value()) {}
+  EngineUnderTest(EngineOptions options, const ModelConfig& config,
+                  std::unique_ptr<ops::Ops> device) {
     SetMinLogSeverity(LogSeverity::kError);
-    ops_ = std::make_unique<FailingOps>(std::move(ops::CreateOps("cpu", 1)).value());
+    ops_ = std::make_unique<FailingOps>(std::move(device));
     model_ = std::move(RandomModel(config, 7, *ops_)).value();
     model_.tokenizer = std::make_unique<ByteTokenizer>();
     Perturb();
@@ -187,14 +202,23 @@ class EngineUnderTest {
 
  private:
   void Perturb() {
+    const auto host_ops = ops::CreateOps("cpu", 1).value();
+    const Model host = RandomModel(model_.config, 7, *host_ops).value();
+    const std::vector<NamedTensor> tensors = HfTensors(host.config, host.params);
     std::mt19937_64 random(5);
     std::normal_distribution<float> normal(0, 0.2f);
-    for (const NamedTensor& tensor : HfTensors(model_.config, model_.params)) {
+    for (const NamedTensor& tensor : tensors) {
       float* w = tensor.view.f32();
       for (int64_t i = 0; i < tensor.view.num_elements(); ++i) {
         w[i] = tensor.decay ? w[i] * 10 : w[i] + normal(random);
       }
     }
+    const auto rows = [&tensors](size_t index, int64_t begin, int64_t end, float* out) {
+      const TensorView& view = tensors[index].view;
+      std::copy(view.f32() + begin * view.stride[0], view.f32() + end * view.stride[0], out);
+      return absl::OkStatus();
+    };
+    ASSERT_TRUE(FillTensors(HfTensors(model_.config, model_.params), rows, *ops_).ok());
   }
 
   FakeClock clock_;
