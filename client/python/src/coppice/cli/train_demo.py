@@ -55,6 +55,7 @@ class StepRecord:
     kl: float  # nats a token, k3 against the policy that drew the samples
     clip: float  # share of tokens whose ratio was clipped
     grad_norm: float
+    gap: float  # nats a token: |log-prob of the update - of the sampler|, where both are one policy
     prompt_tokens: int
     cached_tokens: int  # prompt tokens that were not computed: from the cache, or joined in flight
     tokens_run: int
@@ -86,6 +87,14 @@ def train_group(group: types.Group, rewards: Sequence[float]) -> types.TrainGrou
     )
 
 
+def logprob_gap(groups: Sequence[types.Group], update: types.TrainResult) -> float:
+    """Mean |log-prob of the update - of the sampler| over the tokens that `update` trained first:
+    both were computed with the same weights, so only rounding is left."""
+    drawn = [logprob for group in groups for sample in group for logprob in sample.logprobs]
+    trained = [logprob for sample in update.samples for logprob in sample.logprobs]
+    return mean([abs(a - b) for a, b in zip(trained, drawn[: len(trained)], strict=True)])
+
+
 def make_record(
     step: int,
     groups: Sequence[types.Group],
@@ -111,6 +120,7 @@ def make_record(
         kl=metric("kl"),
         clip=metric("clip_low", "clip_high"),
         grad_norm=mean([update.grad_norm for update in updates]),
+        gap=logprob_gap(groups, updates[0]),
         prompt_tokens=sum(group.usage.prompt_tokens for group in groups),
         cached_tokens=sum(g.usage.cached_tokens + g.usage.joined_tokens for g in groups),
         tokens_run=sum(update.tokens.unique for update in updates),
@@ -160,7 +170,11 @@ class Demo:
         results = []
         for begin in range(0, len(batch), size):
             result = self._client.train_step(
-                batch[begin : begin + size], loss=LOSS, lr=lr, max_policy_lag=self._args.updates - 1
+                batch[begin : begin + size],
+                loss=LOSS,
+                lr=lr,
+                max_policy_lag=self._args.updates - 1,
+                return_logprobs=True,
             )
             if result.skipped:
                 raise RuntimeError(
@@ -187,7 +201,7 @@ def format_line(record: StepRecord, num_steps: int) -> str:
     return (
         f"step {record.step + 1:2d}/{num_steps} reward {record.reward:.3f} "
         f"exact {record.exact:.2f} loss {record.loss:+.4f} kl {record.kl:.5f} "
-        f"clip {record.clip:.3f} grad {record.grad_norm:.2f} "
+        f"clip {record.clip:.3f} grad {record.grad_norm:.2f} gap {record.gap:.1e} "
         f"| cached {record.cached_tokens}/{record.prompt_tokens} prompt tokens "
         f"| run/flat {record.tokens_run}/{record.tokens_flat} | s: {phases}"
     )
