@@ -30,6 +30,8 @@ Options
   --geometry NAME      model shape with random weights: smollm2-135m (default), qwen3-4b, tiny-llama,
                        tiny-qwen2, tiny-qwen3
   --prompt N           prompt tokens; default 1000, radix 16384, placement 12000
+  --cached N           prefill: prompt tokens whose keys and values are in the pool already (default 0);
+                       the timed pass runs the others
   --response N         response tokens of each sample (default 64); decode: tokens it has already
   --group N            samples of the prompt (default 8); prefill and radix use none
   --mode shared|flat   shared (default): the prompt exists once; flat: each sample has its own, same kernels
@@ -71,6 +73,8 @@ absl::Status Set(absl::string_view name, absl::string_view value, Options& optio
     options.mode = value == "flat" ? Mode::kFlat : Mode::kShared;
   } else if (name == "--prompt") {
     return SetNumber(name, value, 1, options.prompt);
+  } else if (name == "--cached") {
+    return SetNumber(name, value, 0, options.cached);
   } else if (name == "--response") {
     return SetNumber(name, value, 1, options.response);
   } else if (name == "--group") {

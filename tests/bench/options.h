@@ -18,6 +18,7 @@ struct Options {
   std::string device = "cpu";
   Mode mode = Mode::kShared;
   int64_t prompt = 0;  // 0 = the subcommand's default
+  int64_t cached = 0;  // of the prompt's tokens, before the timed pass
   int64_t response = 64;
   int64_t group = 8;
   int64_t block_tokens = 16;
