@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <memory>
 
-#include "kernels/model/kv_pool.h"
+#include "tests/support/kept_prompt.h"
 #include "tests/support/tolerances.h"
 #include "tests/trainer/trainer_fixture.h"
 #include "trainer/activations.h"
@@ -100,39 +100,12 @@ TEST_P(BranchGradientTest, EqualsTheWholeTreeOnRandomTrees) {
 
 // ---- Prompts kept by generation
 
-// The state of `prompt` as a prefill in chunks leaves it.
+// The state of `prompt` as a prefill in pieces leaves it.
 std::shared_ptr<KeptPrompt> Keep(TinyPolicy& policy, const std::vector<int32_t>& prompt,
-                                 int64_t chunk) {
-  const int64_t num_tokens = static_cast<int64_t>(prompt.size());
-  auto kept = std::make_shared<KeptPrompt>();
-  kept->tokens = prompt;
-  kept->version = policy.trainer().policy_version();
-  EXPECT_TRUE(kept->state.Prepare(policy.config(), policy.ops(), num_tokens).ok());
-  constexpr int64_t kBlock = 16;
-  const int64_t blocks = (num_tokens + kBlock - 1) / kBlock;
-  const KvPool pool = KvPool::Create(policy.config(), blocks, kBlock, policy.ops()).value();
-  const Decoder& decoder = policy.decoder();
-  DeviceBuffer workspace =
-      policy.ops().Allocate(decoder.WorkspaceBytes(chunk, 1), "workspace").value();
-  for (int64_t begin = 0; begin < num_tokens; begin += chunk) {
-    const int64_t end = std::min(num_tokens, begin + chunk), rows = end - begin;
-    ops::TokenBatch batch;
-    batch.block_tokens = kBlock;
-    for (int64_t p = begin; p < end; ++p) {
-      batch.tokens.push_back(prompt[p]);
-      batch.positions.push_back(static_cast<int32_t>(p));
-      batch.subtree_end.push_back(static_cast<int32_t>(rows));
-      batch.kv_slots.push_back(static_cast<int32_t>(p));
-    }
-    if (begin > 0) batch.context_nodes = {{.num_tokens = static_cast<int32_t>(begin)}};
-    for (int32_t b = 0; b < blocks; ++b) batch.context_blocks.push_back(b);
-    batch.segments = {{.row_end = static_cast<int32_t>(rows), .context_node = begin > 0 ? 0 : -1}};
-    if (end == num_tokens) batch.logit_rows = {static_cast<int32_t>(rows - 1)};
-    const std::unique_ptr<ops::BatchPlan> plan = policy.ops().PlanBatch(batch).value();
-    PromptCapture capture(policy.ops(), {{.rows = rows, .prompt = kept}});
-    EXPECT_TRUE(decoder.Forward(policy.model().params, *plan, &pool, workspace, &capture).ok());
-    capture.Finish();
-  }
+                                 int64_t piece) {
+  std::shared_ptr<KeptPrompt> kept = KeepPrompt(policy.decoder(), policy.model().params, prompt,
+                                                policy.trainer().policy_version(), piece)
+                                         .value();
   EXPECT_TRUE(kept->complete());
   return kept;
 }

@@ -11,6 +11,7 @@
 #include <iostream>
 
 #include "kernels/base/status_macros.h"
+#include "tests/support/kept_prompt.h"
 #include "tests/support/tolerances.h"
 #include "tests/trainer/trainer_fixture.h"
 #include "trainer/activations.h"
@@ -94,9 +95,9 @@ class Policy {
   }
 
   std::vector<float> Gradients(const ForwardBackwardRequest& request, bool share,
-                               int64_t activation_bytes = 0) {
-    const Trainer::Options options = {.activation_bytes = activation_bytes,
-                                      .share_prefixes = share};
+                               int64_t activation_bytes = 0, int64_t max_rows = 16384) {
+    const Trainer::Options options = {
+        .max_rows = max_rows, .activation_bytes = activation_bytes, .share_prefixes = share};
     const auto trainer = Trainer::Create(options, model_, *decoder_, clock_).value();
     const auto result = trainer->ForwardBackward(request);
     EXPECT_TRUE(result.ok()) << result.status();
@@ -104,6 +105,11 @@ class Policy {
     std::vector<float> gradients(flat.num_elements());
     EXPECT_TRUE(ops_->Download(flat, gradients.data()).ok());
     return gradients;
+  }
+
+  void Keep(TrainGroup& group) {
+    group.kept_prompt =
+        KeepPrompt(*decoder_, model_.params, group.prompt, PolicyVersion{0}, /*piece=*/96).value();
   }
 
  private:
@@ -261,6 +267,26 @@ TEST_P(CudaGradientTest, TwoRunsAndEveryLevelOfMemoryGiveEqualBits) {
   // Hardly anything is kept: rows of at most 1,024 tokens, the least level of memory.
   const int64_t least = Activations::SizeBytes(config_, DType::kBF16, 1024, 1024, Retain::kInputs);
   EXPECT_EQ(cuda->Gradients(request_, /*share=*/true, least), once);
+}
+
+TEST_P(CudaGradientTest, BranchesBehindTheirPromptAreAsClose) {
+  const std::vector<float> exact =
+      Policy::Create("cpu", config_, Scale::kInitial).value()->Gradients(request_, /*share=*/true);
+  const auto cuda = Policy::Create("cuda", config_, Scale::kInitial).value();
+  int64_t rows = 1;  // as few as any pass needs
+  for (const TrainGroup& group : request_.groups) {
+    rows = std::max(rows, static_cast<int64_t>(group.prompt.size()));
+    for (const TrainSample& s : group.samples) {
+      rows = std::max(rows, static_cast<int64_t>(s.tokens.size()));
+    }
+  }
+  const std::vector<float> cut = cuda->Gradients(request_, /*share=*/true, 0, rows);
+  EXPECT_LE(Compare(config_, cut, exact).worst, tolerance::kBf16Gradient);
+  EXPECT_EQ(cuda->Gradients(request_, /*share=*/true, 0, rows), cut);
+
+  for (TrainGroup& group : request_.groups) cuda->Keep(group);
+  const std::vector<float> kept = cuda->Gradients(request_, /*share=*/true);
+  EXPECT_LE(Compare(config_, kept, exact).worst, tolerance::kBf16Gradient);
 }
 
 std::string CaseName(const testing::TestParamInfo<Parameter>& info) {
