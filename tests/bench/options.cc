@@ -34,7 +34,8 @@ Options
                        the timed pass runs the others
   --response N         response tokens of each sample (default 64); decode: tokens it has already
   --group N            samples of the prompt (default 8); prefill and radix use none
-  --mode shared|flat   shared (default): the prompt exists once; flat: each sample has its own, same kernels
+  --mode NAME          shared (default): the prompt exists once; flat: each sample has its own, same
+                       kernels; kept: train_step from what a prefill has kept of the prompt
   --block_tokens N     tokens in a KV block (default 16)
   --device cpu|cuda    where to run (default cpu)
   --threads N          CPU threads, 0 = all cores (default)
@@ -66,11 +67,12 @@ absl::Status Set(absl::string_view name, absl::string_view value, Options& optio
   } else if (name == "--device") {
     options.device = std::string(value);
   } else if (name == "--mode") {
-    if (value != "shared" && value != "flat") {
-      return absl::InvalidArgumentError(
-          absl::StrCat("--mode wants shared or flat, got \"", value, "\"; see --help"));
+    for (const Mode mode : {Mode::kShared, Mode::kFlat, Mode::kKept}) {
+      options.mode = mode;
+      if (value == Name(mode)) return absl::OkStatus();
     }
-    options.mode = value == "flat" ? Mode::kFlat : Mode::kShared;
+    return absl::InvalidArgumentError(
+        absl::StrCat("--mode wants shared, flat or kept, got \"", value, "\"; see --help"));
   } else if (name == "--prompt") {
     return SetNumber(name, value, 1, options.prompt);
   } else if (name == "--cached") {
@@ -128,6 +130,10 @@ absl::StatusOr<Options> ParseOptions(const std::vector<absl::string_view>& argum
     options.prompt = options.subcommand == "radix"       ? 16384
                      : options.subcommand == "placement" ? 12000
                                                          : 1000;
+  }
+  if (options.mode == Mode::kKept && options.subcommand != "train_step") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--mode=kept is for train_step, got ", options.subcommand, "; see --help"));
   }
   return options;
 }

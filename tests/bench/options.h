@@ -10,7 +10,7 @@
 
 namespace coppice::bench {
 
-enum class Mode { kShared, kFlat };
+enum class Mode { kShared, kFlat, kKept };
 
 struct Options {
   std::string subcommand;
@@ -28,7 +28,9 @@ struct Options {
   bool phases = false;
 };
 
-inline const char* Name(Mode mode) { return mode == Mode::kShared ? "shared" : "flat"; }
+inline const char* Name(Mode mode) {
+  return mode == Mode::kShared ? "shared" : mode == Mode::kFlat ? "flat" : "kept";
+}
 
 // The text of --help.
 std::string Usage();

@@ -1,4 +1,5 @@
-// train_step: forward, loss and backward over one prompt with its responses, then AdamW. Bounds:
+// train_step: forward, loss and backward over one prompt with its responses, then AdamW. With
+// --mode=kept from what a prefill has kept of the prompt, which then is not run forward. Bounds:
 // the library's own time for the GEMMs of forward and backward over the rows that the mode runs;
 // the bytes of the update at the measured bandwidth of memory.
 #include <algorithm>
@@ -13,6 +14,7 @@
 #include "tests/bench/benches.h"
 #include "tests/bench/bounds.h"
 #include "tests/bench/measure.h"
+#include "tests/support/kept_prompt.h"
 #include "tests/support/tolerances.h"
 #include "trainer/trainer.h"
 
@@ -38,14 +40,29 @@ ForwardBackwardRequest MakeRequest(const Options& options, const BenchModel& ben
 
 absl::StatusOr<std::unique_ptr<Trainer>> MakeTrainer(const Options& options, BenchModel& bench) {
   Trainer::Options trainer_options;
-  trainer_options.share_prefixes = options.mode == Mode::kShared;
+  trainer_options.share_prefixes = options.mode != Mode::kFlat;
   trainer_options.max_rows = options.group * (options.prompt + options.response);  // one pass
   return Trainer::Create(trainer_options, bench.model(), bench.decoder(), kClock);
 }
 
+// Of the request's prompt, if the mode asks for it; else null.
+absl::StatusOr<std::shared_ptr<KeptPrompt>> KeepIfAsked(const Options& options, BenchModel& bench,
+                                                        ForwardBackwardRequest& request) {
+  if (options.mode != Mode::kKept) return nullptr;
+  constexpr int64_t kPiece = 2048;
+  TrainGroup& group = request.groups[0];
+  ASSIGN_OR_RETURN(
+      std::shared_ptr<KeptPrompt> kept,
+      KeepPrompt(bench.decoder(), bench.model().params, group.prompt, PolicyVersion{0}, kPiece));
+  group.kept_prompt = kept;
+  return kept;
+}
+
 absl::StatusOr<std::vector<float>> Gradients(const Options& options, BenchModel& bench) {
   ASSIGN_OR_RETURN(const std::unique_ptr<Trainer> trainer, MakeTrainer(options, bench));
-  RETURN_IF_ERROR(trainer->ForwardBackward(MakeRequest(options, bench)).status());
+  ForwardBackwardRequest request = MakeRequest(options, bench);
+  RETURN_IF_ERROR(KeepIfAsked(options, bench, request).status());
+  RETURN_IF_ERROR(trainer->ForwardBackward(request).status());
   // Of a large model its upper layers.
   constexpr int64_t kMaxElements = int64_t{1} << 27;
   TensorView flat = trainer->gradients().flat;
@@ -60,7 +77,7 @@ absl::Status VerifyGradients(Options options, BenchModel& bench) {
   options.prompt = std::min<int64_t>(options.prompt, 24);
   options.response = std::min<int64_t>(options.response, 5);
   options.group = std::min<int64_t>(options.group, 3);
-  options.mode = Mode::kShared;
+  if (options.mode == Mode::kFlat) options.mode = Mode::kShared;
   ASSIGN_OR_RETURN(const std::vector<float> shared, Gradients(options, bench));
   options.mode = Mode::kFlat;
   ASSIGN_OR_RETURN(const std::vector<float> flat, Gradients(options, bench));
@@ -71,7 +88,7 @@ absl::Status VerifyGradients(Options options, BenchModel& bench) {
 
 absl::StatusOr<double> GemmBoundSeconds(const Options& options, BenchModel& bench) {
   const int64_t sequences = options.group, own = options.response - 1;  // the last needs no row
-  const bool shared = options.mode == Mode::kShared;
+  const bool shared = options.mode != Mode::kFlat;
   const int64_t rows =
       shared ? options.prompt + sequences * own : sequences * (options.prompt + own);
   const int64_t head_rows = shared ? 1 + sequences * own : sequences * options.response;
@@ -105,16 +122,20 @@ absl::Status RunTrainStep(const Options& options) {
   RETURN_IF_ERROR(VerifyGradients(options, *bench));
 
   ASSIGN_OR_RETURN(std::unique_ptr<Trainer> trainer, MakeTrainer(options, *bench));
-  const ForwardBackwardRequest request = MakeRequest(options, *bench);
+  ForwardBackwardRequest request = MakeRequest(options, *bench);
+  ASSIGN_OR_RETURN(std::shared_ptr<KeptPrompt> kept, KeepIfAsked(options, *bench, request));
   const AdamConfig adam{.learning_rate = 1e-6f};
   std::map<std::string, double> metrics;
+  double skipped = 0;
   const Stage forward_backward = [&]() -> absl::Status {
     ASSIGN_OR_RETURN(const ForwardBackwardResult done, trainer->ForwardBackward(request));
     metrics = done.metrics;
+    skipped = static_cast<double>(done.tokens.prompt_forward_skipped);
     return absl::OkStatus();
   };
   const Stage update = [&]() -> absl::Status {
     RETURN_IF_ERROR(trainer->OptimStep(adam).status());
+    if (kept != nullptr) kept->version = trainer->policy_version();  // as if prefilled again
     return bench->ops().Synchronize();
   };
   ASSIGN_OR_RETURN(const std::vector<double> seconds,
@@ -127,8 +148,11 @@ absl::Status RunTrainStep(const Options& options) {
     RETURN_IF_ERROR(AddPhases(*bench->profiled_ops(), forward_backward, gradients));
     gradients.phases.emplace_back("activation_bytes", metrics["activation_bytes"]);
     gradients.phases.emplace_back("recompute", metrics["recompute"]);
+    gradients.phases.emplace_back("prompt_forward_skipped", skipped);
   }
   trainer.reset();  // bounds need its memory
+  request.groups[0].kept_prompt.reset();
+  kept.reset();
   ASSIGN_OR_RETURN(gradients.bound_seconds, GemmBoundSeconds(options, *bench));
   gradients.bound = GemmBoundName(bench->ops());
   Print(options, gradients);
