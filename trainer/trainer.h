@@ -22,7 +22,8 @@ namespace coppice {
 class Trainer {
  public:
   struct Options {
-    // Unique tokens in one pass; more is split into micro-batches of whole groups.
+    // Unique tokens in one pass; more is split into micro-batches of whole groups, and a group with
+    // more into its prompt and micro-batches of its branches.
     int64_t max_rows = 16384;
     // Memory for activations; decides what is retained for backward. 0 = half of a CPU's free
     // memory at Create; on a GPU what is free beside gradients and optimizer.
