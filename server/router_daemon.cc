@@ -1,5 +1,8 @@
 #include "server/router_daemon.h"
 
+#include <cstdlib>
+#include <thread>
+
 #include "kernels/base/log.h"
 #include "kernels/base/status_macros.h"
 #include "server/life_events.h"
@@ -28,7 +31,7 @@ ExitCode RouterDaemon::Run() {
   if (absl::Status s = StartRouter(); !s.ok()) return Fail(CodeOf(s), s);
   if (absl::Status s = AnnounceReady(); !s.ok()) return Fail(ExitCode::kRuntimeError, s);
   while (LifeEvents::num_signals() == 0) events.Wait(absl::InfiniteDuration());
-  return Drain();
+  return Drain(events);
 }
 
 absl::Status RouterDaemon::StartHttp() {
@@ -69,16 +72,28 @@ absl::Status RouterDaemon::AnnounceReady() {
   return absl::OkStatus();
 }
 
-ExitCode RouterDaemon::Drain() {
-  LOG(INFO) << "drain_started timeout_s=" << config_.drain_timeout_s;
+ExitCode RouterDaemon::Drain(LifeEvents& events) {
+  LOG(INFO) << "drain_started timeout_s=" << config_.drain_timeout_s
+            << " note=\"a second signal stops at once\"";
   router_->SetDraining();
-  const bool drained = router_->Shutdown(absl::Seconds(config_.drain_timeout_s));
-  if (drained) {
+  std::atomic<bool> ended{false};
+  bool drained = false;
+  std::thread shutdown([&] {
+    drained = router_->Shutdown(absl::Seconds(config_.drain_timeout_s));
+    ended = true;
+    events.Post();
+  });
+  while (!ended && LifeEvents::num_signals() < 2) events.Wait(absl::InfiniteDuration());
+  const bool in_time = ended;
+  if (in_time) shutdown.join();
+  if (in_time && drained) {
     LOG(INFO) << "stopped drained=yes";
     return ExitCode::kDrained;
   }
   LOG(WARNING) << "stopped drained=no exit_code=" << static_cast<int>(ExitCode::kNotDrained)
                << " open calls were cancelled; raise --drain_timeout_s to let them finish";
+  // The calls that are left end with their connections.
+  if (!in_time) std::_Exit(static_cast<int>(ExitCode::kNotDrained));
   return ExitCode::kNotDrained;
 }
 

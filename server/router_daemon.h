@@ -16,6 +16,7 @@
 #include "server/config.h"
 #include "server/exit_code.h"
 #include "server/http/http_server.h"
+#include "server/life_events.h"
 #include "server/router/router.h"
 
 namespace coppice {
@@ -31,7 +32,7 @@ class RouterDaemon {
   absl::Status StartHttp();
   absl::Status StartRouter();
   absl::Status AnnounceReady();
-  ExitCode Drain();
+  ExitCode Drain(LifeEvents& events);
 
   const Config config_;
   SteadyClock clock_;

@@ -399,6 +399,38 @@ TEST_F(RouterTest, BadConfigurationsSaySo) {
   EXPECT_THAT(mixed->log(), HasSubstr("want one model, got"));
 }
 
+TEST_F(RouterTest, SigtermLetsStreamsFinishAndASecondSignalDoesNot) {
+  Start(1);
+  auto stream = Open(Request("key", 1500));
+  ASSERT_TRUE(stream->Read());
+  router_->Signal(SIGTERM);
+  ASSERT_FALSE(router_->AwaitLine("drain_started").empty());
+  EXPECT_TRUE(stream->Finish().ok());
+  EXPECT_EQ(stream->tokens, 1500);
+  EXPECT_EQ(router_->Wait(), 0);
+
+  StartRouter();
+  auto endless = Open(Request("key", 4000));
+  ASSERT_TRUE(endless->Read());
+  router_->Signal(SIGTERM);
+  ASSERT_FALSE(router_->AwaitLine("drain_started").empty());
+  router_->Signal(SIGTERM);
+  EXPECT_EQ(router_->Wait(), 5);
+  EXPECT_EQ(endless->Finish().error_code(), grpc::StatusCode::UNAVAILABLE);
+}
+
+TEST_F(RouterTest, HitsArePredictedAndConfirmed) {
+  Start(2);
+  v1::GenerateRequest request = Request("", 1);
+  for (int i = 0; i < 640; ++i) request.mutable_prompt()->mutable_tokens()->add_ids(i % 250);
+  ASSERT_TRUE(Open(request)->Finish().ok());
+  EXPECT_EQ(Metric(*router_, "coppice_router_hit_tokens_predicted_total"), 0);
+  ASSERT_TRUE(Open(request)->Finish().ok());
+  EXPECT_EQ(Metric(*router_, "coppice_router_prompt_tokens_total"), 2 * 660);
+  EXPECT_EQ(Metric(*router_, "coppice_router_hit_tokens_predicted_total"), 512);
+  EXPECT_GE(Metric(*router_, "coppice_router_hit_tokens_confirmed_total"), 640);
+}
+
 TEST_F(RouterTest, WithoutAReplicaCallsFailAtOnce) {
   Start(1);
   replicas_[0]->Signal(SIGKILL);
