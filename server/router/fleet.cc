@@ -1,6 +1,7 @@
 #include "server/router/fleet.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -329,7 +330,7 @@ const Fleet::Replica* Fleet::FindLeader() const {
 
 void Fleet::ShowLoad(ReplicaId id) {
   const Replica* replica = Find(id);
-  if (replica != nullptr) replica->metrics->load_tokens.Set(placement_.Load(id));
+  if (replica != nullptr) replica->metrics->load_tokens.Set(std::round(placement_.Load(id)));
 }
 
 absl::Status Fleet::NoneServes() const {

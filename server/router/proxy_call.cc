@@ -1,5 +1,6 @@
 #include "server/router/proxy_call.h"
 
+#include <chrono>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -11,6 +12,8 @@ namespace coppice {
 namespace {
 
 constexpr char kTenantHeader[] = "x-coppice-tenant";
+// The daemon's clock may fire first by so much.
+constexpr std::chrono::milliseconds kDeadlineSlack(50);
 
 // Of a call that neither its caller nor the daemon's engine ended.
 grpc::Status CancelledStatus(OpenAttempt::Cancelled why, const std::string& replica) {
@@ -142,7 +145,7 @@ void ProxyCall::OnFirstMessage() {
 }
 
 void ProxyCall::OnWriteDone(bool ok) {
-  if (!ok) upstream_->attempt()->context.TryCancel();
+  if (!ok) OnCancel();  // the caller is gone, whatever gRPC says first
   upstream_->ReadNext();
 }
 
@@ -181,7 +184,9 @@ grpc::Status ProxyCall::Meaning(const grpc::Status& status, const Upstream& upst
   if (status.ok()) return status;
   const OpenAttempt::Cancelled why = upstream.attempt()->cancelled;
   absl::MutexLock lock(&mutex_);
-  const bool shut_down = IsShutdown(status) && !cancelled_;
+  // A daemon that ends a call at its deadline sounds the same.
+  const bool in_time = call_->deadline() > std::chrono::system_clock::now() + kDeadlineSlack;
+  const bool shut_down = IsShutdown(status) && !cancelled_ && in_time;
   if (why == OpenAttempt::Cancelled::kNo && !shut_down) return status;
   return CancelledStatus(why, upstream.target().name);
 }
