@@ -7,12 +7,14 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "kernels/base/log.h"
 #include "kernels/base/status_macros.h"
 
 namespace coppice {
 namespace {
 
 constexpr int64_t kChunkElements = int64_t{1} << 20;
+constexpr int64_t kLoggedElements = int64_t{1} << 28;  // from here on progress is logged
 
 struct Chunk {
   size_t tensor;
@@ -44,13 +46,12 @@ class Filler {
       : tensors_(tensors), source_(source), ops_(ops), chunks_(SplitIntoChunks(tensors)) {
     const ops::DeviceInfo info = ops.Info();
     in_place_ = info.kind == DeviceKind::kCpu && info.compute_dtype == DType::kF32;
+    for (const NamedTensor& t : tensors) num_elements_ += t.view.num_elements();
   }
 
   absl::Status Run() {
-    int64_t elements = 0;
-    for (const NamedTensor& t : tensors_) elements += t.view.num_elements();
     const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
-    const int64_t num_threads = std::min(cores, 1 + elements / kChunkElements);
+    const int64_t num_threads = std::min(cores, 1 + num_elements_ / kChunkElements);
     std::vector<std::thread> threads;
     for (int64_t i = 1; i < num_threads; ++i) threads.emplace_back([this] { Work(); });
     Work();
@@ -67,11 +68,27 @@ class Filler {
       const size_t i = next_.fetch_add(1, std::memory_order_relaxed);
       if (i >= chunks_.size()) return;
       const absl::Status status = FillChunk(chunks_[i], staging, narrow);
-      if (status.ok()) continue;
+      if (status.ok()) {
+        CountDone(chunks_[i]);
+        continue;
+      }
       absl::MutexLock lock(&mutex_);
       if (status_.ok()) status_ = status;
       failed_.store(true, std::memory_order_relaxed);
     }
+  }
+
+  // Logs every quarter of a large model.
+  void CountDone(const Chunk& chunk) {
+    const TensorView rows = tensors_[chunk.tensor].view.Rows(chunk.row_begin, chunk.row_end);
+    const int64_t before = done_.fetch_add(rows.num_elements()),
+                  after = before + rows.num_elements();
+    if (num_elements_ < kLoggedElements ||
+        4 * after / num_elements_ == 4 * before / num_elements_) {
+      return;
+    }
+    LOG(INFO) << "weights_loading percent=" << 100 * after / num_elements_
+              << " params_m=" << after / 1'000'000;
   }
 
   absl::Status FillChunk(const Chunk& chunk, std::vector<float>& staging,
@@ -96,6 +113,8 @@ class Filler {
   ops::Ops& ops_;
   const std::vector<Chunk> chunks_;
   bool in_place_ = false;
+  int64_t num_elements_ = 0;
+  std::atomic<int64_t> done_{0};
   std::atomic<size_t> next_{0};
   std::atomic<bool> failed_{false};
   absl::Mutex mutex_;

@@ -1,6 +1,6 @@
 // Fills the weight arena from a source of f32 rows on all cores. On a CPU arena of f32 the source
 // writes in place; otherwise each thread stages a chunk, narrows it to the arena's dtype and
-// uploads it.
+// uploads it, while the others read theirs. Large models are logged by quarters.
 #pragma once
 
 #include <cstdint>
