@@ -71,7 +71,8 @@ absl::StatusOr<const CudaBatchPlan::Attention*> ScheduleFor(const Context& conte
                                                             const ops::BatchPlan* plan,
                                                             const AttentionShape& shape,
                                                             bool backward) {
-  // What stores or reads KV is generation: there a row's sums follow its keys' positions alone.
+  // What stores or reads KV is generation, or training behind a prompt of its own: there a row's
+  // sums follow its keys' positions alone.
   const ops::TokenBatch& batch = plan->batch();
   const bool invariant = !backward && context.deterministic() &&
                          (!batch.kv_slots.empty() || !batch.context_nodes.empty());

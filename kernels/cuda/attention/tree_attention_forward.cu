@@ -257,7 +257,7 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
           for (int j = 0; j < kWidth<D> / 2; ++j) o[part][j] *= shrink[j / 2 % 2];
       }
       PackOperand(probabilities, scores);
-      if constexpr (kSteps < D >> 1) clear_tail(i);
+      if constexpr ((kSteps<D>) > 1) clear_tail(i);
     }
     start_output();
     finish_output();
