@@ -82,6 +82,31 @@ def test_every_manifest_is_valid_for_kubernetes(helm, values, everything, versio
     }  # fmt: skip
 
 
+def test_a_bare_cluster_has_every_kind_that_the_values_files_ask_for(helm, values):
+    assert {m["kind"] for m in helm.render(*values)} & set(CRDS) == set()
+
+
+@pytest.mark.parametrize(
+    ("switch", "kind"),
+    [
+        ("monitoring.podMonitor.enabled", "PodMonitor"),
+        ("monitoring.rules.enabled", "PrometheusRule"),
+        ("autoscaling.enabled", "ScaledObject"),
+    ],
+)
+def test_each_switch_needs_the_crd_that_the_readmes_and_notes_name(helm, values, switch, kind):
+    manifests = helm.render(*values, "--set", f"{switch}=true")
+    (custom,) = [m for m in manifests if m["kind"] in CRDS]
+    assert custom["kind"] == kind
+    assert problem(custom, OLDEST_KUBERNETES) is None
+    group = custom["apiVersion"].split("/")[0]
+    (row,) = [s for s in (CHART / "README.md").read_text().splitlines() if f"| `{switch}`" in s]
+    assert f"`{kind.lower()}s.{group}`" in row
+    value = switch.removesuffix(".enabled")
+    for text in (helm.notes(*values).stdout, (ROOT / "deploy/README.md").read_text()):
+        assert value in text and kind in text
+
+
 def test_the_validation_sees_a_misspelt_field(helm, values, everything):
     for manifest in helm.render(*values, *everything):
         if manifest["kind"] in ("ConfigMap", "ServiceAccount"):
@@ -308,3 +333,16 @@ def test_numbers_reach_the_daemon_as_they_were_written(helm, values, tmp_path):
 def test_the_notes_say_how_to_connect(helm, values):
     notes = helm.notes(*values, "--namespace", "rl").stdout
     assert "coppice.rl.svc:7700" in notes and "There is no authentication" in notes
+
+
+@pytest.mark.parametrize(
+    ("settings", "warned"),
+    [
+        ("replicas.count=1", False),
+        ("replicas.count=2", True),
+        ("replicas.count=1,autoscaling.enabled=true", True),
+    ],
+)
+def test_the_notes_say_how_to_train(helm, values, settings, warned):
+    notes = helm.notes(*values, "--set", settings).stdout
+    assert ("to train, set replicas.count=1 and autoscaling.enabled=false" in notes) == warned
