@@ -18,10 +18,12 @@ namespace {
 // A method that the API does not have.
 class UnknownCall final : public grpc::ServerGenericBidiReactor {
  public:
-  explicit UnknownCall(const std::string& method) {
-    Finish({grpc::StatusCode::UNIMPLEMENTED,
-            absl::StrCat("call refused: want a method of coppice.v1, got ", method,
-                         "; see proto/coppice/v1")});
+  UnknownCall(RouterMetrics& metrics, const std::string& method) {
+    const grpc::Status status(grpc::StatusCode::UNIMPLEMENTED,
+                              absl::StrCat("call refused: want a method of coppice.v1, got ",
+                                           method, "; see proto/coppice/v1"));
+    CountResponse(metrics, status);
+    Finish(status);
   }
   void OnDone() override { delete this; }
 };
@@ -60,7 +62,7 @@ class GrpcRouter final : public Router, public grpc::CallbackGenericService {
     const Route route = RouteOf(call->method());
     if (route == Route::kUnknown) {
       metrics_.requests[static_cast<int>(route)]->Increment();
-      return new UnknownCall(call->method());
+      return new UnknownCall(metrics_, call->method());
     }
     if (IsFanOut(call->method())) return new FanOutCall(context_, call, route);
     return new ProxyCall(context_, call, route);

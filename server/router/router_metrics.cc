@@ -96,9 +96,9 @@ RouterMetrics::RouterMetrics()
       time_to_first_byte_seconds(AddHistogram(
           *registry_, "coppice_router_time_to_first_byte_seconds",
           "Seconds from a call's arrival to the first message of its answer.", FirstByteBuckets())),
-      placement_seconds(AddHistogram(*registry_, "coppice_router_placement_seconds",
-                                     "Seconds of choosing a replica, hashing included.",
-                                     PlacementBuckets())),
+      placement_seconds(AddHistogram(
+          *registry_, "coppice_router_placement_seconds",
+          "Seconds of choosing a replica; reading the request comes before.", PlacementBuckets())),
       replica_load_tokens_(AddGauges(*registry_, "coppice_router_replica_load_tokens",
                                      "Expected decode tokens that are open, by replica.")),
       replica_open_requests_(
