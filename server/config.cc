@@ -150,7 +150,7 @@ const std::vector<Flag>& Flags() {
        1, 1000},
       {"Router", "first_byte_timeout_s", &Config::first_byte_timeout_s,
        "Seconds that a call may wait for the first message of its answer before another daemon is "
-       "asked; 0 = no limit.",
+       "asked; 0 = no limit. Training, Score, Pause and Drain have none.",
        0, 86400},
       {"Process", "seed", &Config::seed,
        "Of drawn sampling seeds and random weights; 0 = drawn seeds come from the system."},

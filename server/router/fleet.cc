@@ -111,7 +111,7 @@ Fleet::State Fleet::Judge(const Replica& replica, const ReplicaReport& report) c
   if (report.health == ReplicaReport::Health::kFailed) {
     return replica.failures >= options_.eject_after ? State::kEjected : replica.state;
   }
-  if (replica.late) return State::kEjected;
+  if (replica.late && !MayHoldEngine(replica)) return State::kEjected;
   if (report.health == ReplicaReport::Health::kNotServing) return State::kNotReady;
   if (!replica.facts) return State::kJoining;
   const Replica* leader = FindLeader();
@@ -144,7 +144,9 @@ void Fleet::Enter(Replica& replica, State state, const std::string& why, Attempt
       LOG(WARNING) << "replica_ejected replica=" << name << " was=" << Name(before)
                    << " failures=" << replica.failures << " open_requests=" << replica.open.size()
                    << " last_error=\"" << why << '"';
-      (replica.late ? metrics_.ejections_first_byte : metrics_.ejections_health).Increment();
+      if (before == State::kServing) {
+        (replica.late ? metrics_.ejections_first_byte : metrics_.ejections_health).Increment();
+      }
       to_cancel.assign(replica.open.begin(), replica.open.end());
       break;
   }
@@ -181,9 +183,9 @@ void Fleet::CancelLate() {
     absl::MutexLock lock(&mutex_);
     for (Replica& replica : replicas_) {
       for (const auto& attempt : replica.open) {
-        if (attempt->first_byte || attempt->started > latest) continue;
+        if (attempt->takes_long || attempt->first_byte || attempt->started > latest) continue;
         late.push_back(attempt);
-        replica.late = true;
+        replica.late = !MayHoldEngine(replica);
         LOG(WARNING) << "first_byte_late replica=" << replica.address.name
                      << " timeout=" << absl::FormatDuration(options_.first_byte_timeout);
       }
@@ -293,11 +295,15 @@ std::vector<ReplicaTarget> Fleet::Reachable() const {
 
 void Fleet::Opened(ReplicaId id, const std::shared_ptr<OpenAttempt>& attempt) {
   attempt->started = clock_.Now();
-  absl::MutexLock lock(&mutex_);
-  Replica* replica = Find(id);
-  if (replica == nullptr) return;
-  replica->open.insert(attempt);
-  replica->metrics->open_requests.Set(static_cast<double>(replica->open.size()));
+  {
+    absl::MutexLock lock(&mutex_);
+    Replica* replica = Find(id);
+    if (replica == nullptr) return;
+    replica->open.insert(attempt);
+    replica->metrics->open_requests.Set(static_cast<double>(replica->open.size()));
+    if (replica->state != State::kEjected) return;
+  }
+  Cancel({attempt}, OpenAttempt::Cancelled::kEjected);
 }
 
 void Fleet::Closed(ReplicaId id, const std::shared_ptr<OpenAttempt>& attempt) {
@@ -312,6 +318,11 @@ int64_t Fleet::num_serving() const {
   absl::MutexLock lock(&mutex_);
   return std::count_if(replicas_.begin(), replicas_.end(),
                        [](const Replica& replica) { return replica.state == State::kServing; });
+}
+
+bool Fleet::MayHoldEngine(const Replica& replica) {
+  return std::any_of(replica.open.begin(), replica.open.end(),
+                     [](const auto& attempt) { return attempt->takes_long; });
 }
 
 Fleet::Replica* Fleet::Find(ReplicaId id) {

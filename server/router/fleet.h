@@ -43,6 +43,7 @@ struct OpenAttempt {
   enum class Cancelled { kNo, kEjected, kFirstByteLate };
 
   grpc::ClientContext context;
+  bool takes_long = false;  // TakesLong(method); set before Opened
   absl::Duration started;
   std::atomic<bool> first_byte{false};
   std::atomic<Cancelled> cancelled{Cancelled::kNo};
@@ -88,8 +89,9 @@ class Fleet {
   void SetMembers(const std::vector<ReplicaAddress>& members);
   std::vector<ReplicaTarget> Members() const;
   void Update(ReplicaId id, const ReplicaReport& report);
-  // Cancels calls that wait for their first byte for too long. Their replicas are ejected if their
-  // engines do not answer the next question either.
+  // Cancels calls that wait for their first byte for too long, but for those that take long. Their
+  // replicas are ejected if their engines do not answer the next question either; not while a call
+  // that takes long is open there: it may hold the engine.
   void CancelLate();
   // FAILED_PRECONDITION naming two replicas with different models.
   absl::Status CheckModels() const;
@@ -114,6 +116,7 @@ class Fleet {
   // For calls to all: every replica that answers health checks, the leader first.
   std::vector<ReplicaTarget> Reachable() const;
 
+  // Cancels the attempt if the replica was ejected since it was chosen.
   void Opened(ReplicaId id, const std::shared_ptr<OpenAttempt>& attempt);
   void Closed(ReplicaId id, const std::shared_ptr<OpenAttempt>& attempt);
 
@@ -136,6 +139,7 @@ class Fleet {
   };
   using Attempts = std::vector<std::shared_ptr<OpenAttempt>>;
 
+  static bool MayHoldEngine(const Replica& replica);
   Replica* Find(ReplicaId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::StatusOr<Choice> PlaceLocked(const PlacementRequest& request)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

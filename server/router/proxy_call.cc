@@ -37,6 +37,7 @@ bool IsShutdown(const grpc::Status& status) {
 void ProxyCall::Upstream::Start(const std::string& method, const grpc::ByteBuffer& request) {
   request_ = request;
   PassOn(*call_.call_, attempt_->context);
+  attempt_->takes_long = TakesLong(method);
   call_.context_.fleet.Opened(target_.id, attempt_);
   stub_.PrepareBidiStreamingCall(&attempt_->context, method, {}, this);
   // Reads are started by the caller's reactions too: without the hold OnDone might come between.

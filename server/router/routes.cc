@@ -252,6 +252,11 @@ Route RouteOf(absl::string_view method) {
 
 bool IsFanOut(absl::string_view method) { return FindFanOut(method) != nullptr; }
 
+bool TakesLong(absl::string_view method) {
+  return RouteOf(method) == Route::kTraining || method == "/coppice.v1.Generation/Score" ||
+         method == "/coppice.v1.Admin/Pause" || method == "/coppice.v1.Admin/Drain";
+}
+
 absl::StatusOr<PlacementFacts> ReadPlacementFacts(Route route, const grpc::ByteBuffer& request,
                                                   absl::string_view tenant,
                                                   std::optional<uint64_t> prefix_header) {

@@ -31,6 +31,10 @@ Route RouteOf(absl::string_view method);
 // Whether the call goes to all replicas and their answers are merged into one (Merge).
 bool IsFanOut(absl::string_view method);
 
+// Whether the first byte of its answer may take any time: unary work of any length, or a wait for
+// what runs.
+bool TakesLong(absl::string_view method);
+
 // A request as placement sees it.
 struct PlacementFacts {
   uint64_t prefix_hash = 0;

@@ -103,6 +103,39 @@ TEST_F(FleetTest, ALateFirstByteEjectsAnEngineThatDoesNotAnswer) {
   EXPECT_EQ(fleet_.num_serving(), 2);
 }
 
+TEST_F(FleetTest, ATrainingStepMayTakeAnyTime) {
+  Start(2);
+  const auto step = std::make_shared<OpenAttempt>(), waiting = std::make_shared<OpenAttempt>();
+  step->takes_long = true;
+  fleet_.Opened(ids_[0], step);
+  fleet_.Opened(ids_[0], waiting);
+  clock_.Advance(absl::Hours(1));
+  fleet_.CancelLate();
+  EXPECT_EQ(step->cancelled, OpenAttempt::Cancelled::kNo);
+  EXPECT_EQ(waiting->cancelled, OpenAttempt::Cancelled::kFirstByteLate);
+  // The step holds the engine; gRPC's threads answer.
+  fleet_.Update(ids_[0], {.health = ReplicaReport::Health::kServing});
+  EXPECT_EQ(fleet_.num_serving(), 2);
+  for (int i = 0; i < 2; ++i) fleet_.Update(ids_[0], {});
+  EXPECT_EQ(step->cancelled, OpenAttempt::Cancelled::kEjected);
+  EXPECT_EQ(metrics_.ejections_health.Value(), 1);
+}
+
+TEST_F(FleetTest, ACallThatOpensAfterTheEjectionIsCancelled) {
+  Start(1);
+  for (int i = 0; i < 2; ++i) fleet_.Update(ids_[0], {});
+  const auto attempt = std::make_shared<OpenAttempt>();
+  fleet_.Opened(ids_[0], attempt);
+  EXPECT_EQ(attempt->cancelled, OpenAttempt::Cancelled::kEjected);
+}
+
+TEST_F(FleetTest, AReplicaThatNeverServedIsNoEjection) {
+  fleet_.SetMembers(Addresses(1));
+  for (int i = 0; i < 2; ++i) fleet_.Update(fleet_.Members()[0].id, {});
+  EXPECT_EQ(metrics_.replicas_ejected.Value(), 1);
+  EXPECT_EQ(metrics_.ejections_health.Value(), 0);
+}
+
 TEST_F(FleetTest, TheLeaderIsFirstByNameAndNeverReplaced) {
   Start(3);
   EXPECT_EQ(fleet_.Leader()->name, "coppice-0");

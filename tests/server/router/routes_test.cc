@@ -49,6 +49,10 @@ TEST(RoutesTest, EveryMethodOfTheApiHasARoute) {
         const bool to_all = service->name() == "Cache" || service->name() == "Admin" ||
                             service->method(m)->name() == "Abort";
         EXPECT_EQ(IsFanOut(name), to_all) << name;
+        const std::string& method = service->method(m)->name();
+        const bool long_work = service->name() == "Training" || method == "Score" ||
+                               method == "Pause" || method == "Drain";
+        EXPECT_EQ(TakesLong(name), long_work) << name;
       }
     }
   }
