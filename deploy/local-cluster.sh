@@ -7,19 +7,18 @@
 #   --replicas N           default 3
 #   --port N               of the router, default 7700; 0 = any free one
 #   --prometheus-port N    default 9090; 0 = any free one
-#   --out DIR              logs and state, default build/local-cluster; one cluster a directory
+#   --out DIR              logs and state, default build/local-cluster; new, empty or of an earlier cluster, which is removed
 #   --coppiced PATH        use this daemon, and install and build nothing
 #
 # Addresses are in DIR/cluster.json once all of it is ready. A replica that ends is started again on its port, as a kubelet
 # would. SIGHUP to this script (its id is in cluster.json) restarts the replicas one by one. Ctrl-C or SIGTERM drains all and
 # ends with 0; a second one ends open requests.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
 usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//p}' "$0"; }
 die() { echo "local-cluster: $1" >&2; exit 1; }
 
-model='' geometry='' replicas=3 port=7700 prometheus_port=9090 out=build/local-cluster coppiced=''
+model='' geometry='' replicas=3 port=7700 prometheus_port=9090 out='' coppiced=''
 while [ $# -gt 0 ]; do
   case "$1" in
     --) shift; break ;;
@@ -27,7 +26,9 @@ while [ $# -gt 0 ]; do
     --model | --geometry | --replicas | --port | --prometheus-port | --out | --coppiced)
       [ $# -ge 2 ] || { echo "local-cluster: $1 wants a value" >&2; exit 2; }
       name=${1#--}
-      printf -v "${name//-/_}" '%s' "$2"
+      value=$2
+      case "$name" in model | out | coppiced) value=$(realpath -m -- "$2") ;; esac
+      printf -v "${name//-/_}" '%s' "$value"
       shift 2
       ;;
     *) echo "local-cluster: unknown argument $1" >&2; usage >&2; exit 2 ;;
@@ -37,7 +38,10 @@ for number in "$replicas" "$port" "$prometheus_port"; do
   [[ "$number" =~ ^[0-9]+$ ]] || { echo "local-cluster: want a number, got '$number'" >&2; exit 2; }
 done
 [ "$replicas" -gt 0 ] || { echo 'local-cluster: --replicas: want at least 1, got 0' >&2; exit 2; }
+[ -z "$model" ] || [ -z "$geometry" ] || { echo 'local-cluster: want one of --model and --geometry, got both' >&2; exit 2; }
 readonly FLAGS=("$@") START_TIMEOUT_S=120
+cd "$(dirname "$0")/.."
+out=${out:-build/local-cluster}
 
 declare -A pid=()         # of replica-0 ..., router, prometheus
 declare -A replica_port=()  # "gRPC HTTP" by name, the same over a restart
@@ -164,7 +168,7 @@ announce() { # by rename: readers see all of it or nothing
 supervise() {
   local name
   while [ "$stops" -eq 0 ]; do
-    sleep 1 &  # for a signal that came just before
+    sleep 1 9>&- &  # for a signal that came just before
     wait -n "${pid[@]}" $! || true
     [ "$stops" -eq 0 ] || break
     [ -z "$restart_asked" ] || rolling_restart
@@ -209,6 +213,10 @@ finish() {
 
 # --- what is needed
 
+# Only below a directory with the lock is anything removed.
+if [ ! -e "$out/local-cluster.lock" ] && [ -n "$(ls -A "$out" 2>/dev/null)" ]; then
+  die "--out $out is not empty and has no local-cluster.lock: not the directory of a cluster; empty it or choose another"
+fi
 if [ -z "$coppiced" ]; then
   coppiced=build/release/coppiced
   export CCACHE_BASEDIR=$PWD
@@ -227,7 +235,7 @@ threads=$(($(nproc) / replicas))
 names=()
 for ((i = 0; i < replicas; ++i)); do names+=("replica-$i"); done
 mkdir -p "$out"
-exec 9>"$out/lock"
+exec 9>"$out/local-cluster.lock"
 flock -n 9 || die "another cluster runs in $out; choose another --out"
 rm -rf "$out"/{replica-*,router,prometheus,cluster.json}
 

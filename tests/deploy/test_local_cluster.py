@@ -220,11 +220,33 @@ def test_ctrl_c_stops_everything(cluster):
     assert not (cluster.directory / "cluster.json").exists()
 
 
+def test_a_stopped_cluster_s_directory_is_used_again_and_its_leftovers_go(cluster, coppiced):
+    assert cluster.process.poll() == 0  # stopped by the test before
+    leftover = cluster.directory / "replica-7/log"
+    leftover.parent.mkdir()
+    leftover.write_text("of an earlier cluster")
+    with running(coppiced, cluster.directory, "--replicas", "1"):
+        assert not leftover.parent.exists()
+
+
+def test_a_directory_that_is_not_a_cluster_s_is_left_alone(coppiced, tmp_path):
+    precious = [tmp_path / name for name in ("replica-0/weights", "router/notes", "lock")]
+    for path in precious:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("precious")
+    with pytest.raises(AssertionError, match=re.escape(f"--out {tmp_path} is not empty")):
+        with running(coppiced, tmp_path):
+            pass
+    assert [path.read_text() for path in precious] == ["precious"] * len(precious)
+    assert {path.name for path in tmp_path.iterdir()} == {"replica-0", "router", "lock"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--replica", "3"], "unknown argument --replica"),
         (["--replicas", "none"], "want a number, got 'none'"),
+        (["--model", "m.gguf"], "want one of --model and --geometry, got both"),
         (["--", "--kv_byte=1"], "bad flag: --kv_byte"),
     ],
 )
