@@ -3,7 +3,6 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/base/status_macros.h"
 #include "kernels/model/arena.h"
 
 namespace coppice {
@@ -190,17 +189,10 @@ int64_t Activations::MaxRows(const ModelConfig& config, DType dtype, int64_t bud
                               kProbe);
 }
 
-absl::Status Activations::Prepare(const ModelConfig& config, ops::Ops& ops, int64_t rows,
-                                  int64_t head_rows, Retention retention) {
-  const DType dtype = ops.Info().compute_dtype;
-  const int64_t bytes = SizeBytes(config, dtype, rows, head_rows, retention);
-  if (bytes > buffer_.size_bytes()) {
-    buffer_ = DeviceBuffer();  // free first: old and new need not exist together
-    ASSIGN_OR_RETURN(buffer_, ops.Allocate(bytes, "activations"));
-  }
+void Activations::Place(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
+                        Retention retention, void* base) {
   retention_ = retention;
-  LayOut(config, dtype, rows, head_rows, retention, buffer_.data());
-  return absl::OkStatus();
+  LayOut(config, dtype, rows, head_rows, retention, base);
 }
 
 void Activations::UsePrompt(const PromptState& state) {

@@ -1,6 +1,6 @@
 // Activations: what the forward pass leaves for the backward pass, in one arena laid out from a
-// table of specs (after karpathy/llm.c), plus the gradients of activations. Grows to the largest
-// pass seen and is reused across passes and steps.
+// table of specs (after karpathy/llm.c), plus the gradients of activations. Views only: the memory
+// is the trainer's.
 //
 // Retain says what survives of a layer until backward; the rest shares one buffer over all layers
 // and is recomputed layer by layer:
@@ -14,16 +14,13 @@
 // it, so a pass has at most two levels, the better one in as many layers as the budget holds.
 // The second half of the last layer runs on the head rows alone (`tail`).
 //
-// Owner and thread: the trainer on the engine thread. Errors: RESOURCE_EXHAUSTED of the device's
-// allocator.
+// Owner and thread: the trainer on the engine thread.
 #pragma once
 
 #include <cstdint>
 #include <string>
 #include <vector>
 
-#include "absl/status/status.h"
-#include "kernels/base/device.h"
 #include "kernels/model/decoder.h"
 #include "kernels/ops/ops.h"
 #include "trainer/prompt_state.h"
@@ -70,16 +67,16 @@ class Activations {
   // Rows that a pass may have within `budget_bytes` with kInputs, head rows included.
   static int64_t MaxRows(const ModelConfig& config, DType dtype, int64_t budget_bytes);
 
-  // Lays the views out for one pass; allocates only to grow. Views of former passes become invalid.
-  absl::Status Prepare(const ModelConfig& config, ops::Ops& ops, int64_t rows, int64_t head_rows,
-                       Retention retention);
+  // Lays the views out for one pass in SizeBytes() from `base` on. Views of former passes become
+  // invalid.
+  void Place(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
+             Retention retention, void* base);
 
-  // Every layer's input, attn_out and lse become those of `state`, until the next Prepare.
-  // REQUIRES: Prepare(kPrompt) for its number of rows.
+  // Every layer's input, attn_out and lse become those of `state`, until the next Place.
+  // REQUIRES: Place(kPrompt) for its number of rows.
   void UsePrompt(const PromptState& state);
 
   const Retention& retention() const { return retention_; }
-  int64_t size_bytes() const { return buffer_.size_bytes(); }
   // The last layer has only the fields of the attention half.
   const LayerActivations& layer(int64_t l) const { return layers_[l]; }
   // Second half of the last layer on the head rows.
@@ -93,7 +90,6 @@ class Activations {
   int64_t LayOut(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
                  Retention retention, void* base);
 
-  DeviceBuffer buffer_;
   Retention retention_;
   std::vector<LayerActivations> layers_;
   LayerActivations tail_;

@@ -19,7 +19,7 @@ struct HeadOutputs {
 };
 
 // Embedding and layers, up to the attention of the last one. Keys and values are stored into
-// link.context and read from it as the plan says. REQUIRES: acts.Prepare for this plan.
+// link.context and read from it as the plan says. REQUIRES: acts.Place for this plan.
 absl::Status ForwardTree(const Decoder& decoder, const Parameters& params,
                          const ops::BatchPlan& plan, const Activations& acts,
                          const PromptLink& link = {});

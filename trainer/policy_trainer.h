@@ -1,6 +1,8 @@
 // PolicyTrainer: the Trainer. Owns gradients, activations and optimizer state; the weights belong
-// to the Model. train_step.cc holds the calls that compute, prompt_pass.cc those of a prompt that
-// runs apart from its branches, policy_trainer.cc creation and checkpoints.
+// to the Model. All that one pass keeps lies in one buffer of at most activation_bytes: a prompt's
+// state and gradients, then the activations of the tree that runs. train_step.cc holds the calls
+// that compute, prompt_pass.cc those of a prompt that runs apart from its branches,
+// policy_trainer.cc creation and checkpoints.
 #pragma once
 
 #include <algorithm>
@@ -48,7 +50,8 @@ class PolicyTrainer final : public Trainer {
     TokenTree tree;
     PromptLink link;                         // of branches
     std::shared_ptr<const KeptPrompt> kept;  // of a prompt: what it starts from, or null
-    int64_t budget_bytes = 0;                // of activations
+    int64_t offset_bytes = 0;                // into the pass's memory: behind what a prompt keeps
+    Retention retention;                     // kNothing unless backward follows
     std::unique_ptr<ops::BatchPlan> batch;
     HeadOutputs head;
     HeadGradients d_head;
@@ -86,23 +89,26 @@ class PolicyTrainer final : public Trainer {
   PassLimits CurrentLimits() const;  // of this policy version
   std::vector<Pass> BuildPasses(const RequestPlan& plan) const;
   Pass BuildPass(const RequestPlan& plan, const PlannedPass& planned) const;
-  // Allocates what the largest pass needs.
-  absl::Status ReserveActivations(const std::vector<Pass>& passes);
+  // For passes with a backward: the most that the budget holds.
+  void ChooseRetention(std::vector<Pass>& passes) const;
+  // Makes room for the largest pass; nothing that runs later takes memory for activations.
+  absl::Status Reserve(const std::vector<Pass>& passes);
+  int64_t SizeBytes(const TreeRun& run) const;  // of the pass while it runs
+  void PlaceActivations(const TreeRun& run);
   absl::Status RunPass(const ForwardBackwardRequest& request, const RequestPlan& plan,
                        const PlannedPass& planned, Pass pass, PhaseTimer& phases, Totals& totals,
                        std::vector<SampleResult>& results);
   absl::Status ScorePass(const PlannedPass& planned, Pass pass, float temperature,
                          PhaseTimer& phases, std::vector<SampleResult>& results);
-  absl::Status RunForward(TreeRun& run, Retention retention, float temperature, PhaseTimer& phases);
+  absl::Status RunForward(TreeRun& run, float temperature, PhaseTimer& phases);
   absl::Status RunBackward(const TreeRun& run, float temperature, PhaseTimer& phases);
-  Retention ChooseRetention(const TreeRun& run) const;
-  void LogRetention(const TreeRun& run, Retention retention);
+  void LogRetention(const TreeRun& run);
 
   // ---- A prompt that runs apart from its branches: prompt_pass.cc
-  // Bytes that it keeps while they run.
-  int64_t PromptBytes(int64_t rows) const;
+  // Bytes that it keeps while they run; its state is not the trainer's if generation has kept it.
+  int64_t PromptBytes(int64_t rows, bool kept) const;
   int64_t MaxBranchRows(int64_t max_rows, int64_t prompt_rows) const;
-  absl::Status ReservePrompt(const TreeRun& run);
+  void PlacePrompt(const TreeRun& run);
   // Leaves its state for the branches, unless that was kept, and the log-probs that it predicts
   // itself.
   absl::Status RunPromptForward(TreeRun& run, float temperature, PhaseTimer& phases);
@@ -119,6 +125,7 @@ class PolicyTrainer final : public Trainer {
   const Clock& clock_;
   const PassLimits limits_;
 
+  DeviceBuffer pass_memory_;  // where the three below are placed
   Activations activations_;
   PromptState prompt_state_;
   PromptGradients prompt_gradients_;

@@ -9,34 +9,38 @@
 
 namespace coppice {
 
-int64_t PolicyTrainer::PromptBytes(int64_t rows) const {
+int64_t PolicyTrainer::PromptBytes(int64_t rows, bool kept) const {
   const ModelConfig& config = decoder_.config();
-  return PromptState::SizeBytes(config, ops_.Info().compute_dtype, rows) +
-         PromptGradients::SizeBytes(config, rows);
+  const int64_t gradients = PromptGradients::SizeBytes(config, rows);
+  if (kept) return gradients;
+  return gradients + PromptState::SizeBytes(config, ops_.Info().compute_dtype, rows);
 }
 
 int64_t PolicyTrainer::MaxBranchRows(int64_t max_rows, int64_t prompt_rows) const {
   const ModelConfig& config = decoder_.config();
   const DType dtype = ops_.Info().compute_dtype;
-  const int64_t rest = activation_bytes_ - PromptBytes(prompt_rows);
+  const int64_t rest = activation_bytes_ - PromptBytes(prompt_rows, /*kept=*/false);
   const int64_t prompt_pass =
       Activations::SizeBytes(config, dtype, prompt_rows, /*head_rows=*/1, Retain::kPrompt);
   if (prompt_rows > max_rows || prompt_pass > rest) return 0;
   return std::min(max_rows, Activations::MaxRows(config, dtype, rest));
 }
 
-absl::Status PolicyTrainer::ReservePrompt(const TreeRun& run) {
+void PolicyTrainer::PlacePrompt(const TreeRun& run) {
   const ModelConfig& config = decoder_.config();
   const int64_t rows = run.tree.num_rows();
-  if (run.kept == nullptr) RETURN_IF_ERROR(prompt_state_.Prepare(config, ops_, rows));
-  RETURN_IF_ERROR(prompt_gradients_.Prepare(config, ops_, rows));
-  return activations_.Prepare(config, ops_, rows, run.tree.num_head_rows(), Retain::kPrompt);
+  char* base = static_cast<char*>(pass_memory_.data());
+  prompt_gradients_.Place(config, rows, base);
+  if (run.kept != nullptr) return;
+  prompt_state_.Place(config, ops_.Info().compute_dtype, rows,
+                      base + PromptGradients::SizeBytes(config, rows));
 }
 
 absl::Status PolicyTrainer::RunPromptForward(TreeRun& run, float temperature, PhaseTimer& phases) {
   ASSIGN_OR_RETURN(run.batch, ops_.PlanBatch(run.tree.batch));
   phases.Lap("build_tree");
-  RETURN_IF_ERROR(ReservePrompt(run));
+  PlacePrompt(run);
+  PlaceActivations(run);
   activations_.UsePrompt(StateOf(run.kept));
   if (run.kept == nullptr) {
     RETURN_IF_ERROR(ForwardTree(decoder_, model_.params, *run.batch, activations_,
@@ -51,8 +55,7 @@ absl::Status PolicyTrainer::RunPromptForward(TreeRun& run, float temperature, Ph
 
 absl::Status PolicyTrainer::RunPromptBackward(const TreeRun& run, float temperature,
                                               PhaseTimer& phases) {
-  RETURN_IF_ERROR(activations_.Prepare(decoder_.config(), ops_, run.tree.num_rows(),
-                                       run.tree.num_head_rows(), Retain::kPrompt));
+  PlaceActivations(run);
   activations_.UsePrompt(StateOf(run.kept));
   RETURN_IF_ERROR(ForwardTail(decoder_, model_.params, *run.batch, activations_));
   const bool accumulate = std::exchange(gradients_written_, true);

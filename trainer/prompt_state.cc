@@ -27,14 +27,6 @@ TensorView MergeHeads(TensorView t) {
   return merged;
 }
 
-absl::Status Grow(int64_t size_bytes, absl::string_view label, ops::Ops& ops,
-                  DeviceBuffer& buffer) {
-  if (size_bytes <= buffer.size_bytes()) return absl::OkStatus();
-  buffer = DeviceBuffer();  // free first: old and new need not exist together
-  ASSIGN_OR_RETURN(buffer, ops.Allocate(size_bytes, label));
-  return absl::OkStatus();
-}
-
 }  // namespace
 
 int64_t PromptState::LayOut(const ModelConfig& config, DType dtype, int64_t rows, void* base) {
@@ -54,10 +46,14 @@ int64_t PromptState::SizeBytes(const ModelConfig& config, DType dtype, int64_t r
   return PromptState().LayOut(config, dtype, rows, nullptr);
 }
 
-absl::Status PromptState::Prepare(const ModelConfig& config, ops::Ops& ops, int64_t rows) {
+void PromptState::Place(const ModelConfig& config, DType dtype, int64_t rows, void* base) {
+  LayOut(config, dtype, rows, base);
+}
+
+absl::Status PromptState::Allocate(const ModelConfig& config, ops::Ops& ops, int64_t rows) {
   const DType dtype = ops.Info().compute_dtype;
-  RETURN_IF_ERROR(Grow(SizeBytes(config, dtype, rows), "prompt state", ops, buffer_));
-  LayOut(config, dtype, rows, buffer_.data());
+  ASSIGN_OR_RETURN(buffer_, ops.Allocate(SizeBytes(config, dtype, rows), "prompt state"));
+  Place(config, dtype, rows, buffer_.data());
   return absl::OkStatus();
 }
 
@@ -98,10 +94,8 @@ int64_t PromptGradients::SizeBytes(const ModelConfig& config, int64_t rows) {
   return PromptGradients().LayOut(config, rows, nullptr);
 }
 
-absl::Status PromptGradients::Prepare(const ModelConfig& config, ops::Ops& ops, int64_t rows) {
-  RETURN_IF_ERROR(Grow(SizeBytes(config, rows), "prompt gradients", ops, buffer_));
-  LayOut(config, rows, buffer_.data());
-  return absl::OkStatus();
+void PromptGradients::Place(const ModelConfig& config, int64_t rows, void* base) {
+  LayOut(config, rows, base);
 }
 
 absl::Status PromptGradients::Zero(ops::Ops& ops) const {

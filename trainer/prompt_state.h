@@ -7,8 +7,8 @@
 // PromptGradients: the gradients of its keys and values, added up over the branches in f32.
 //
 // Keys and values lie in pages of kBlockTokens positions, in order, as context of a TokenBatch.
-// State and gradients grow to the largest prompt prepared. Thread: the engine thread. Errors:
-// RESOURCE_EXHAUSTED of the device's allocator.
+// The trainer places state and gradients in its own memory; the state of a KeptPrompt has memory of
+// its own. Thread: the engine thread.
 #pragma once
 
 #include <cstdint>
@@ -43,11 +43,13 @@ class PromptState {
 
   static int64_t SizeBytes(const ModelConfig& config, DType dtype, int64_t rows);
 
-  // Lays the views out for a prompt of `rows` tokens; allocates only to grow. What it held is lost.
-  absl::Status Prepare(const ModelConfig& config, ops::Ops& ops, int64_t rows);
+  // Lays the views out for a prompt of `rows` tokens in SizeBytes() from `base` on.
+  void Place(const ModelConfig& config, DType dtype, int64_t rows, void* base);
+  // The same in memory of its own. RESOURCE_EXHAUSTED of the device's allocator.
+  absl::Status Allocate(const ModelConfig& config, ops::Ops& ops, int64_t rows);
 
   int64_t num_rows() const { return num_rows_; }
-  int64_t size_bytes() const { return buffer_.size_bytes(); }
+  int64_t size_bytes() const { return buffer_.size_bytes(); }  // of its own memory
   const Layer& layer(int64_t l) const { return layers_[l]; }
   // [rows, kv_dim] f
   TensorView keys(int64_t l) const { return FlattenPages(layers_[l].pages.k, num_rows_); }
@@ -96,8 +98,8 @@ class PromptGradients {
  public:
   static int64_t SizeBytes(const ModelConfig& config, int64_t rows);
 
-  // As PromptState::Prepare.
-  absl::Status Prepare(const ModelConfig& config, ops::Ops& ops, int64_t rows);
+  // As PromptState::Place.
+  void Place(const ModelConfig& config, int64_t rows, void* base);
   absl::Status Zero(ops::Ops& ops) const;
 
   // Shaped like PromptState::Layer::pages, f32.
@@ -109,7 +111,6 @@ class PromptGradients {
  private:
   int64_t LayOut(const ModelConfig& config, int64_t rows, void* base);
 
-  DeviceBuffer buffer_;
   std::vector<ops::PagedKv> pages_;
   int64_t num_rows_ = 0;
 };

@@ -1,4 +1,5 @@
 // The calls of PolicyTrainer that compute: each reads as a list of named steps.
+#include <algorithm>
 #include <cmath>
 #include <utility>
 
@@ -33,7 +34,8 @@ absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
                    PlanTraining(decoder_.config(), CurrentLimits(), request));
   RETURN_IF_ERROR(EnsureGradients());
   std::vector<Pass> passes = BuildPasses(plan);
-  RETURN_IF_ERROR(ReserveActivations(passes));  // so that no later pass can lack memory
+  ChooseRetention(passes);
+  RETURN_IF_ERROR(Reserve(passes));
   phases.Lap("build_tree");
 
   Totals totals;
@@ -57,7 +59,7 @@ absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
   result.metrics["micro_batches"] = static_cast<double>(totals.micro_batches);
   result.metrics["recompute"] =
       static_cast<double>(Retain::kAll) - static_cast<double>(totals.least_retained);
-  result.metrics["activation_bytes"] = static_cast<double>(activations_.size_bytes());
+  result.metrics["activation_bytes"] = static_cast<double>(pass_memory_.size_bytes());
   result.tokens = {.flat = NumFlatRows(plan),
                    .unique = totals.unique,
                    .prompt_forward_skipped = totals.prompt_forward_skipped,
@@ -81,10 +83,9 @@ absl::Status PolicyTrainer::RunPass(const ForwardBackwardRequest& request, const
   size_t first = 0;  // sample of the pass
   for (size_t b = 0; b < pass.batches.size(); ++b) {
     TreeRun& run = pass.batches[b];
-    const Retention retention = ChooseRetention(run);
-    LogRetention(run, retention);
-    totals.Add(run.tree.num_rows(), retention.level);
-    RETURN_IF_ERROR(RunForward(run, retention, temperature, phases));
+    LogRetention(run);
+    totals.Add(run.tree.num_rows(), run.retention.level);
+    RETURN_IF_ERROR(RunForward(run, temperature, phases));
 
     HeadGradientSums sums(run.tree);
     std::vector<PathSource> sources = {{run.tree, run.head, 0, &sums}};
@@ -112,15 +113,15 @@ PolicyTrainer::Pass PolicyTrainer::BuildPass(const RequestPlan& plan,
                                              const PlannedPass& planned) const {
   Pass pass;
   const int64_t prompt_rows = planned.prompt_rows;
+  const int64_t offset = prompt_rows > 0 ? PromptBytes(prompt_rows, planned.kept != nullptr) : 0;
   std::vector<TokenSequence> all;
   for (const std::vector<int32_t>& samples : planned.batches) {
     const std::vector<TokenSequence> sequences = plan.Sequences(samples);
     TreeRun run{.tree = BuildTokenTree(sequences, limits_.share_prefixes, {.begin = prompt_rows}),
-                .budget_bytes = activation_bytes_};
+                .offset_bytes = offset};
     if (prompt_rows > 0) {
       HangBelowPrompt(prompt_rows, run.tree.batch);
       run.link = {.context = &StateOf(planned.kept), .gradients = &prompt_gradients_};
-      run.budget_bytes -= PromptBytes(prompt_rows);
     }
     pass.batches.push_back(std::move(run));
     all.insert(all.end(), sequences.begin(), sequences.end());
@@ -130,30 +131,53 @@ PolicyTrainer::Pass PolicyTrainer::BuildPass(const RequestPlan& plan,
     pass.prompt.emplace();
     pass.prompt->tree = BuildTokenTree(all, /*share=*/true, {.end = prompt_rows});
     pass.prompt->kept = planned.kept;
+    pass.prompt->offset_bytes = offset;
+    pass.prompt->retention = Retain::kPrompt;
     StoreAsPrompt(pass.prompt->tree.batch);
   }
   return pass;
 }
 
-absl::Status PolicyTrainer::ReserveActivations(const std::vector<Pass>& passes) {
-  for (const Pass& pass : passes) {
-    if (pass.prompt.has_value()) RETURN_IF_ERROR(ReservePrompt(*pass.prompt));
-    for (const TreeRun& run : pass.batches) {
-      if (run.tree.targets.empty()) continue;
-      RETURN_IF_ERROR(activations_.Prepare(decoder_.config(), ops_, run.tree.num_rows(),
-                                           run.tree.num_head_rows(), ChooseRetention(run)));
+void PolicyTrainer::ChooseRetention(std::vector<Pass>& passes) const {
+  for (Pass& pass : passes) {
+    for (TreeRun& run : pass.batches) {
+      run.retention =
+          Activations::Choose(decoder_.config(), ops_.Info().compute_dtype, run.tree.num_rows(),
+                              run.tree.num_head_rows(), activation_bytes_ - run.offset_bytes);
     }
   }
+}
+
+int64_t PolicyTrainer::SizeBytes(const TreeRun& run) const {
+  if (run.tree.targets.empty()) return run.offset_bytes;  // runs nothing
+  return run.offset_bytes + Activations::SizeBytes(decoder_.config(), ops_.Info().compute_dtype,
+                                                   run.tree.num_rows(), run.tree.num_head_rows(),
+                                                   run.retention);
+}
+
+absl::Status PolicyTrainer::Reserve(const std::vector<Pass>& passes) {
+  int64_t size_bytes = 0;
+  for (const Pass& pass : passes) {
+    if (pass.prompt.has_value()) size_bytes = std::max(size_bytes, SizeBytes(*pass.prompt));
+    for (const TreeRun& run : pass.batches) size_bytes = std::max(size_bytes, SizeBytes(run));
+  }
+  if (size_bytes <= pass_memory_.size_bytes()) return absl::OkStatus();
+  pass_memory_ = DeviceBuffer();  // free first: old and new need not exist together
+  ASSIGN_OR_RETURN(pass_memory_, ops_.Allocate(size_bytes, "activations"));
   return absl::OkStatus();
 }
 
-absl::Status PolicyTrainer::RunForward(TreeRun& run, Retention retention, float temperature,
-                                       PhaseTimer& phases) {
+void PolicyTrainer::PlaceActivations(const TreeRun& run) {
+  activations_.Place(decoder_.config(), ops_.Info().compute_dtype, run.tree.num_rows(),
+                     run.tree.num_head_rows(), run.retention,
+                     static_cast<char*>(pass_memory_.data()) + run.offset_bytes);
+}
+
+absl::Status PolicyTrainer::RunForward(TreeRun& run, float temperature, PhaseTimer& phases) {
   if (run.tree.targets.empty()) return absl::OkStatus();
   ASSIGN_OR_RETURN(run.batch, ops_.PlanBatch(run.tree.batch));
   phases.Lap("build_tree");
-  RETURN_IF_ERROR(activations_.Prepare(decoder_.config(), ops_, run.tree.num_rows(),
-                                       run.tree.num_head_rows(), retention));
+  PlaceActivations(run);
   RETURN_IF_ERROR(ForwardTree(decoder_, model_.params, *run.batch, activations_, run.link));
   RETURN_IF_ERROR(ForwardTail(decoder_, model_.params, *run.batch, activations_));
   phases.Lap("forward");
@@ -206,6 +230,7 @@ absl::StatusOr<std::vector<SampleResult>> PolicyTrainer::Score(
   ASSIGN_OR_RETURN(const RequestPlan plan, PlanScoring(decoder_.config(), CurrentLimits(), groups));
   PhaseTimer phases(clock_);
   std::vector<Pass> passes = BuildPasses(plan);
+  RETURN_IF_ERROR(Reserve(passes));
   std::vector<SampleResult> results(plan.samples.size());
   for (size_t i = 0; i < plan.passes.size(); ++i) {
     RETURN_IF_ERROR(ScorePass(plan.passes[i], std::move(passes[i]), temperature, phases, results));
@@ -221,7 +246,7 @@ absl::Status PolicyTrainer::ScorePass(const PlannedPass& planned, Pass pass, flo
   size_t first = 0;
   for (size_t b = 0; b < pass.batches.size(); ++b) {
     TreeRun& run = pass.batches[b];
-    RETURN_IF_ERROR(RunForward(run, Retain::kNothing, temperature, phases));
+    RETURN_IF_ERROR(RunForward(run, temperature, phases));
     std::vector<PathSource> sources = {{run.tree, run.head}};
     if (pass.prompt.has_value()) {
       sources.push_back({pass.prompt->tree, pass.prompt->head, first});
@@ -237,18 +262,14 @@ absl::Status PolicyTrainer::ScorePass(const PlannedPass& planned, Pass pass, flo
   return absl::OkStatus();
 }
 
-Retention PolicyTrainer::ChooseRetention(const TreeRun& run) const {
-  return Activations::Choose(decoder_.config(), ops_.Info().compute_dtype, run.tree.num_rows(),
-                             run.tree.num_head_rows(), run.budget_bytes);
-}
-
-void PolicyTrainer::LogRetention(const TreeRun& run, Retention retention) {
-  if (retention == logged_retention_) return;
-  logged_retention_ = retention;
+void PolicyTrainer::LogRetention(const TreeRun& run) {
+  if (run.retention == logged_retention_) return;
+  logged_retention_ = run.retention;
   LOG(INFO) << "activations_planned rows=" << run.tree.num_rows()
             << " head_rows=" << run.tree.num_head_rows() << ' '
-            << retention.ToString(decoder_.config().num_layers)
-            << " bytes=" << activations_.size_bytes() << " budget_bytes=" << run.budget_bytes;
+            << run.retention.ToString(decoder_.config().num_layers)
+            << " bytes=" << pass_memory_.size_bytes()
+            << " budget_bytes=" << activation_bytes_ - run.offset_bytes;
 }
 
 absl::Status PolicyTrainer::EnsureGradients() {

@@ -16,7 +16,7 @@ std::weak_ptr<KeptPrompt> PromptStates::Add(const std::vector<int32_t>& tokens,
   auto prompt = std::make_shared<KeptPrompt>();
   prompt->tokens = tokens;
   prompt->version = version;
-  const absl::Status room = prompt->state.Prepare(decoder_.config(), decoder_.ops(), rows);
+  const absl::Status room = prompt->state.Allocate(decoder_.config(), decoder_.ops(), rows);
   if (!room.ok()) {
     LOG(WARNING) << "prompt_state_not_kept status=\"" << room << '"';
     return {};

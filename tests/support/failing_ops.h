@@ -19,6 +19,8 @@ class FailingOps : public ops::Ops {
   void Fail() { failing_ = true; }                   // any thread
   void FailAllocations() { out_of_memory_ = true; }  // RESOURCE_EXHAUSTED from now on
   void AllowAllocations() { out_of_memory_ = false; }
+  // RESOURCE_EXHAUSTED where more than this would be held beside what is held now.
+  void LimitAllocations(int64_t budget_bytes) { limit_bytes_ = *held_bytes_ + budget_bytes; }
   void FailUploadsAfter(int uploads) { uploads_left_ = uploads; }  // INTERNAL after so many more
 
   absl::StatusOr<std::unique_ptr<ops::BatchPlan>> PlanBatch(const ops::TokenBatch& batch) override {
@@ -29,7 +31,18 @@ class FailingOps : public ops::Ops {
   ops::DeviceInfo Info() const override { return inner_->Info(); }
   absl::StatusOr<DeviceBuffer> Allocate(int64_t size_bytes, absl::string_view label) override {
     if (out_of_memory_) return absl::ResourceExhaustedError("device: out of memory");
-    return inner_->Allocate(size_bytes, label);
+    if (*held_bytes_ + size_bytes > limit_bytes_) {
+      return absl::ResourceExhaustedError("device: beyond the limit");
+    }
+    absl::StatusOr<DeviceBuffer> inner = inner_->Allocate(size_bytes, label);
+    if (!inner.ok()) return inner;
+    *held_bytes_ += size_bytes;
+    auto owned = std::make_shared<DeviceBuffer>(std::move(inner).value());
+    void* data = owned->data();
+    return DeviceBuffer(data, size_bytes, [owned, held = held_bytes_, size_bytes](void*) mutable {
+      owned.reset();
+      *held -= size_bytes;
+    });
   }
   absl::Status Upload(const void* host, TensorView dst) override {
     if (uploads_left_-- == 0) {
@@ -74,6 +87,9 @@ class FailingOps : public ops::Ops {
   std::unique_ptr<ops::Ops> inner_;
   std::atomic<bool> failing_{false};
   bool out_of_memory_ = false;
+  // Shared with the buffers, which may outlive this.
+  std::shared_ptr<std::atomic<int64_t>> held_bytes_ = std::make_shared<std::atomic<int64_t>>(0);
+  int64_t limit_bytes_ = std::numeric_limits<int64_t>::max();
   int64_t uploads_left_ = std::numeric_limits<int64_t>::max();
 };
 

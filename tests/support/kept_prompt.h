@@ -46,7 +46,7 @@ inline absl::StatusOr<std::shared_ptr<KeptPrompt>> KeepPrompt(const Decoder& dec
   auto kept = std::make_shared<KeptPrompt>();
   kept->tokens = prompt;
   kept->version = version;
-  RETURN_IF_ERROR(kept->state.Prepare(decoder.config(), ops, tokens));
+  RETURN_IF_ERROR(kept->state.Allocate(decoder.config(), ops, tokens));
   ASSIGN_OR_RETURN(const KvPool pool,
                    KvPool::Create(decoder.config(), (tokens + kBlockTokens - 1) / kBlockTokens,
                                   kBlockTokens, ops));

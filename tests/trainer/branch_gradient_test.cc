@@ -170,6 +170,40 @@ TEST(BranchTest, FitsTheBudgetOfActivations) {
   EXPECT_LE(result.metrics.at("activation_bytes"), static_cast<double>(budget));
 }
 
+// Whole trees, cut groups and kept prompts take turns within one budget, which the device enforces.
+TEST(BranchTest, NeverHoldsMoreThanTheBudget) {
+  const ModelConfig config = TinyConfig(Architecture::kQwen3, true);
+  const int64_t held =
+      PromptState::SizeBytes(config, DType::kF32, 20) + PromptGradients::SizeBytes(config, 20);
+  const int64_t budget =
+      held + Activations::SizeBytes(config, DType::kF32, 84, 65, Retain::kInputs) / 2;
+  const ForwardBackwardRequest wide = WideRequest();  // too large for one pass
+  ForwardBackwardRequest small = wide;
+  small.groups[0].samples.resize(2);
+  ForwardBackwardRequest both = wide;
+  both.groups.push_back(small.groups[0]);
+  both.groups[1].prompt.assign(20, 4);
+
+  for (const std::vector<ForwardBackwardRequest>& order :
+       {std::vector{small, wide, small}, {wide, small, wide}, {both, small, wide}}) {
+    TinyPolicy policy(config, 1, {.activation_bytes = budget});
+    ForwardBackwardRequest kept = wide;
+    kept.groups[0].kept_prompt = Keep(policy, wide.groups[0].prompt, 20);
+    policy.ops().LimitAllocations(budget + NumParameterElements(config) * SizeOf(DType::kF32));
+    int64_t most = 0;
+    for (const ForwardBackwardRequest& request : order) {
+      const auto result = policy.trainer().ForwardBackward(request);
+      ASSERT_TRUE(result.ok()) << result.status();
+      most = std::max(most, static_cast<int64_t>(result->metrics.at("activation_bytes")));
+      ASSERT_TRUE(policy.trainer().Score(request.groups, 1).ok());
+    }
+    EXPECT_GT(most, budget - held);  // what a prompt keeps would not fit beside it
+    const auto result = policy.trainer().ForwardBackward(kept);
+    ASSERT_TRUE(result.ok()) << result.status();
+    EXPECT_EQ(result->tokens.prompt_forward_skipped, 20);
+  }
+}
+
 TEST(BranchTest, MixesWithGroupsThatFit) {
   ForwardBackwardRequest request = WideRequest();
   for (const int32_t first : {40, 50}) {
