@@ -89,6 +89,7 @@ absl::Status PolicyTrainer::LoadCheckpoint(absl::string_view directory) {
                    CheckpointReader::Open(decoder_.config(), directory));
   std::optional<Optimizer> optimizer;
   if (reader->has_optimizer()) {
+    pass_memory_ = DeviceBuffer();  // two optimizers exist until the new one is read
     ASSIGN_OR_RETURN(optimizer, Optimizer::Create(decoder_.config(), model_.params, ops_));
     RETURN_IF_ERROR(reader->ReadOptimizer(*optimizer, ops_));
   }
