@@ -135,12 +135,16 @@ const std::vector<Flag>& Flags() {
       {"Router", "replicas", &Config::replicas,
        "NAME=HOST:PORT,... or HOST:PORT,...: the daemons, by names that stay when addresses "
        "change. "
-       "The first by name is the leader, which trains. This or --replica_dns is required."},
+       "This or --replica_dns is required."},
       {"Router", "replica_dns", &Config::replica_dns,
-       "HOST:PORT of a headless service: the daemons are all its addresses, named by DNS where it "
-       "can."},
+       "HOST:PORT of a headless service: the daemons are all its addresses, named by DNS. If it "
+       "names only some, the others wait; if it names none, names are the addresses."},
       {"Router", "replica_dns_interval_s", &Config::replica_dns_interval_s,
        "Seconds between two resolutions of --replica_dns.", 1, 3600},
+      {"Router", "leader", &Config::leader,
+       "Name of the daemon that trains. Empty: the first by name of those found at the start. It "
+       "is "
+       "never replaced while the router runs."},
       {"Router", "health_interval_ms", &Config::health_interval_ms,
        "Milliseconds between two health checks.", 10, 3600000},
       {"Router", "health_timeout_ms", &Config::health_timeout_ms,

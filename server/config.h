@@ -57,6 +57,7 @@ struct Config {
   std::string replicas;
   std::string replica_dns;
   int64_t replica_dns_interval_s = 5;
+  std::string leader;
   int64_t health_interval_ms = 1000;
   int64_t health_timeout_ms = 1000;
   int64_t eject_after = 3;

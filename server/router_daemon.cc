@@ -53,6 +53,7 @@ absl::Status RouterDaemon::StartRouter() {
   options.port = static_cast<int>(config_.port);
   options.max_message_bytes = config_.max_message_bytes;
   options.trust_tenant_header = config_.trust_tenant_header;
+  options.fleet.leader = config_.leader;
   options.fleet.eject_after = config_.eject_after;
   options.fleet.first_byte_timeout = absl::Seconds(config_.first_byte_timeout_s);
   options.watcher = {.replicas = config_.replicas,

@@ -51,6 +51,10 @@ void Fleet::SetMembers(const std::vector<ReplicaAddress>& members) {
     placement_.Remove(replica.id);
     return true;
   });
+  if (leader_name_.empty() && !members.empty()) {
+    const auto by_name = [](const auto& a, const auto& b) { return a.name < b.name; };
+    leader_name_ = std::min_element(members.begin(), members.end(), by_name)->name;
+  }
   for (const ReplicaAddress& member : members) {
     const auto known = [&](const Replica& replica) { return replica.address == member; };
     if (std::any_of(replicas_.begin(), replicas_.end(), known)) continue;
@@ -59,7 +63,6 @@ void Fleet::SetMembers(const std::vector<ReplicaAddress>& members) {
     replica.channel = Connect(member.target);
     replica.metrics = std::make_unique<RouterMetrics::Replica>(metrics_, member.name);
     replicas_.push_back(std::move(replica));
-    if (leader_name_.empty() || member.name < leader_name_) leader_name_ = member.name;
     LOG(INFO) << "replica_found replica=" << member.name << " target=" << member.target
               << " leader=" << leader_name_;
   }
@@ -260,10 +263,11 @@ absl::StatusOr<ReplicaTarget> Fleet::Leader() const {
 
 absl::Status Fleet::LeaderMissing() const {
   const Replica* leader = FindLeader();
-  return absl::UnavailableError(absl::StrCat(
-      "leader not reachable: want ", leader_name_, " serving, got ",
-      leader == nullptr ? "no such replica" : Name(leader->state),
-      "; training waits for it, or restart the router to elect the first of those that are left"));
+  return absl::UnavailableError(
+      absl::StrCat("leader not reachable: want ", leader_name_, " serving, got ",
+                   leader == nullptr ? "no such replica" : Name(leader->state),
+                   "; training waits for it, or restart the router with --leader of one of those "
+                   "that are left"));
 }
 
 std::string Fleet::leader_name() const {

@@ -9,9 +9,9 @@
 // byte of answer are tried elsewhere. `mismatched`: it
 // serves another model than the leader and gets nothing until that changes.
 //
-// The leader is the first replica by name of all that were ever seen: training goes there and
-// nowhere else, since there is no other copy of the optimizer. It is not replaced when it is gone;
-// a policy must not fork.
+// The leader is --leader, or the first replica by name of those found first: training goes there
+// and nowhere else, since there is no other copy of the optimizer. It is never replaced, not when
+// it is gone, nor by a name that comes later; a policy must not fork.
 //
 // Any thread.
 #pragma once
@@ -75,13 +75,18 @@ struct ReplicaReport {
 class Fleet {
  public:
   struct Options {
-    int64_t eject_after = 3;                                 // failures in a row
+    std::string leader;       // empty = the first by name of the first members
+    int64_t eject_after = 3;  // failures in a row
     absl::Duration first_byte_timeout = absl::Seconds(300);  // 0 = none
     Placement::Options placement;
   };
 
   Fleet(const Options& options, RouterMetrics& metrics, const Clock& clock)
-      : options_(options), metrics_(metrics), clock_(clock), placement_(options.placement) {}
+      : options_(options),
+        metrics_(metrics),
+        clock_(clock),
+        placement_(options.placement),
+        leader_name_(options.leader) {}
   ~Fleet();
 
   // ---- Membership and health; one thread (the watcher's)
@@ -164,7 +169,7 @@ class Fleet {
   mutable absl::Mutex mutex_;
   Placement placement_ ABSL_GUARDED_BY(mutex_);
   std::vector<Replica> replicas_ ABSL_GUARDED_BY(mutex_);  // by name
-  std::string leader_name_ ABSL_GUARDED_BY(mutex_);        // first of all ever seen
+  std::string leader_name_ ABSL_GUARDED_BY(mutex_);        // once set, for good
 };
 
 }  // namespace coppice

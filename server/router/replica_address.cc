@@ -32,12 +32,19 @@ absl::StatusOr<std::pair<std::string, std::string>> SplitAddress(absl::string_vi
                         std::string(address.substr(colon + 1)));
 }
 
+absl::Status NotFound(absl::string_view want, int error) {
+  return absl::UnavailableError(absl::StrCat("replicas not found: want ", want, ", got \"",
+                                             gai_strerror(error),
+                                             "\"; check --replica_dns and the service"));
+}
+
 // The first label of the name that DNS gives an address; empty if none.
-std::string PodName(const addrinfo& address) {
+absl::StatusOr<std::string> PodName(const addrinfo& address, absl::string_view target) {
   char host[NI_MAXHOST];
   const int error =
       getnameinfo(address.ai_addr, address.ai_addrlen, host, sizeof(host), nullptr, 0, NI_NAMEREQD);
-  if (error != 0) return "";
+  if (error == EAI_AGAIN) return NotFound(absl::StrCat("the name of ", target), error);
+  if (error != 0) return std::string();
   const std::string name(host);
   return name.substr(0, name.find('.'));
 }
@@ -86,26 +93,33 @@ absl::StatusOr<std::vector<ReplicaAddress>> ResolveReplicas(const std::string& h
   hints.ai_socktype = SOCK_STREAM;
   addrinfo* found = nullptr;
   const int error = getaddrinfo(host.c_str(), port.c_str(), &hints, &found);
-  if (error != 0) {
-    return absl::UnavailableError(absl::StrCat("replicas not found: want addresses of ", host,
-                                               ", got \"", gai_strerror(error),
-                                               "\"; check --replica_dns and the service"));
-  }
+  if (error != 0) return NotFound(absl::StrCat("addresses of ", host), error);
   const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> owner(found, freeaddrinfo);
-  std::vector<ReplicaAddress> by_name, by_address;
+  std::vector<ReplicaAddress> replicas;
   for (const addrinfo* at = found; at != nullptr; at = at->ai_next) {
     const std::string target = absl::StrCat(Numeric(*at), ":", port);
-    const std::string name = PodName(*at);
-    by_name.push_back({name.empty() ? target : name, target});
-    by_address.push_back({target, target});
+    ASSIGN_OR_RETURN(const std::string name, PodName(*at, target));
+    replicas.push_back({name, target});
   }
+  replicas = NameReplicas(std::move(replicas));
+  if (static_cast<int64_t>(replicas.size()) > kMaxReplicas) replicas.resize(kMaxReplicas);
+  return replicas;
+}
+
+std::vector<ReplicaAddress> NameReplicas(std::vector<ReplicaAddress> found) {
+  const auto unnamed = [](const ReplicaAddress& replica) { return replica.name.empty(); };
+  std::vector<ReplicaAddress> named = found;
+  std::erase_if(named, unnamed);
   // Several addresses may share one reverse name, as those of one machine do.
-  std::vector<ReplicaAddress>& replicas = AllDifferent(by_name) ? by_name : by_address;
+  const bool by_name = !named.empty() && AllDifferent(named);
+  if (!by_name) {
+    for (ReplicaAddress& replica : found) replica.name = replica.target;
+  }
+  std::vector<ReplicaAddress>& replicas = by_name ? named : found;
   std::sort(replicas.begin(), replicas.end(),
             [](const auto& a, const auto& b) { return a.name < b.name; });
   replicas.erase(std::unique(replicas.begin(), replicas.end()), replicas.end());
-  if (static_cast<int64_t>(replicas.size()) > kMaxReplicas) replicas.resize(kMaxReplicas);
-  return replicas;
+  return std::move(replicas);
 }
 
 }  // namespace coppice

@@ -21,9 +21,13 @@ struct ReplicaAddress {
 inline constexpr int64_t kMaxReplicas = 256;
 absl::StatusOr<std::vector<ReplicaAddress>> ParseReplicas(absl::string_view list);
 
-// All addresses of "HOST:PORT", sorted by name. A replica's name is the first label of its
-// address's own name, if DNS knows one (a StatefulSet's pods: coppice-0), else the address. Blocks
-// for as long as the resolver does. UNAVAILABLE with the resolver's reason.
+// All addresses of "HOST:PORT", by NameReplicas; the names are the first labels of the addresses'
+// own (a StatefulSet's pods: coppice-0). Blocks for as long as the resolver does. UNAVAILABLE with
+// the resolver's reason, also if it could not tell a name for now.
 absl::StatusOr<std::vector<ReplicaAddress>> ResolveReplicas(const std::string& host_port);
+
+// Sorted by name. An empty name means that DNS knows none: if some have names, those without one
+// are left out until they do; if none has, or a name is not unique, every name is the address.
+std::vector<ReplicaAddress> NameReplicas(std::vector<ReplicaAddress> found);
 
 }  // namespace coppice

@@ -292,8 +292,8 @@ def daemon_flags(coppiced):
 # Set by the chart from values of its own, or of no use in a pod.
 CHARTS_OWN = {
     "role", "model", "model_geometry", "host", "port", "http_port", "port_file",
-    "trust_tenant_header", "checkpoint_dir", "replicas", "replica_dns", "drain_timeout_s", "help",
-    "version",
+    "trust_tenant_header", "checkpoint_dir", "replicas", "replica_dns", "leader", "drain_timeout_s",
+    "help", "version",
 }  # fmt: skip
 
 

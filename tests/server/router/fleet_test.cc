@@ -149,6 +149,18 @@ TEST_F(FleetTest, TheLeaderIsFirstByNameAndNeverReplaced) {
   EXPECT_EQ(fleet_.num_serving(), 2);
 }
 
+TEST_F(FleetTest, ASmallerNameThatComesLaterDoesNotLead) {
+  auto later = Addresses(3);
+  fleet_.SetMembers({later[1], later[2]});
+  EXPECT_EQ(fleet_.leader_name(), "coppice-1");
+  fleet_.SetMembers(later);
+  EXPECT_EQ(fleet_.leader_name(), "coppice-1");
+
+  Fleet named({.leader = "coppice-0"}, metrics_, clock_);
+  named.SetMembers({later[1], later[2]});
+  EXPECT_EQ(named.leader_name(), "coppice-0");
+}
+
 TEST_F(FleetTest, DifferencesFromTheLeaderAreCountedAndOtherModelsGetNothing) {
   Start(3);
   fleet_.Update(ids_[0], Serving("m", 4));
@@ -182,6 +194,15 @@ TEST(ReplicaAddressTest, ListsAreNamesAndAddresses) {
                           "a@b=h:1", ":1"}) {
     EXPECT_EQ(ParseReplicas(bad).status().code(), absl::StatusCode::kInvalidArgument) << bad;
   }
+}
+
+TEST(ReplicaAddressTest, AnAddressWithoutANameWaitsUnlessNoneHasOne) {
+  using Replicas = std::vector<ReplicaAddress>;
+  EXPECT_EQ(NameReplicas({{"b", "2:1"}, {"", "1:1"}, {"a", "3:1"}}),
+            (Replicas{{"a", "3:1"}, {"b", "2:1"}}));
+  const Replicas by_address = {{"1:1", "1:1"}, {"2:1", "2:1"}};
+  EXPECT_EQ(NameReplicas({{"", "2:1"}, {"", "1:1"}}), by_address);
+  EXPECT_EQ(NameReplicas({{"a", "2:1"}, {"a", "1:1"}}), by_address) << "not unique";
 }
 
 TEST(ReplicaAddressTest, NamesResolveOrSayWhyNot) {
