@@ -27,7 +27,7 @@ struct SimResult {
   int64_t prompt_tokens = 0;
   int64_t cached_tokens = 0;
   double work_max_over_mean = 0;  // decode tokens that each replica got over the whole run
-  double open_max_over_mean = 0;  // of the open decode tokens, mean over time
+  double open_max_over_mean = 0;  // decode tokens of open requests, mean over time
   double mean_ttft_s = 0;
   double p99_ttft_s = 0;
   double end_s = 0;  // sum over steps for rl: the clock when the last request ended
@@ -37,7 +37,7 @@ struct SimResult {
 class SimPolicy {
  public:
   virtual ~SimPolicy() = default;
-  // `open` [replicas]: expected decode tokens open, as the router counts them.
+  // `open` [replicas]: samples that were placed there and have not ended, waiting ones included.
   // `cached` [replicas]: prompt tokens of the request that the replica's cache really holds.
   virtual int64_t Choose(const SimRequest& request, const std::vector<double>& open,
                          const std::vector<int64_t>& cached) = 0;
