@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/container/flat_hash_set.h"
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
 #include "kernels/base/status_macros.h"
@@ -51,6 +52,7 @@ absl::StatusOr<bool> Generator::Step(const StepMode& mode) {
   view.tenant_tokens = tenants_.tokens();
   ASSIGN_OR_RETURN(const bool moved, ApplyAdmission(PlanAdmission(view)));
   DropUnreadStems();
+  DropUnfilledStates();
 
   const RowPlan rows = PlanRows(roster_.PrepareRows(*kv_, options_.max_batch_rows));
   changed |= moved | FinishWarmStems();
@@ -154,9 +156,19 @@ absl::StatusOr<bool> Generator::StartSprouts(Group& group, int32_t sample) {
 }
 
 void Generator::KeepPrompt(const Group& group, Stem& stem) {
-  if (!prompt_states_.enabled() || !group.request.retain || stem.next_row > 0) return;
+  if (!prompt_states_.enabled() || !group.request.retain) return;
+  if (stem.matched_tokens > 0 || stem.next_row > 0) return;
   if (stem.num_tokens() != static_cast<int64_t>(group.request.prompt.size())) return;  // resumes
   stem.kept = prompt_states_.Add(stem.tokens, kv_->policy_version());
+}
+
+void Generator::DropUnfilledStates() {
+  if (!prompt_states_.enabled()) return;
+  absl::flat_hash_set<const KeptPrompt*> filling;
+  for (const std::shared_ptr<Stem>& stem : roster_.stems()) {
+    filling.insert(stem->kept.lock().get());
+  }
+  prompt_states_.DropIncomplete(filling);
 }
 
 void Generator::Retract(const SampleKey& key) {

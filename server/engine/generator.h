@@ -95,13 +95,16 @@ class Generator {
   // Gives a sample (and those of its group that are as fresh) a stem. False if the pool lacks
   // blocks.
   absl::StatusOr<bool> StartSprouts(Group& group, int32_t sample);
-  // Asks for the state of a retained request's prompt. What came from the cache has none.
+  // Asks for the state of a retained request's prompt. What others compute or have computed of it
+  // leaves none.
   void KeepPrompt(const Group& group, Stem& stem);
   void Retract(const SampleKey& key);
   void DropStem(const std::shared_ptr<Stem>& stem);
   // A stem that no reader has room for gives way: what it produces, others may be waiting for. Its
   // sprouts try again later.
   void DropUnreadStems();
+  // States that no stem will fill any more.
+  void DropUnfilledStates();
 
   // ---- The batch
   Batch Build(const RowPlan& plan);

@@ -42,7 +42,9 @@ void Generator::AddPrefill(const std::shared_ptr<Stem>& stem, int64_t rows, Batc
                             .stored_tokens = stem->ready_tokens,
                             .wants_logits = ends});
   std::shared_ptr<KeptPrompt> kept = stem->kept.lock();
-  if (kept != nullptr && kept->rows_filled == stem->next_row) {
+  if (kept != nullptr && kept->rows_filled != stem->next_row) {
+    stem->kept.reset();  // a gap: it will never be complete
+  } else if (kept != nullptr) {
     batch.kept.push_back({batch.rows, rows, std::move(kept)});
   }
   batch.rows += rows;

@@ -108,7 +108,8 @@ std::string Generator::Retain(const Group& group) {
     rollout.oldest_version = std::min(rollout.oldest_version, sample.oldest_version);
   }
   if (prompt_states_.enabled()) {
-    const bool kept = !rollout.kept_prompt.expired();
+    const std::shared_ptr<const KeptPrompt> state = rollout.kept_prompt.lock();
+    const bool kept = state != nullptr && state->complete();
     (kept ? metrics_.prompt_states_kept : metrics_.prompt_states_missed).Increment();
   }
   return rollouts_.Add(std::move(rollout));

@@ -96,6 +96,8 @@ struct Stem {
   int64_t ready_tokens = 0;  // leading tokens whose KV exists
   int64_t next_row = 0;      // position of the next token to run; == tokens.size() when complete
 
+  int64_t matched_tokens =
+      0;                      // of the lease, when it started: others compute or have computed them
   int64_t cached_tokens = 0;  // of usage
   int64_t computed_tokens = 0;
   int64_t written_tokens = 0;

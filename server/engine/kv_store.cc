@@ -105,6 +105,7 @@ absl::StatusOr<std::shared_ptr<Stem>> KvStore::StartStem(const Group& group,
     RETURN_IF_ERROR(CopyBlock({match.partial_block}, {stem->own.ids()[0]}));
     stem->ready_tokens += match.partial_tokens;
   }
+  stem->matched_tokens = matched;
   stem->lease = std::move(match.lease);
   stem->miss_reason = match.miss_reason;
   stem->next_row = std::min(stem->ready_tokens, LastNeededRow(*stem));

@@ -26,6 +26,14 @@ std::weak_ptr<KeptPrompt> PromptStates::Add(const std::vector<int32_t>& tokens,
   return kept_.back();
 }
 
+void PromptStates::DropIncomplete(const absl::flat_hash_set<const KeptPrompt*>& filling) {
+  std::erase_if(kept_, [&](const std::shared_ptr<KeptPrompt>& prompt) {
+    const bool drop = !prompt->complete() && !filling.contains(prompt.get());
+    if (drop) size_bytes_ -= prompt->state.size_bytes();
+    return drop;
+  });
+}
+
 void PromptStates::Clear() {
   kept_.clear();
   size_bytes_ = 0;

@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "absl/container/flat_hash_set.h"
 #include "kernels/base/ids.h"
 #include "kernels/model/decoder.h"
 #include "trainer/prompt_state.h"
@@ -25,6 +26,8 @@ class PromptStates {
   // Room for a prompt that is about to run. Empty if it is larger than the budget or the device has
   // no memory for it.
   std::weak_ptr<KeptPrompt> Add(const std::vector<int32_t>& tokens, PolicyVersion version);
+  // Drops what is neither complete nor in `filling`.
+  void DropIncomplete(const absl::flat_hash_set<const KeptPrompt*>& filling);
   void Clear();
   int64_t size_bytes() const { return size_bytes_; }
 

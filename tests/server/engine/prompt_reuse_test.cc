@@ -2,6 +2,8 @@
 // same policy does not run the prompt forward again and gives the same update.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "tests/server/engine/engine_fixture.h"
 #include "tests/support/tolerances.h"
 #include "trainer/prompt_state.h"
@@ -66,6 +68,39 @@ TEST(PromptReuseTest, WhatCameFromTheCacheHasNoState) {
   EXPECT_EQ(Reused(test, StepOnRollout("s1", sink->rollout_id, 4)), 0);
   EXPECT_EQ(test.metrics().prompt_states_kept.Value(), 0);
   EXPECT_EQ(test.metrics().prompt_states_missed.Value(), 1);
+}
+
+// Two prompts with a common first block in one step: the second one waits for it and never runs it.
+TEST(PromptReuseTest, WhatAnotherPromptComputesLeavesNoState) {
+  EngineUnderTest test(Keeping(1));
+  GenerateRequest second = Retained(2);
+  const GenerateRequest first = Retained(1);
+  std::copy_n(first.prompt.begin(), 16, second.prompt.begin());
+  const auto computed = test.Submit(first), waited = test.Submit(second);
+  test.RunAll();
+  EXPECT_EQ(waited->usage.computed_tokens, kPrompt - 16);
+  EXPECT_EQ(test.metrics().prompt_states_kept.Value(), 1);
+  EXPECT_EQ(test.metrics().prompt_states_missed.Value(), 1);
+  TrainStepRequest both = StepOnRollout("s1", computed->rollout_id, 4);
+  const TrainStepRequest other = StepOnRollout("s1", waited->rollout_id, 4);
+  both.batch.groups.push_back(other.batch.groups[0]);
+  both.rollout_ids.push_back(other.rollout_ids[0]);
+  both.rollout_samples.push_back(other.rollout_samples[0]);
+  EXPECT_EQ(Reused(test, both), kPrompt);  // the first one's
+}
+
+TEST(PromptReuseTest, APromptGivenUpLeavesNoState) {
+  EngineOptions options = Keeping(1);
+  options.max_batch_rows = 16;
+  EngineUnderTest test(options);
+  const auto sink = test.Submit(Retained(1));
+  test.Status();
+  EXPECT_GT(test.metrics().prompt_state_bytes.Value(), 0);
+  sink->cancelled = true;
+  test.RunAll();
+  test.Status();
+  EXPECT_TRUE(sink->done);
+  EXPECT_EQ(test.metrics().prompt_state_bytes.Value(), 0);
 }
 
 TEST(PromptReuseTest, TheOldestStateMakesRoom) {
