@@ -38,7 +38,8 @@ Fleet::~Fleet() {
 }
 
 const char* Fleet::Name(State state) {
-  constexpr const char* kNames[] = {"joining", "serving", "not_ready", "ejected", "mismatched"};
+  constexpr const char* kNames[] = {"joining",   "serving", "paused",
+                                    "not_ready", "ejected", "mismatched"};
   return kNames[static_cast<int>(state)];
 }
 
@@ -68,6 +69,7 @@ void Fleet::SetMembers(const std::vector<ReplicaAddress>& members) {
   }
   std::sort(replicas_.begin(), replicas_.end(),
             [](const Replica& a, const Replica& b) { return a.address.name < b.address.name; });
+  ChooseTakers();
   CountStates();
 }
 
@@ -91,6 +93,7 @@ void Fleet::Update(ReplicaId id, const ReplicaReport& report) {
     if (report.facts) LearnFacts(*replica, *report.facts);
     if (report.facts) replica->late = false;
     Enter(*replica, Judge(*replica, report), report.error, to_cancel);
+    ChooseTakers();
     CountStates();
   }
   Cancel(to_cancel, OpenAttempt::Cancelled::kEjected);
@@ -115,24 +118,28 @@ Fleet::State Fleet::Judge(const Replica& replica, const ReplicaReport& report) c
     return replica.failures >= options_.eject_after ? State::kEjected : replica.state;
   }
   if (replica.late && !MayHoldEngine(replica)) return State::kEjected;
-  if (report.health == ReplicaReport::Health::kNotServing) return State::kNotReady;
-  if (!replica.facts) return State::kJoining;
+  const bool serving = report.health == ReplicaReport::Health::kServing;
+  if (!replica.facts) return serving ? State::kJoining : State::kNotReady;
+  if (!serving && replica.facts->draining) return State::kNotReady;
   const Replica* leader = FindLeader();
   const bool differs = leader != nullptr && leader->facts.has_value() &&
                        leader->facts->model != replica.facts->model;
-  return differs ? State::kMismatched : State::kServing;
+  if (differs) return State::kMismatched;
+  return serving ? State::kServing : State::kPaused;
 }
 
 void Fleet::Enter(Replica& replica, State state, const std::string& why, Attempts& to_cancel) {
   const State before = replica.state;
   if (state == before) return;
   replica.state = state;
-  placement_.SetServing(replica.id, state == State::kServing);
   const std::string& name = replica.address.name;
   switch (state) {
     case State::kJoining:
     case State::kNotReady:
       LOG(INFO) << "replica_not_ready replica=" << name << " was=" << Name(before);
+      break;
+    case State::kPaused:
+      LOG(INFO) << "replica_paused replica=" << name << " was=" << Name(before);
       break;
     case State::kServing:
       LOG(INFO) << (before == State::kEjected ? "replica_restored" : "replica_joined")
@@ -152,6 +159,15 @@ void Fleet::Enter(Replica& replica, State state, const std::string& why, Attempt
       }
       to_cancel.assign(replica.open.begin(), replica.open.end());
       break;
+  }
+}
+
+void Fleet::ChooseTakers() {
+  const auto serves = [](const Replica& replica) { return replica.state == State::kServing; };
+  const bool any = std::any_of(replicas_.begin(), replicas_.end(), serves);
+  takers_ = any ? State::kServing : State::kPaused;
+  for (const Replica& replica : replicas_) {
+    placement_.SetServing(replica.id, replica.state == takers_);
   }
 }
 
@@ -180,12 +196,15 @@ void Fleet::CountStates() {
 
 void Fleet::CancelLate() {
   if (options_.first_byte_timeout == absl::ZeroDuration()) return;
-  const absl::Duration latest = clock_.Now() - options_.first_byte_timeout;
+  const absl::Duration now = clock_.Now();
+  const absl::Duration latest = now - options_.first_byte_timeout;
   Attempts late;
   {
     absl::MutexLock lock(&mutex_);
     for (Replica& replica : replicas_) {
       for (const auto& attempt : replica.open) {
+        // What waits for Resume is not late.
+        if (replica.state == State::kPaused) attempt->started = now;
         if (attempt->takes_long || attempt->first_byte || attempt->started > latest) continue;
         late.push_back(attempt);
         replica.late = !MayHoldEngine(replica);
@@ -254,8 +273,7 @@ absl::StatusOr<ReplicaTarget> Fleet::Leader() const {
   absl::MutexLock lock(&mutex_);
   const Replica* leader = FindLeader();
   // A paused leader still trains.
-  if (leader != nullptr &&
-      (leader->state == State::kServing || leader->state == State::kNotReady)) {
+  if (leader != nullptr && Answers(*leader)) {
     return ReplicaTarget{leader->id, leader->address.name, leader->channel};
   }
   return LeaderMissing();
@@ -279,7 +297,7 @@ absl::StatusOr<ReplicaTarget> Fleet::Any(absl::Span<const ReplicaId> except) con
   absl::MutexLock lock(&mutex_);
   const Replica* least = nullptr;
   for (const Replica& replica : replicas_) {
-    if (replica.state != State::kServing) continue;
+    if (replica.state != takers_) continue;
     if (std::find(except.begin(), except.end(), replica.id) != except.end()) continue;
     if (least == nullptr || replica.open.size() < least->open.size()) least = &replica;
   }
@@ -291,7 +309,7 @@ std::vector<ReplicaTarget> Fleet::Reachable() const {
   absl::MutexLock lock(&mutex_);
   std::vector<ReplicaTarget> targets;
   for (const Replica& replica : replicas_) {
-    if (replica.state != State::kServing && replica.state != State::kNotReady) continue;
+    if (!Answers(replica)) continue;
     targets.push_back({replica.id, replica.address.name, replica.channel});
   }
   return targets;
@@ -322,6 +340,16 @@ int64_t Fleet::num_serving() const {
   absl::MutexLock lock(&mutex_);
   return std::count_if(replicas_.begin(), replicas_.end(),
                        [](const Replica& replica) { return replica.state == State::kServing; });
+}
+
+bool Fleet::AnyReachable() const {
+  absl::MutexLock lock(&mutex_);
+  return std::any_of(replicas_.begin(), replicas_.end(), Answers);
+}
+
+bool Fleet::Answers(const Replica& replica) {
+  return replica.state == State::kServing || replica.state == State::kPaused ||
+         replica.state == State::kNotReady;
 }
 
 bool Fleet::MayHoldEngine(const Replica& replica) {

@@ -3,11 +3,12 @@
 // waits for the network.
 //
 // A replica is `joining` until it has told its model, then `serving` as long as it answers
-// health checks with SERVING. `not_ready`: it answered, but does not want traffic (paused,
-// draining); its open calls go on. `ejected`: it did not answer --eject_after times in a row, or
-// its engine did not after a first byte was late; its open calls are cancelled, those without a
-// byte of answer are tried elsewhere. `mismatched`: it
-// serves another model than the leader and gets nothing until that changes.
+// health checks with SERVING. `paused`: it answered NOT_SERVING and is not known to
+// drain; if no replica serves it gets new calls, which wait in its queue. `not_ready`: it answered,
+// but takes no calls (loading, draining); its open calls go on. `ejected`: it did not answer
+// --eject_after times in a row, or its engine did not after a first byte was late; its open calls
+// are cancelled, those without a byte of answer are tried elsewhere. `mismatched`: it serves
+// another model than the leader and gets nothing until that changes.
 //
 // The leader is --leader, or the first replica by name of those found first: training goes there
 // and nowhere else, since there is no other copy of the optimizer. It is never replaced, not when
@@ -65,6 +66,7 @@ struct ReplicaReport {
     uint64_t policy_version = 0;
     int64_t cache_tokens = 0;
     absl::Duration uptime;
+    bool draining = false;
   };
 
   Health health = Health::kFailed;
@@ -107,7 +109,7 @@ class Fleet {
     Placed placed;
     std::string home;  // its name
   };
-  // UNAVAILABLE: no replica serves but those in request.except.
+  // UNAVAILABLE: no replica serves, or is paused if none serves, but those in request.except.
   absl::StatusOr<Choice> Place(const PlacementRequest& request);
   // On the leader, whatever its load. UNAVAILABLE: it does not serve.
   absl::StatusOr<Choice> PlaceOnLeader(PlacementRequest request);
@@ -118,7 +120,7 @@ class Fleet {
   std::string leader_name() const;
   // For calls that any replica can answer: the least loaded.
   absl::StatusOr<ReplicaTarget> Any(absl::Span<const ReplicaId> except) const;
-  // For calls to all: every replica that answers health checks, the leader first.
+  // For calls to all: every replica that answers health checks, by name.
   std::vector<ReplicaTarget> Reachable() const;
 
   // Cancels the attempt if the replica was ejected since it was chosen.
@@ -126,9 +128,11 @@ class Fleet {
   void Closed(ReplicaId id, const std::shared_ptr<OpenAttempt>& attempt);
 
   int64_t num_serving() const;
+  // Whether a replica answers health checks, be it paused.
+  bool AnyReachable() const;
 
  private:
-  enum class State { kJoining, kServing, kNotReady, kEjected, kMismatched };
+  enum class State { kJoining, kServing, kPaused, kNotReady, kEjected, kMismatched };
   static const char* Name(State state);
 
   struct Replica {
@@ -144,6 +148,7 @@ class Fleet {
   };
   using Attempts = std::vector<std::shared_ptr<OpenAttempt>>;
 
+  static bool Answers(const Replica& replica);
   static bool MayHoldEngine(const Replica& replica);
   Replica* Find(ReplicaId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::StatusOr<Choice> PlaceLocked(const PlacementRequest& request)
@@ -156,6 +161,8 @@ class Fleet {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Enter(Replica& replica, State state, const std::string& why, Attempts& to_cancel)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // New calls go to those that serve; if none does, to those that are paused.
+  void ChooseTakers() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void CountStates() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void ShowLoad(ReplicaId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Status NoneServes() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -168,8 +175,9 @@ class Fleet {
 
   mutable absl::Mutex mutex_;
   Placement placement_ ABSL_GUARDED_BY(mutex_);
-  std::vector<Replica> replicas_ ABSL_GUARDED_BY(mutex_);  // by name
-  std::string leader_name_ ABSL_GUARDED_BY(mutex_);        // once set, for good
+  std::vector<Replica> replicas_ ABSL_GUARDED_BY(mutex_);   // by name
+  State takers_ ABSL_GUARDED_BY(mutex_) = State::kServing;  // the state of those that get calls
+  std::string leader_name_ ABSL_GUARDED_BY(mutex_);         // once set, for good
 };
 
 }  // namespace coppice

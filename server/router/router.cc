@@ -72,7 +72,7 @@ class GrpcRouter final : public Router, public grpc::CallbackGenericService {
   int64_t num_serving() const override { return fleet_.num_serving(); }
   std::string NotReadyReason() const override {
     if (draining_) return "draining";
-    return fleet_.num_serving() > 0 ? "" : "no_replica";
+    return fleet_.AnyReachable() ? "" : "no_replica";
   }
   void SetDraining() override {
     draining_ = true;

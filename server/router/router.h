@@ -1,5 +1,6 @@
 // Router: one gRPC address in front of many replicas. Takes every method of coppice.v1 as bytes
-// (Route says what becomes of it) and answers grpc.health.v1 itself: SERVING iff a replica serves.
+// (Route says what becomes of it) and answers grpc.health.v1 itself: SERVING iff a replica answers
+// health checks, be it paused, so that Resume can come in.
 //
 // Owner: the router's daemon. Threads: gRPC's, and the watcher's.
 #pragma once

@@ -35,7 +35,8 @@ ReplicaReport::Facts ToFacts(const v1::GetStatusResponse& status) {
   return {.model = Describe(status.model()),
           .policy_version = status.policy_version(),
           .cache_tokens = status.cache().total_blocks() * status.block_tokens(),
-          .uptime = absl::Seconds(status.uptime().seconds())};
+          .uptime = absl::Seconds(status.uptime().seconds()),
+          .draining = status.state() == v1::SERVING_STATE_DRAINING};
 }
 
 // Two questions to one replica; both end by the deadline.

@@ -351,6 +351,34 @@ TEST_F(RouterTest, CacheAndAdminCallsAreMerged) {
   EXPECT_EQ(Metric(*router_, "coppice_router_requests_total{rpc=\"cache\"}"), 1);
 }
 
+TEST_F(RouterTest, PauseAndResumeGoThroughTheRouter) {
+  Start(2);
+  const auto admin = v1::Admin::NewStub(channel_);
+  v1::PauseResponse paused;
+  grpc::ClientContext pause_context;
+  ASSERT_TRUE(admin->Pause(&pause_context, {}, &paused).ok());
+  for (int i = 0; i < 2; ++i) ASSERT_FALSE(router_->AwaitLine("replica_paused").empty());
+  EXPECT_EQ(httplib::Client("127.0.0.1", router_->http_port()).Get("/readyz")->status, 200);
+  EXPECT_TRUE(HealthServing(channel_));
+
+  auto waiting = Open(Request("key", 8));
+  v1::GetStatusResponse status;
+  const absl::Time deadline = absl::Now() + kDeadline;
+  do {
+    grpc::ClientContext context;
+    ASSERT_TRUE(admin->GetStatus(&context, {}, &status).ok());
+    ASSERT_LT(absl::Now(), deadline) << "it does not wait in a replica's queue";
+  } while (status.queued_requests() + status.running_requests() == 0);
+  EXPECT_EQ(status.state(), v1::SERVING_STATE_PAUSED);
+
+  v1::ResumeResponse resumed;
+  grpc::ClientContext resume_context;
+  ASSERT_TRUE(admin->Resume(&resume_context, {}, &resumed).ok());
+  const grpc::Status finished = waiting->Finish();
+  EXPECT_TRUE(finished.ok()) << finished.error_message();
+  EXPECT_EQ(waiting->tokens, 8);
+}
+
 TEST_F(RouterTest, AReplicaThatComesBackWithAnotherModelGetsNothing) {
   Start(2);
   replicas_[1]->Signal(SIGTERM);

@@ -82,6 +82,36 @@ TEST_F(FleetTest, ADrainingReplicaKeepsItsCalls) {
   EXPECT_EQ(fleet_.Reachable().size(), 2u);
 }
 
+TEST_F(FleetTest, PausedReplicasTakeCallsIfNoneServes) {
+  Start(2);
+  const ReplicaReport paused = {.health = ReplicaReport::Health::kNotServing};
+  fleet_.Update(ids_[0], paused);
+  for (uint64_t key = 0; key < 20; ++key) EXPECT_EQ(Place(key)->target.id, ids_[1]);
+  EXPECT_EQ(fleet_.Any({})->id, ids_[1]);
+  fleet_.Update(ids_[1], paused);
+  EXPECT_EQ(fleet_.num_serving(), 0);
+  ASSERT_TRUE(Place().ok());
+  EXPECT_TRUE(fleet_.Any({}).ok());
+  EXPECT_TRUE(fleet_.PlaceOnLeader({.prefix_hash = 3, .max_tokens = 1}).ok());
+
+  const auto waiting = std::make_shared<OpenAttempt>();
+  fleet_.Opened(ids_[0], waiting);
+  clock_.Advance(absl::Hours(1));
+  fleet_.CancelLate();
+  EXPECT_EQ(waiting->cancelled, OpenAttempt::Cancelled::kNo) << "the pause may last";
+  clock_.Advance(absl::Seconds(9));
+  fleet_.Update(ids_[0], Serving());
+  fleet_.CancelLate();
+  EXPECT_EQ(waiting->cancelled, OpenAttempt::Cancelled::kNo);
+
+  ReplicaReport draining = Serving();
+  draining.health = ReplicaReport::Health::kNotServing;
+  draining.facts->draining = true;
+  for (const ReplicaId id : ids_) fleet_.Update(id, draining);
+  EXPECT_THAT(std::string(Place().status().message()), HasSubstr("coppice-0 not_ready"));
+  EXPECT_TRUE(fleet_.AnyReachable());
+}
+
 TEST_F(FleetTest, ALateFirstByteEjectsAnEngineThatDoesNotAnswer) {
   Start(2);
   const auto late = std::make_shared<OpenAttempt>(), begun = std::make_shared<OpenAttempt>();
