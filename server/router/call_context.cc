@@ -1,6 +1,9 @@
 #include "server/router/call_context.h"
 
 #include <algorithm>
+#include <chrono>
+
+#include "absl/strings/str_cat.h"
 
 namespace coppice {
 namespace {
@@ -41,6 +44,26 @@ int CodeIndex(grpc::StatusCode code) {
   }
 }
 
+// The daemon's clock may fire first by so much.
+constexpr std::chrono::milliseconds kDeadlineSlack(50);
+
+// Of a call that neither its caller nor the daemon's engine ended.
+grpc::Status CancelledStatus(OpenAttempt::Cancelled why, const std::string& replica) {
+  const char* got = why == OpenAttempt::Cancelled::kEjected ? "no answer to health checks"
+                    : why == OpenAttempt::Cancelled::kFirstByteLate
+                        ? "no byte in --first_byte_timeout_s"
+                        : "its shutdown";
+  return {grpc::StatusCode::UNAVAILABLE, absl::StrCat("call ended: want an answer of replica ",
+                                                      replica, ", got ", got, "; try again")};
+}
+
+// A server that shuts down cancels what reaches it late, with no words of its own; a daemon that
+// means CANCELLED says what was cancelled.
+bool IsShutdown(const grpc::Status& status) {
+  return status.error_code() == grpc::StatusCode::CANCELLED &&
+         (status.error_message().empty() || status.error_message() == "CANCELLED");
+}
+
 }  // namespace
 
 std::string Header(const grpc::CallbackServerContext& call, const std::string& key) {
@@ -63,6 +86,18 @@ void PassBack(const grpc::ClientContext& upstream, grpc::CallbackServerContext& 
 
 grpc::Status ToGrpc(const absl::Status& status) {
   return {static_cast<grpc::StatusCode>(status.code()), std::string(status.message())};
+}
+
+grpc::Status Meaning(const grpc::Status& status, const OpenAttempt& attempt,
+                     const std::string& replica, bool caller_gone,
+                     const grpc::CallbackServerContext& call) {
+  if (status.ok()) return status;
+  const OpenAttempt::Cancelled why = attempt.cancelled;
+  // A daemon that ends a call at its deadline sounds the same.
+  const bool in_time = call.deadline() > std::chrono::system_clock::now() + kDeadlineSlack;
+  const bool shut_down = IsShutdown(status) && !caller_gone && in_time;
+  if (why == OpenAttempt::Cancelled::kNo && !shut_down) return status;
+  return CancelledStatus(why, replica);
 }
 
 void CountResponse(RouterMetrics& metrics, const grpc::Status& status) {

@@ -35,6 +35,11 @@ void PassOn(const grpc::CallbackServerContext& call, grpc::ClientContext& upstre
 // The replica's trailing metadata, to the caller.
 void PassBack(const grpc::ClientContext& upstream, grpc::CallbackServerContext& call);
 
+// What the end of an attempt says: UNAVAILABLE for what a replica's end or the fleet did to it.
+grpc::Status Meaning(const grpc::Status& status, const OpenAttempt& attempt,
+                     const std::string& replica, bool caller_gone,
+                     const grpc::CallbackServerContext& call);
+
 grpc::Status ToGrpc(const absl::Status& status);
 void CountResponse(RouterMetrics& metrics, const grpc::Status& status);
 

@@ -14,7 +14,8 @@ FanOutCall::FanOutCall(const RouterContext& context, grpc::GenericCallbackServer
   context_.metrics.requests[static_cast<int>(route)]->Increment();
   for (const ReplicaTarget& target : context_.fleet.Reachable()) {
     legs_.push_back(std::make_unique<Leg>(target));
-    PassOn(*call_, legs_.back()->context);
+    PassOn(*call_, legs_.back()->attempt->context);
+    legs_.back()->attempt->takes_long = TakesLong(call_->method());
   }
   open_legs_ = legs_.size();
   StartRead(&request_);
@@ -36,21 +37,27 @@ void FanOutCall::OnReadDone(bool ok) {
   std::vector<Leg*> legs;
   for (const auto& leg : legs_) legs.push_back(leg.get());
   const std::string method = call_->method();
+  Fleet& fleet = context_.fleet;
   for (Leg* leg : legs) {
-    leg->stub.UnaryCall(&leg->context, method, {}, &request_, &leg->answer,
-                        [this, leg](grpc::Status status) {
-                          leg->status = std::move(status);
-                          LegDone();
-                        });
+    fleet.Opened(leg->target.id, leg->attempt);
+    leg->stub.UnaryCall(&leg->attempt->context, method, {}, &request_, &leg->answer,
+                        [this, leg](grpc::Status status) { LegDone(*leg, status); });
   }
 }
 
 void FanOutCall::OnCancel() {
-  for (const auto& leg : legs_) leg->context.TryCancel();
+  cancelled_ = true;
+  for (const auto& leg : legs_) leg->attempt->context.TryCancel();
 }
 
-void FanOutCall::LegDone() {
-  if (open_legs_.fetch_sub(1) > 1) return;
+void FanOutCall::LegDone(Leg& leg, const grpc::Status& status) {
+  context_.fleet.Closed(leg.target.id, leg.attempt);
+  leg.status = Meaning(status, *leg.attempt, leg.target.name, cancelled_, *call_);
+  if (leg.status.error_code() == grpc::StatusCode::UNAVAILABLE) context_.watcher.Poke();
+  if (open_legs_.fetch_sub(1) == 1) Answer();
+}
+
+void FanOutCall::Answer() {
   std::vector<grpc::ByteBuffer> answers;
   for (const auto& leg : legs_) {
     if (!leg->status.ok()) {

@@ -1,6 +1,6 @@
 // FanOutCall: one unary call of a client, sent to every reachable replica; the answers are merged
 // into one. The first error, in order of the replicas' names, is the answer of all; what the others
-// did stays done.
+// did stays done. A replica that is ejected ends its part with UNAVAILABLE.
 //
 // Owner: gRPC; deletes itself in OnDone. Threads: gRPC's; answers may arrive together.
 #pragma once
@@ -29,12 +29,13 @@ class FanOutCall final : public grpc::ServerGenericBidiReactor {
     explicit Leg(ReplicaTarget t) : target(std::move(t)), stub(target.channel) {}
     const ReplicaTarget target;
     grpc::GenericStub stub;
-    grpc::ClientContext context;
+    const std::shared_ptr<OpenAttempt> attempt = std::make_shared<OpenAttempt>();
     grpc::ByteBuffer answer;
     grpc::Status status;
   };
 
-  void LegDone();
+  void LegDone(Leg& leg, const grpc::Status& status);
+  void Answer();
   void FinishWith(const grpc::Status& status);
 
   const RouterContext& context_;
@@ -42,6 +43,7 @@ class FanOutCall final : public grpc::ServerGenericBidiReactor {
   grpc::ByteBuffer request_, merged_;
   std::vector<std::unique_ptr<Leg>> legs_;  // fixed at construction, the leader's first
   std::atomic<size_t> open_legs_;
+  std::atomic<bool> cancelled_{false};
 };
 
 }  // namespace coppice

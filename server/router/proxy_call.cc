@@ -1,6 +1,5 @@
 #include "server/router/proxy_call.h"
 
-#include <chrono>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -12,26 +11,6 @@ namespace coppice {
 namespace {
 
 constexpr char kTenantHeader[] = "x-coppice-tenant";
-// The daemon's clock may fire first by so much.
-constexpr std::chrono::milliseconds kDeadlineSlack(50);
-
-// Of a call that neither its caller nor the daemon's engine ended.
-grpc::Status CancelledStatus(OpenAttempt::Cancelled why, const std::string& replica) {
-  const char* got = why == OpenAttempt::Cancelled::kEjected ? "no answer to health checks"
-                    : why == OpenAttempt::Cancelled::kFirstByteLate
-                        ? "no byte in --first_byte_timeout_s"
-                        : "its shutdown";
-  return {grpc::StatusCode::UNAVAILABLE, absl::StrCat("call ended: want an answer of replica ",
-                                                      replica, ", got ", got, "; try again")};
-}
-
-// A server that shuts down cancels what reaches it late, with no words of its own; a daemon that
-// means CANCELLED says what was cancelled.
-bool IsShutdown(const grpc::Status& status) {
-  return status.error_code() == grpc::StatusCode::CANCELLED &&
-         (status.error_message().empty() || status.error_message() == "CANCELLED");
-}
-
 }  // namespace
 
 void ProxyCall::Upstream::Start(const std::string& method, const grpc::ByteBuffer& request) {
@@ -182,14 +161,8 @@ void ProxyCall::OnUpstreamDone(const grpc::Status& upstream_status) {
 }
 
 grpc::Status ProxyCall::Meaning(const grpc::Status& status, const Upstream& upstream) {
-  if (status.ok()) return status;
-  const OpenAttempt::Cancelled why = upstream.attempt()->cancelled;
   absl::MutexLock lock(&mutex_);
-  // A daemon that ends a call at its deadline sounds the same.
-  const bool in_time = call_->deadline() > std::chrono::system_clock::now() + kDeadlineSlack;
-  const bool shut_down = IsShutdown(status) && !cancelled_ && in_time;
-  if (why == OpenAttempt::Cancelled::kNo && !shut_down) return status;
-  return CancelledStatus(why, upstream.target().name);
+  return coppice::Meaning(status, *upstream.attempt(), upstream.target().name, cancelled_, *call_);
 }
 
 void ProxyCall::SettlePlacement(bool answered) {

@@ -207,6 +207,11 @@ TEST_F(RouterTest, AHangingReplicaIsEjectedAndReturns) {
 
   replicas_[1]->Signal(SIGSTOP);
   auto waiting = Open(Request(key, 8));  // reaches a process that does not answer
+  grpc::ClientContext context;           // without a deadline, to all
+  v1::GetStatsResponse stats;
+  const grpc::Status all = v1::Cache::NewStub(channel_)->GetStats(&context, {}, &stats);
+  EXPECT_EQ(all.error_code(), grpc::StatusCode::UNAVAILABLE);
+  EXPECT_THAT(all.error_message(), HasSubstr("replica coppice-1: call ended"));
   ASSERT_THAT(router_->AwaitLine("replica_ejected"), HasSubstr("replica=coppice-1"));
 
   const grpc::Status moved = waiting->Finish();
