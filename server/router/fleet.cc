@@ -15,6 +15,8 @@ namespace {
 // A stream's own buffer on the way in, per call: what a slow reader can make the router hold.
 constexpr int kStreamWindowBytes = 64 << 10;
 constexpr int kMaxReconnectMs = 1000;
+// Ends the calls of a host that vanished without a word, also once its replica has left the list.
+constexpr int kKeepaliveMs = 30'000, kKeepaliveTimeoutMs = 10'000;
 
 std::shared_ptr<grpc::Channel> Connect(const std::string& target) {
   grpc::ChannelArguments args;
@@ -22,6 +24,9 @@ std::shared_ptr<grpc::Channel> Connect(const std::string& target) {
   args.SetMaxSendMessageSize(-1);
   args.SetInt(GRPC_ARG_HTTP2_BDP_PROBE, 0);
   args.SetInt(GRPC_ARG_HTTP2_STREAM_LOOKAHEAD_BYTES, kStreamWindowBytes);
+  args.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, kKeepaliveMs);
+  args.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, kKeepaliveTimeoutMs);
+  args.SetInt(GRPC_ARG_HTTP2_MAX_PINGS_WITHOUT_DATA, 0);  // a stream may send nothing for long
   args.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
   args.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 100);
   args.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, kMaxReconnectMs);

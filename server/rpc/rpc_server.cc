@@ -18,6 +18,8 @@ namespace {
 constexpr const char* kServiceNames[] = {"coppice.v1.Generation", "coppice.v1.Training",
                                          "coppice.v1.Cache", "coppice.v1.Admin"};
 
+constexpr int kMinPingIntervalMs = 15'000;
+
 class GrpcServer final : public RpcServer {
  public:
   explicit GrpcServer(RpcContext context) : context_(std::move(context)) {
@@ -35,6 +37,9 @@ class GrpcServer final : public RpcServer {
     builder.AddListeningPort(address, grpc::InsecureServerCredentials(), &port_);
     // Without this a second daemon would silently share the port.
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+    // A router or client may ask twice a minute whether the host is still there.
+    builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS,
+                               kMinPingIntervalMs);
     builder.SetMaxReceiveMessageSize(static_cast<int>(context_.max_message_bytes));
     builder.SetMaxSendMessageSize(static_cast<int>(context_.max_message_bytes));
     for (const auto& service : services_) builder.RegisterService(service.get());
