@@ -101,6 +101,11 @@ absl::Status Daemon::Load() {
   LOG(INFO) << "memory_plan " << memory_.ToString() << " device_mib=" << (device.total_bytes >> 20)
             << " free_mib=" << (device.free_bytes >> 20)
             << " note=\"gradients, optimizer and activations from the first training step on\"";
+  if (memory_.total_bytes() > device.free_bytes) {
+    LOG(WARNING) << "memory_plan_exceeds_device bytes=" << memory_.total_bytes()
+                 << " free_bytes=" << device.free_bytes
+                 << " note=\"training may lack memory; fewer --kv_blocks leave more\"";
+  }
   if (config_.deterministic) {
     RETURN_IF_ERROR(CheckRowEquality(*decoder_, model_.params, config_.block_tokens));
     LOG(INFO) << "row_equality ok note=\"a row's bits depend on its own prefix alone\"";

@@ -17,20 +17,23 @@ constexpr int64_t kMaxBlocks = INT32_MAX;  // block ids are int32
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A twelfth of the device: attention's and the head's scratch, which grows to the largest batch
-// seen, plans of batches, fragments. Host memory needs none of it.
+// What ops may take for attention and the head, which grows to the largest batch seen; at least a
+// twelfth of the device, for plans of batches and fragments too. Host memory needs none of it.
 int64_t ScratchBytes(const ops::DeviceInfo& device) {
-  return device.kind == DeviceKind::kCuda ? device.total_bytes / 12 : 0;
+  if (device.kind != DeviceKind::kCuda) return 0;
+  return std::max(device.total_bytes / 12, device.op_scratch_bytes);
 }
 
 struct FixedBytes {
-  int64_t weights, workspace, scratch, gradients, optimizer;
+  int64_t weights, workspace, scratch, gradients, optimizer, prompt_states;
 
-  int64_t total() const { return weights + workspace + scratch + gradients + optimizer; }
+  int64_t total() const {
+    return weights + workspace + scratch + gradients + optimizer + prompt_states;
+  }
 };
 
-FixedBytes FixedBytesOf(const ModelConfig& model, const ops::DeviceInfo& device,
-                        int64_t workspace_bytes) {
+FixedBytes FixedBytesOf(const Config& config, const ModelConfig& model,
+                        const ops::DeviceInfo& device, int64_t workspace_bytes) {
   const int64_t elements = NumParameterElements(model);
   const int64_t masters = elements * SizeOf(DType::kF32);
   const bool has_remainder = device.compute_dtype != DType::kF32;
@@ -38,7 +41,8 @@ FixedBytes FixedBytesOf(const ModelConfig& model, const ops::DeviceInfo& device,
           .workspace = workspace_bytes,
           .scratch = ScratchBytes(device),
           .gradients = masters,
-          .optimizer = 2 * masters + (has_remainder ? masters / 2 : 0)};
+          .optimizer = 2 * masters + (has_remainder ? masters / 2 : 0),
+          .prompt_states = config.prompt_state_bytes};
 }
 
 int64_t NumBlocks(const Config& config, int64_t blocks_per_context, int64_t block_bytes,
@@ -58,7 +62,8 @@ absl::Status CheckSpare(const Config& config, const ops::DeviceInfo& device,
   if (config.kv_fraction == 0 || device.free_bytes > fixed.total()) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat(
       "no memory for --kv_fraction: want more free bytes than the ", fixed.total(),
-      " of weights, workspace, scratch, gradients and optimizer, got ", device.free_bytes,
+      " of weights, workspace, scratch, gradients, optimizer and prompt states, got ",
+      device.free_bytes,
       "; use --kv_bytes, which counts none of the training's memory, or a larger device"));
 }
 
@@ -87,9 +92,9 @@ absl::StatusOr<MemoryPlan> PlanMemory(const Config& config, const ModelConfig& m
         absl::StrCat("context too long: want --max_context at most ", model.max_positions,
                      " (the model's limit), got ", config.max_context, "; lower --max_context"));
   }
-  const FixedBytes fixed = FixedBytesOf(model, device, workspace_bytes);
+  const FixedBytes fixed = FixedBytesOf(config, model, device, workspace_bytes);
   RETURN_IF_ERROR(CheckSpare(config, device, fixed));
-  const int64_t spare = device.free_bytes - fixed.total() - config.prompt_state_bytes;
+  const int64_t spare = device.free_bytes - fixed.total();
   MemoryPlan plan;
   plan.max_context = config.max_context > 0 ? config.max_context : model.max_positions;
   plan.block_bytes = KvPool::BytesPerBlock(model, config.block_tokens, device.compute_dtype);
@@ -104,7 +109,8 @@ absl::StatusOr<MemoryPlan> PlanMemory(const Config& config, const ModelConfig& m
   const int64_t kv_bytes = plan.num_blocks * plan.block_bytes;
   plan.activation_bytes = config.activation_bytes;
   if (plan.activation_bytes == 0 && device.kind == DeviceKind::kCuda) {
-    plan.activation_bytes = std::max<int64_t>(spare - kv_bytes, 0);
+    const int64_t left = device.free_bytes - fixed.weights - fixed.workspace - kv_bytes;
+    plan.activation_bytes = std::max({spare - kv_bytes, left / 8, int64_t{0}});
   }
   plan.regions = {{"weights", fixed.weights},
                   {"kv_blocks", kv_bytes},
@@ -112,7 +118,7 @@ absl::StatusOr<MemoryPlan> PlanMemory(const Config& config, const ModelConfig& m
                   {"scratch", fixed.scratch},
                   {"gradients", fixed.gradients},
                   {"optimizer", fixed.optimizer},
-                  {"prompt_states", config.prompt_state_bytes},
+                  {"prompt_states", fixed.prompt_states},
                   {"activations", plan.activation_bytes}};
   return plan;
 }

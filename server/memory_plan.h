@@ -18,7 +18,9 @@ struct MemoryPlan {
   int64_t max_context = 0;  // resolved
   int64_t num_blocks = 0;
   int64_t block_bytes = 0;
-  int64_t activation_bytes = 0;  // for one training pass; 0 = the trainer's own choice
+  // For one training pass. On the CPU 0 = the trainer's own choice; on a GPU at least an eighth of
+  // what weights, workspace and KV leave, which may be more than there is.
+  int64_t activation_bytes = 0;
   // Name and bytes: weights, kv_blocks, workspace, and the device's scratch as it may grow; from
   // the first training step on gradients, optimizer and activations.
   std::vector<std::pair<std::string, int64_t>> regions;

@@ -64,5 +64,34 @@ TEST_F(MemoryPlanTest, AFractionLeavesRoomForTheRest) {
   EXPECT_TRUE(Plan().ok());
 }
 
+TEST_F(MemoryPlanTest, CountsWhatOpsMayTakeAndKeptPrompts) {
+  device_ = {.kind = DeviceKind::kCuda,
+             .compute_dtype = DType::kBF16,
+             .total_bytes = int64_t{12} << 30,
+             .free_bytes = int64_t{11} << 30,
+             .op_scratch_bytes = int64_t{5} << 30};
+  config_.kv_fraction = 0.5;
+  config_.prompt_state_bytes = int64_t{1} << 30;
+  const auto plan = Plan();
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_THAT(plan->ToString(), HasSubstr(" scratch_mib=5120 "));
+  EXPECT_LE(plan->total_bytes(), device_.free_bytes);
+  config_.prompt_state_bytes = int64_t{6} << 30;  // nothing is left
+  EXPECT_THAT(std::string(Plan().status().message()), HasSubstr("prompt states, got"));
+}
+
+// 0 would mean the trainer's own choice, which the plan knows nothing of.
+TEST_F(MemoryPlanTest, WritesDownTheLeastOfActivations) {
+  device_ = {.kind = DeviceKind::kCuda,
+             .compute_dtype = DType::kBF16,
+             .total_bytes = int64_t{12} << 30,
+             .free_bytes = int64_t{3} << 29,
+             .op_scratch_bytes = int64_t{2} << 30};
+  const auto plan = Plan();
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  EXPECT_GT(plan->activation_bytes, 0);
+  EXPECT_LE(plan->activation_bytes, device_.free_bytes / 8);
+}
+
 }  // namespace
 }  // namespace coppice
