@@ -42,8 +42,9 @@ class Trainer {
   virtual ~Trainer() = default;
 
   // INVALID_ARGUMENT with group, sample and field for bad input, RESOURCE_EXHAUSTED for
-  // activations: then nothing has changed. After a device error (INTERNAL) all pending gradients
-  // are dropped.
+  // activations, which are reserved for all passes before the first one runs: then nothing has
+  // changed. After a device error (INTERNAL, or RESOURCE_EXHAUSTED for the scratch of an op, which
+  // grows as it runs) all pending gradients are dropped.
   virtual absl::StatusOr<ForwardBackwardResult> ForwardBackward(
       const ForwardBackwardRequest& request) = 0;
   // Clips, updates, drops gradients, increments the version. A non-finite norm skips the update
