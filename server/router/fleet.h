@@ -91,7 +91,7 @@ class Fleet {
         leader_name_(options.leader) {}
   ~Fleet();
 
-  // ---- Membership and health; one thread (the watcher's)
+  // ---- Membership and health; the watcher's threads
   // Replicas that are not in the list leave: their open calls go on.
   void SetMembers(const std::vector<ReplicaAddress>& members);
   std::vector<ReplicaTarget> Members() const;

@@ -89,6 +89,7 @@ absl::Status Watcher::Start() {
   Round();
   RETURN_IF_ERROR(fleet_.CheckModels());
   thread_ = std::thread([this] { Run(); });
+  if (!options_.replica_dns.empty()) resolver_ = std::thread([this] { RunResolver(); });
   return absl::OkStatus();
 }
 
@@ -99,6 +100,7 @@ void Watcher::Stop() {
     stopping_ = true;
   }
   thread_.join();
+  if (resolver_.joinable()) resolver_.join();
 }
 
 void Watcher::Poke() {
@@ -107,7 +109,6 @@ void Watcher::Poke() {
 }
 
 absl::Status Watcher::Resolve() {
-  resolved_at_ = clock_.Now();
   absl::StatusOr<std::vector<ReplicaAddress>> members = options_.replicas.empty()
                                                             ? ResolveReplicas(options_.replica_dns)
                                                             : ParseReplicas(options_.replicas);
@@ -149,10 +150,18 @@ void Watcher::Run() {
       if (stopping_) return;
       poked_ = false;
     }
-    if (!options_.replica_dns.empty() && clock_.Now() - resolved_at_ >= options_.dns_interval) {
-      Resolve().IgnoreError();  // the replicas known so far go on
-    }
     Round();
+  }
+}
+
+void Watcher::RunResolver() {
+  for (;;) {
+    {
+      absl::MutexLock lock(&mutex_);
+      mutex_.AwaitWithTimeout(absl::Condition(&stopping_), options_.dns_interval);
+      if (stopping_) return;
+    }
+    Resolve().IgnoreError();  // the replicas known so far go on
   }
 }
 

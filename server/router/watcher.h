@@ -1,7 +1,7 @@
-// Watcher: the thread that keeps the fleet's view of the replicas true. Each round it asks every
-// replica for its health and its facts, all at once, within --health_timeout_ms; every
-// --replica_dns_interval_s it resolves the service again. A suspicion raised by a broken call
-// starts a round at once.
+// Watcher: keeps the fleet's view of the replicas true. Each round its thread asks every replica
+// for its health and its facts, all at once, within --health_timeout_ms. A suspicion raised by a
+// broken call starts a round at once. A second thread resolves the service again, every
+// --replica_dns_interval_s: a slow resolver delays no round.
 //
 // Owner: the router; Stop before the fleet goes.
 #pragma once
@@ -39,7 +39,7 @@ class Watcher {
         changed_(std::move(changed)) {}
   ~Watcher() { Stop(); }
 
-  // Finds the replicas, asks each once, starts the thread. Replicas that do not answer yet and a
+  // Finds the replicas, asks each once, starts the threads. Replicas that do not answer yet and a
   // service without addresses are no error: a pod's name may exist only after this one started.
   // INVALID_ARGUMENT (bad list or address), FAILED_PRECONDITION (different models).
   absl::Status Start();
@@ -51,15 +51,15 @@ class Watcher {
   absl::Status Resolve();
   void Round();
   void Run();
+  void RunResolver();  // only with a service
 
   const Options options_;
   Fleet& fleet_;
   RouterMetrics& metrics_;
   const Clock& clock_;
   const std::function<void()> changed_;
-  bool resolves_ = true;
-  absl::Duration resolved_at_;
-  std::thread thread_;
+  bool resolves_ = true;  // Start's, then the resolver's
+  std::thread thread_, resolver_;
 
   absl::Mutex mutex_;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
