@@ -18,7 +18,10 @@ class FailingOps : public ops::Ops {
 
   void Fail() { failing_ = true; }                   // any thread
   void FailAllocations() { out_of_memory_ = true; }  // RESOURCE_EXHAUSTED from now on
-  void AllowAllocations() { out_of_memory_ = false; }
+  void AllowAllocations() {
+    out_of_memory_ = false;
+    limit_bytes_ = std::numeric_limits<int64_t>::max();
+  }
   // RESOURCE_EXHAUSTED where more than this would be held beside what is held now.
   void LimitAllocations(int64_t budget_bytes) { limit_bytes_ = *held_bytes_ + budget_bytes; }
   void FailUploadsAfter(int uploads) { uploads_left_ = uploads; }  // INTERNAL after so many more

@@ -80,6 +80,19 @@ TEST_F(CheckpointTest, ResumesBitForBit) {
   }
 }
 
+// Beside the optimizer that it replaces; the activations of a former step make room.
+TEST_F(CheckpointTest, LoadsAnOptimizerWhereActivationsWere) {
+  TinyPolicy policy(Config());
+  TrainSteps(policy, 0, 1);
+  ASSERT_TRUE(policy.trainer().SaveCheckpoint(Path("a")).ok());
+  const int64_t optimizer_bytes = 2 * NumParameterElements(Config()) * SizeOf(DType::kF32);
+  policy.ops().LimitAllocations(optimizer_bytes - 1);
+  const absl::Status status = policy.trainer().LoadCheckpoint(Path("a"));
+  EXPECT_TRUE(status.ok()) << status;
+  policy.ops().AllowAllocations();
+  TrainSteps(policy, 1, 1);
+}
+
 TEST_F(CheckpointTest, HoldsAPolicyThatWasNeverTrained) {
   TinyPolicy fresh(Config(), 1), trained(Config(), 2);
   ASSERT_TRUE(fresh.trainer().SaveCheckpoint(Path("a")).ok());
