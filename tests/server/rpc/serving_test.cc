@@ -15,8 +15,22 @@ namespace {
 using grpc::StatusCode;
 using ::testing::HasSubstr;
 
-// Long enough that no test sees its end by accident.
-v1::GenerateRequest EndlessRequest() { return TestRequest(20, 200); }
+// A stack whose streams buffer so little that EndlessRequest() waits for its reader long before
+// its end, however late the test's own threads run.
+ServingStack::Options SmallBuffers() {
+  ServingStack::Options options;
+  options.engine.num_blocks = 512;
+  options.engine.max_context = 1024;
+  options.stream_capacity = 8;
+  options.small_windows = true;
+  return options;
+}
+
+v1::GenerateRequest EndlessRequest() {
+  v1::GenerateRequest request = TestRequest(20, 800);
+  request.set_n(4);
+  return request;
+}
 
 void ExpectNothingHeld(ServingStack& stack) {
   const v1::GetStatusResponse status = stack.AwaitIdle();
@@ -63,7 +77,7 @@ TEST(ServingTest, TextPromptsStopStringsAndText) {
 }
 
 TEST(ServingTest, CancelMidStreamFreesEverything) {
-  ServingStack stack;
+  ServingStack stack(SmallBuffers());
   grpc::ClientContext context;
   auto reader = stack.generation->Generate(&context, EndlessRequest());
   v1::GenerateEvent event;
@@ -75,7 +89,7 @@ TEST(ServingTest, CancelMidStreamFreesEverything) {
 }
 
 TEST(ServingTest, DisconnectMidStreamFreesEverything) {
-  ServingStack stack;
+  ServingStack stack(SmallBuffers());
   {
     grpc::ClientContext context;
     auto reader = stack.generation->Generate(&context, EndlessRequest());
@@ -86,7 +100,7 @@ TEST(ServingTest, DisconnectMidStreamFreesEverything) {
 }
 
 TEST(ServingTest, DeadlinesEndWaitingAndRunningRequests) {
-  ServingStack stack;
+  ServingStack stack(SmallBuffers());
   grpc::ClientContext pause_context;
   v1::PauseResponse paused;
   ASSERT_TRUE(stack.admin->Pause(&pause_context, {}, &paused).ok());
@@ -104,14 +118,8 @@ TEST(ServingTest, DeadlinesEndWaitingAndRunningRequests) {
 }
 
 TEST(ServingTest, SlowReaderPausesItselfOnly) {
-  ServingStack::Options options;
-  options.engine.num_blocks = 512;
-  options.engine.max_context = 1024;
-  options.stream_capacity = 8;
-  options.small_windows = true;
-  ServingStack stack(options);
-  v1::GenerateRequest large = TestRequest(20, 800);
-  large.set_n(4);
+  ServingStack stack(SmallBuffers());
+  const v1::GenerateRequest large = EndlessRequest();
   grpc::ClientContext context;
   auto slow = stack.generation->Generate(&context, large);
   v1::GenerateEvent event;
@@ -153,7 +161,7 @@ TEST(ServingTest, FullQueueIsRefusedAtOnce) {
 }
 
 TEST(ServingTest, DrainingRefusesNewWorkAndFinishesOld) {
-  ServingStack stack;
+  ServingStack stack(SmallBuffers());
   grpc::ClientContext context;
   auto running = stack.generation->Generate(&context, EndlessRequest());
   v1::GenerateEvent event;
@@ -177,7 +185,7 @@ TEST(ServingTest, DrainingRefusesNewWorkAndFinishesOld) {
 }
 
 TEST(ServingTest, AbortByNameIsAnsweredAfterBlocksAreFree) {
-  ServingStack stack;
+  ServingStack stack(SmallBuffers());
   v1::GenerateRequest request = EndlessRequest();
   request.set_request_id("one");
   grpc::ClientContext context;
