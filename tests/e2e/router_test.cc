@@ -12,6 +12,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "coppice/v1/admin.grpc.pb.h"
@@ -66,6 +67,13 @@ class RouterTest : public ::testing::Test {
     router_ = Run({"--role=router", "--port=0", "--http_port=0", "--health_interval_ms=100",
                    "--eject_after=2", "--replicas=" + absl::StrJoin(list, ",")});
     ASSERT_TRUE(router_->AwaitReady()) << router_->log();
+    // Ready means that it listens; on a busy machine its replicas join later.
+    const std::vector<std::string> parts =
+        absl::StrSplit(router_->lines_read(), " replica_joined ");
+    size_t joined = parts.size() - 1;
+    for (; joined < ports_.size(); ++joined) {
+      ASSERT_FALSE(router_->AwaitLine(" replica_joined ").empty()) << router_->log();
+    }
     channel_ = Channel(router_->grpc_port());
     generation_ = v1::Generation::NewStub(channel_);
   }
@@ -205,7 +213,7 @@ TEST_F(RouterTest, AHangingReplicaIsEjectedAndReturns) {
   auto begun = Open(Request(key, 3000));
   ASSERT_TRUE(begun->Read());
 
-  replicas_[1]->Signal(SIGSTOP);
+  replicas_[1]->Freeze();
   auto waiting = Open(Request(key, 8));  // reaches a process that does not answer
   grpc::ClientContext context;           // without a deadline, to all
   v1::GetStatsResponse stats;
@@ -426,7 +434,9 @@ TEST_F(RouterTest, BadConfigurationsSaySo) {
 
   replicas_.push_back(Replica(0, "tiny-llama"));
   replicas_.push_back(Replica(0, "tiny-qwen3"));
-  auto mixed = run({absl::StrCat("--replicas=localhost:", replicas_[0]->grpc_port(),
+  // Both are asked before it serves; on a busy machine an answer takes longer than usual.
+  auto mixed = run({"--health_timeout_ms=60000",
+                    absl::StrCat("--replicas=localhost:", replicas_[0]->grpc_port(),
                                  ",localhost:", replicas_[1]->grpc_port())});
   EXPECT_EQ(mixed->Wait(), 3);
   EXPECT_THAT(mixed->log(), HasSubstr("want one model, got"));

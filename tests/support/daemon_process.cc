@@ -84,6 +84,13 @@ bool DaemonProcess::AwaitReady() {
 
 void DaemonProcess::Signal(int signal) { kill(pid_, signal); }
 
+void DaemonProcess::Freeze() {
+  Signal(SIGSTOP);
+  int status = 0;
+  CHECK_EQ(waitpid(pid_, &status, WUNTRACED), pid_);
+  CHECK(WIFSTOPPED(status));
+}
+
 int64_t DaemonProcess::ResidentBytes() const {
   std::ifstream statm("/proc/" + std::to_string(pid_) + "/statm");
   int64_t size = 0, resident = 0;

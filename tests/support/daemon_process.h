@@ -28,6 +28,8 @@ class DaemonProcess {
   int http_port() const { return http_port_; }
 
   void Signal(int signal);
+  // Stops all its threads, as a hanging machine would; returns once they stand. SIGCONT ends it.
+  void Freeze();
   // Memory of the process that is in RAM.
   int64_t ResidentBytes() const;
   // User and system time of all its threads so far.
@@ -36,6 +38,8 @@ class DaemonProcess {
   int Wait();
   // Everything logged so far, stdout included.
   const std::string& log() const { return log_; }
+  // The part of log() that the waits above have passed.
+  std::string lines_read() const { return log_.substr(0, log_.size() - buffer_.size()); }
 
  private:
   bool ReadLine(std::string* line);
