@@ -173,7 +173,10 @@ absl::Status CpuOps::SwiGluBackward(const ops::SwiGluBackwardParams& p) {
 absl::Status CpuOps::LogProbHeadBackward(const ops::LogProbHeadBackwardParams& p) {
   return cpu::LogProbHeadBackward(context_, p);
 }
-absl::Status CpuOps::Sample(const ops::SampleParams& p) { return cpu::Sample(context_, p); }
+absl::StatusOr<std::unique_ptr<ops::PendingSample>> CpuOps::StartSample(
+    const ops::SampleParams& p) {
+  return cpu::StartSample(context_, p);
+}
 absl::Status CpuOps::CopyBlocks(const ops::CopyBlocksParams& p) {
   return cpu::CopyBlocks(context_, p);
 }

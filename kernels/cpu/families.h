@@ -3,9 +3,12 @@
 // written then.
 #pragma once
 
+#include <memory>
+
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/cpu/context.h"
+#include "kernels/ops/ops.h"
 #include "kernels/ops/params.h"
 
 namespace coppice::cpu {
@@ -45,7 +48,8 @@ absl::Status LogProbHead(Context& context, const ops::LogProbHeadParams& p);
 absl::Status LogProbHeadBackward(Context& context, const ops::LogProbHeadBackwardParams& p);
 
 // sampling.cc
-absl::Status Sample(Context& context, const ops::SampleParams& p);
+absl::StatusOr<std::unique_ptr<ops::PendingSample>> StartSample(Context& context,
+                                                                const ops::SampleParams& p);
 
 // adamw.cc
 absl::StatusOr<double> SumSquares(Context& context, TensorView x);

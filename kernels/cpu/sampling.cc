@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -189,28 +190,84 @@ absl::Status CheckRow(const SampleParams& p, const SamplingRow& row) {
   return absl::OkStatus();
 }
 
-}  // namespace
-
-absl::Status Sample(Context& context, const SampleParams& p) {
+absl::Status CheckSample(const SampleParams& p) {
   const int64_t n = p.logits.dim(0), vocab = p.logits.dim(1);
   RETURN_IF_ERROR(ops::ShapeCheck("sample")
                       .Tensor("logits", p.logits, DType::kF32, {n, vocab})
+                      .Optional("drawn", p.drawn, DType::kI32, {n})
                       .That(vocab > 0, "vocab", "at least 1", vocab)
                       .That(p.top_logprobs >= 0 && p.top_logprobs <= 20, "top_logprobs", "[0, 20]",
                             p.top_logprobs)
                       .status());
   for (int64_t i = 0; i < n; ++i) RETURN_IF_ERROR(CheckRow(p, p.rows[i]));
-  float* scores = context.Scratch(context.num_threads() * vocab);
-  std::vector<uint8_t> drawn(n);
-  ParallelFor(context, n,
-              [&](int64_t i, int thread) { drawn[i] = SampleRow(p, i, scores + thread * vocab); });
-  for (int64_t i = 0; i < n; ++i) {
-    if (drawn[i]) continue;
-    return absl::InvalidArgumentError(absl::StrCat(
-        "sample: logits of row ", i,
-        ": want finite values, got NaN, +inf or only -inf; check the weights and the logit bias"));
-  }
   return absl::OkStatus();
+}
+
+// Draws at once into memory of its own and hands the results out when they are waited for, as a
+// device would.
+class CpuPendingSample final : public ops::PendingSample {
+ public:
+  explicit CpuPendingSample(const SampleParams& p) : params_(p), n_(p.logits.dim(0)) {
+    const int64_t top = n_ * p.top_logprobs;
+    for (auto* values : {&raw_, &sampled_, &tempered_}) values->resize(n_);
+    tokens_.resize(n_);
+    top_ids_.resize(top);
+    top_values_.resize(top);
+  }
+
+  void Run(Context& context) {
+    SampleParams p = params_;
+    p.tokens = tokens_.data();
+    p.raw_logprobs = raw_.data();
+    p.sampled_logprobs = sampled_.data();
+    p.tempered_logprobs = tempered_.data();
+    p.top_ids = top_ids_.data();
+    p.top_values = top_values_.data();
+    const int64_t vocab = p.logits.dim(1);
+    float* scores = context.Scratch(context.num_threads() * vocab);
+    drawn_.resize(n_);
+    ParallelFor(context, n_, [&](int64_t i, int thread) {
+      drawn_[i] = SampleRow(p, i, scores + thread * vocab);
+    });
+    if (p.drawn.present()) std::copy(tokens_.begin(), tokens_.end(), p.drawn.i32());
+  }
+
+  absl::Status Wait() override {
+    for (int64_t i = 0; i < n_; ++i) {
+      if (drawn_[i]) continue;
+      return absl::InvalidArgumentError(
+          absl::StrCat("sample: logits of row ", i,
+                       ": want finite values, got NaN, +inf or only -inf; check the weights and "
+                       "the logit bias"));
+    }
+    const SampleParams& p = params_;
+    std::copy(tokens_.begin(), tokens_.end(), p.tokens);
+    std::copy(raw_.begin(), raw_.end(), p.raw_logprobs);
+    std::copy(sampled_.begin(), sampled_.end(), p.sampled_logprobs);
+    if (p.tempered_logprobs != nullptr) {
+      std::copy(tempered_.begin(), tempered_.end(), p.tempered_logprobs);
+    }
+    std::copy(top_ids_.begin(), top_ids_.end(), p.top_ids);
+    std::copy(top_values_.begin(), top_values_.end(), p.top_values);
+    return absl::OkStatus();
+  }
+
+ private:
+  const SampleParams params_;
+  const int64_t n_;
+  std::vector<uint8_t> drawn_;
+  std::vector<int32_t> tokens_, top_ids_;
+  std::vector<float> raw_, sampled_, tempered_, top_values_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ops::PendingSample>> StartSample(Context& context,
+                                                                const SampleParams& p) {
+  RETURN_IF_ERROR(CheckSample(p));
+  auto pending = std::make_unique<CpuPendingSample>(p);
+  pending->Run(context);
+  return pending;
 }
 
 }  // namespace coppice::cpu

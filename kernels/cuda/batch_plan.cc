@@ -13,15 +13,22 @@ int64_t MaxOf(const std::vector<int32_t>& v) {
 }
 
 // Copies `words` to fresh device memory; stream-ordered, and done with the host's copy on return.
+// Through pinned memory: from pageable memory a large copy waits for all that is queued.
 absl::StatusOr<void*> UploadWords(Context& context, const std::vector<int32_t>& words) {
   void* memory = nullptr;
   const size_t size_bytes = std::max<size_t>(words.size(), 1) * sizeof(int32_t);
   RETURN_IF_ERROR(
       context.Check(cudaMallocAsync(&memory, size_bytes, context.stream()), "plan memory"));
-  RETURN_IF_ERROR(
-      context.Check(cudaMemcpyAsync(memory, words.data(), words.size() * sizeof(int32_t),
-                                    cudaMemcpyHostToDevice, context.stream()),
-                    "plan upload"));
+  PinnedMemory::Block* block = nullptr;
+  RETURN_IF_ERROR(context.Check(context.pinned().Take(static_cast<int64_t>(size_bytes), &block),
+                                "plan staging"));
+  std::copy(words.begin(), words.end(), reinterpret_cast<int32_t*>(block->data));
+  const cudaError_t copied = cudaMemcpyAsync(memory, block->data, words.size() * sizeof(int32_t),
+                                             cudaMemcpyHostToDevice, context.stream());
+  const cudaError_t marked = PinnedMemory::Mark(*block, context.stream());
+  PinnedMemory::GiveBack(*block);
+  RETURN_IF_ERROR(context.Check(copied, "plan upload"));
+  RETURN_IF_ERROR(context.Check(marked, "plan upload"));
   return memory;
 }
 

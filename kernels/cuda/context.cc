@@ -49,6 +49,7 @@ absl::Status Context::Init() {
   }
   RETURN_IF_ERROR(Check(cudaMalloc(&workspace_, kWorkspaceBytes), "workspace"));
   matmuls_ = std::make_unique<MatMulCache>();
+  pinned_ = std::make_unique<PinnedMemory>();
   return Scratch(kInitialScratchBytes).status();
 }
 
@@ -57,6 +58,7 @@ Context::Context(bool deterministic) : deterministic_(deterministic) {}
 Context::~Context() {
   if (stream_ != nullptr) cudaStreamSynchronize(stream_);
   matmuls_.reset();
+  pinned_.reset();
   cudaFree(scratch_);
   cudaFree(workspace_);
   if (blas_ != nullptr) cublasLtDestroy(blas_);

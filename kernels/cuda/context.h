@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "kernels/cuda/pinned_memory.h"
 
 namespace coppice::cuda {
 
@@ -37,6 +38,7 @@ class Context {
   int compute_capability() const { return compute_capability_; }  // major * 10 + minor
   int64_t scratch_bytes() const { return scratch_bytes_; }
   MatMulCache& matmuls() { return *matmuls_; }
+  PinnedMemory& pinned() { return *pinned_; }
 
   // At least `size_bytes`, 256-byte aligned, contents undefined; work queued later may reuse it
   // after the next call. An op asks once and divides the memory itself. Grows, never shrinks.
@@ -59,6 +61,7 @@ class Context {
   int64_t scratch_bytes_ = 0;
   absl::Status failure_;
   std::unique_ptr<MatMulCache> matmuls_;
+  std::unique_ptr<PinnedMemory> pinned_;
 };
 
 // Divides one scratch buffer: each piece starts at a 256-byte boundary. With a null base it only

@@ -169,7 +169,10 @@ absl::Status CudaOps::SwiGluBackward(const ops::SwiGluBackwardParams& p) {
 absl::Status CudaOps::LogProbHeadBackward(const ops::LogProbHeadBackwardParams& p) {
   return cuda::LogProbHeadBackward(*context_, p);
 }
-absl::Status CudaOps::Sample(const ops::SampleParams& p) { return cuda::Sample(*context_, p); }
+absl::StatusOr<std::unique_ptr<ops::PendingSample>> CudaOps::StartSample(
+    const ops::SampleParams& p) {
+  return cuda::StartSample(*context_, p);
+}
 absl::Status CudaOps::CopyBlocks(const ops::CopyBlocksParams& p) {
   return cuda::CopyBlocks(*context_, p);
 }

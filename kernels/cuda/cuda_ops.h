@@ -56,7 +56,8 @@ class CudaOps final : public ops::Ops {
   absl::Status SwiGluBackward(const ops::SwiGluBackwardParams& p) override;
   absl::Status LogProbHeadBackward(const ops::LogProbHeadBackwardParams& p) override;
 
-  absl::Status Sample(const ops::SampleParams& p) override;
+  absl::StatusOr<std::unique_ptr<ops::PendingSample>> StartSample(
+      const ops::SampleParams& p) override;
   absl::Status CopyBlocks(const ops::CopyBlocksParams& p) override;
 
   absl::StatusOr<double> SumSquares(TensorView x) override;

@@ -97,6 +97,7 @@ struct SampleInputs {
   float* raw_values = nullptr;  // scratch, one per bias
   int32_t top_logprobs = 0;
   SampleOutput* out = nullptr;  // [n]
+  int32_t* drawn = nullptr;     // optional [n]: the tokens again; 0 where nothing was drawn
   int32_t* top_ids = nullptr;   // [n, top_logprobs]
   float* top_values = nullptr;
 };

@@ -1,6 +1,6 @@
+#include <algorithm>
 #include <cmath>
-#include <limits>
-#include <vector>
+#include <memory>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
@@ -31,55 +31,109 @@ absl::Status CheckRow(const ops::SampleParams& p, const ops::SamplingRow& row) {
   return absl::OkStatus();
 }
 
+// One call's arrays, at equal offsets in device scratch and in pinned host memory: [inputs |
+// scratch | outputs].
 struct Memory {
   ops::SamplingRow* rows = nullptr;
   int32_t* bias_ids = nullptr;
-  float *bias_values = nullptr, *raw_values = nullptr;
+  float* bias_values = nullptr;
+  float* raw_values = nullptr;  // device only
   SampleOutput* out = nullptr;
   int32_t* top_ids = nullptr;
   float* top_values = nullptr;
+  int64_t inputs_end = 0, outputs_begin = 0, end = 0;  // bytes
 };
 
-Memory LayOut(int64_t n, int64_t biases, int64_t top, ScratchCursor& cursor) {
+Memory LayOut(int64_t n, int64_t biases, int64_t top, char* base) {
+  ScratchCursor cursor(base);
   Memory m;
   m.rows = cursor.Take<ops::SamplingRow>(n);
   m.bias_ids = cursor.Take<int32_t>(biases);
   m.bias_values = cursor.Take<float>(biases);
+  m.inputs_end = cursor.size_bytes();
   m.raw_values = cursor.Take<float>(biases);
+  m.outputs_begin = cursor.size_bytes();
   m.out = cursor.Take<SampleOutput>(n);
   m.top_ids = cursor.Take<int32_t>(n * top);
   m.top_values = cursor.Take<float>(n * top);
+  m.end = cursor.size_bytes();
   return m;
 }
 
-template <typename T>
-absl::Status CopyN(Context& context, T* dst, const T* src, int64_t n, cudaMemcpyKind kind) {
-  if (n == 0) return absl::OkStatus();
-  return context.Check(cudaMemcpyAsync(dst, src, n * sizeof(T), kind, context.stream()),
-                       "sample copy");
-}
+class CudaPendingSample final : public ops::PendingSample {
+ public:
+  // Results arrive in `host`, which lies in `block`, once the block's mark is passed.
+  CudaPendingSample(Context& context, const ops::SampleParams& p, const Memory& host,
+                    PinnedMemory::Block& block)
+      : context_(context), params_(p), host_(host), block_(block) {}
+  ~CudaPendingSample() override { PinnedMemory::GiveBack(block_); }
 
-absl::Status Deliver(const ops::SampleParams& p, const std::vector<SampleOutput>& out) {
-  for (size_t i = 0; i < out.size(); ++i) {
-    if (!out[i].drawn) {
-      return absl::InvalidArgumentError(absl::StrCat("sample: logits of row ", i,
-                                                     ": want finite values, got NaN, +inf or only "
-                                                     "-inf; check the weights and the logit bias"));
+  absl::Status Wait() override {
+    RETURN_IF_ERROR(context_.Check(cudaEventSynchronize(block_.passed), "sample"));
+    const ops::SampleParams& p = params_;
+    const int64_t n = p.logits.dim(0);
+    for (int64_t i = 0; i < n; ++i) {
+      const SampleOutput& out = host_.out[i];
+      if (!out.drawn) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("sample: logits of row ", i,
+                         ": want finite values, got NaN, +inf or only -inf; check the weights and "
+                         "the logit bias"));
+      }
+      p.tokens[i] = out.token;
+      p.raw_logprobs[i] = out.raw;
+      p.sampled_logprobs[i] = out.sampled;
+      if (p.tempered_logprobs != nullptr) p.tempered_logprobs[i] = out.tempered;
     }
-    p.tokens[i] = out[i].token;
-    p.raw_logprobs[i] = out[i].raw;
-    p.sampled_logprobs[i] = out[i].sampled;
-    if (p.tempered_logprobs != nullptr) p.tempered_logprobs[i] = out[i].tempered;
+    std::copy_n(host_.top_ids, n * p.top_logprobs, p.top_ids);
+    std::copy_n(host_.top_values, n * p.top_logprobs, p.top_values);
+    return absl::OkStatus();
   }
-  return absl::OkStatus();
+
+ private:
+  Context& context_;
+  const ops::SampleParams params_;
+  const Memory host_;
+  PinnedMemory::Block& block_;
+};
+
+class NothingPending final : public ops::PendingSample {
+  absl::Status Wait() override { return absl::OkStatus(); }
+};
+
+absl::Status QueueSample(Context& context, const ops::SampleParams& p, const Memory& m,
+                         char* device, char* host) {
+  RETURN_IF_ERROR(context.Check(cudaMemcpyAsync(device, host, static_cast<size_t>(m.inputs_end),
+                                                cudaMemcpyHostToDevice, context.stream()),
+                                "sample inputs"));
+  const SampleInputs inputs = {.logits = p.logits.f32(),
+                               .n = p.logits.dim(0),
+                               .vocab = p.logits.dim(1),
+                               .stride = p.logits.stride[0],
+                               .rows = m.rows,
+                               .bias_ids = m.bias_ids,
+                               .bias_values = m.bias_values,
+                               .raw_values = m.raw_values,
+                               .top_logprobs = p.top_logprobs,
+                               .out = m.out,
+                               .drawn = p.drawn.present() ? p.drawn.i32() : nullptr,
+                               .top_ids = m.top_ids,
+                               .top_values = m.top_values};
+  RETURN_IF_ERROR(context.Check(LaunchSample(inputs, context.stream()), "sample"));
+  return context.Check(cudaMemcpyAsync(host + m.outputs_begin, device + m.outputs_begin,
+                                       static_cast<size_t>(m.end - m.outputs_begin),
+                                       cudaMemcpyDeviceToHost, context.stream()),
+                       "sample outputs");
 }
 
 }  // namespace
 
-absl::Status Sample(Context& context, const ops::SampleParams& p) {
+absl::StatusOr<std::unique_ptr<ops::PendingSample>> StartSample(Context& context,
+                                                                const ops::SampleParams& p) {
   const int64_t n = p.logits.dim(0), vocab = p.logits.dim(1), top = p.top_logprobs;
   RETURN_IF_ERROR(ops::ShapeCheck("sample")
                       .Tensor("logits", p.logits, DType::kF32, {n, vocab})
+                      .Optional("drawn", p.drawn, DType::kI32, {n})
                       .That(vocab > 0, "vocab", "at least 1", vocab)
                       .That(top >= 0 && top <= 20, "top_logprobs", "[0, 20]", top)
                       .status());
@@ -88,34 +142,19 @@ absl::Status Sample(Context& context, const ops::SampleParams& p) {
     RETURN_IF_ERROR(CheckRow(p, p.rows[i]));
     biases = std::max<int64_t>(biases, p.rows[i].bias_end);
   }
-  if (n == 0) return absl::OkStatus();
-  ScratchCursor counter(nullptr);
-  LayOut(n, biases, top, counter);
-  ASSIGN_OR_RETURN(char* base, context.Scratch(counter.size_bytes()));
-  ScratchCursor cursor(base);
-  const Memory m = LayOut(n, biases, top, cursor);
-  RETURN_IF_ERROR(CopyN(context, m.rows, p.rows, n, cudaMemcpyHostToDevice));
-  RETURN_IF_ERROR(CopyN(context, m.bias_ids, p.bias_ids, biases, cudaMemcpyHostToDevice));
-  RETURN_IF_ERROR(CopyN(context, m.bias_values, p.bias_values, biases, cudaMemcpyHostToDevice));
-  const SampleInputs inputs = {.logits = p.logits.f32(),
-                               .n = n,
-                               .vocab = vocab,
-                               .stride = p.logits.stride[0],
-                               .rows = m.rows,
-                               .bias_ids = m.bias_ids,
-                               .bias_values = m.bias_values,
-                               .raw_values = m.raw_values,
-                               .top_logprobs = p.top_logprobs,
-                               .out = m.out,
-                               .top_ids = m.top_ids,
-                               .top_values = m.top_values};
-  RETURN_IF_ERROR(context.Check(LaunchSample(inputs, context.stream()), "sample"));
-  std::vector<SampleOutput> out(n);
-  RETURN_IF_ERROR(CopyN(context, out.data(), m.out, n, cudaMemcpyDeviceToHost));
-  RETURN_IF_ERROR(CopyN(context, p.top_ids, m.top_ids, n * top, cudaMemcpyDeviceToHost));
-  RETURN_IF_ERROR(CopyN(context, p.top_values, m.top_values, n * top, cudaMemcpyDeviceToHost));
-  RETURN_IF_ERROR(context.Synchronize());
-  return Deliver(p, out);
+  if (n == 0) return std::make_unique<NothingPending>();
+  const int64_t size_bytes = LayOut(n, biases, top, nullptr).end;
+  ASSIGN_OR_RETURN(char* device, context.Scratch(size_bytes));
+  PinnedMemory::Block* block = nullptr;
+  RETURN_IF_ERROR(context.Check(context.pinned().Take(size_bytes, &block), "sample staging"));
+  const Memory host = LayOut(n, biases, top, block->data);
+  auto pending = std::make_unique<CudaPendingSample>(context, p, host, *block);
+  std::copy_n(p.rows, n, host.rows);
+  std::copy_n(p.bias_ids, biases, host.bias_ids);
+  std::copy_n(p.bias_values, biases, host.bias_values);
+  RETURN_IF_ERROR(QueueSample(context, p, LayOut(n, biases, top, device), device, block->data));
+  RETURN_IF_ERROR(context.Check(PinnedMemory::Mark(*block, context.stream()), "sample mark"));
+  return pending;
 }
 
 }  // namespace coppice::cuda

@@ -311,7 +311,10 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(SampleInputs in) {
   const ops::SamplingRow row = in.rows[blockIdx.x];
   float* logits = in.logits + blockIdx.x * in.stride;
   SampleOutput out;
-  if (threadIdx.x == 0) in.out[blockIdx.x] = out;
+  if (threadIdx.x == 0) {
+    in.out[blockIdx.x] = out;
+    if (in.drawn != nullptr) in.drawn[blockIdx.x] = 0;
+  }
   const Best raw_best = ArgMax(logits, in.vocab);
   const float raw_max = raw_best.value;
   if (!isfinite(raw_max)) return;
@@ -340,6 +343,7 @@ __global__ void __launch_bounds__(kThreads) SampleKernel(SampleInputs in) {
   out.tempered = static_cast<float>(logit / temperature - tempered_lse);
   out.drawn = 1;
   in.out[blockIdx.x] = out;
+  if (in.drawn != nullptr) in.drawn[blockIdx.x] = out.token;
 }
 
 }  // namespace

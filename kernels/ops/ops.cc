@@ -21,4 +21,9 @@ absl::Status Ops::NormSwiGlu(const NormSwiGluParams& p) {
   return SwiGlu({.gate_up = p.gate_up, .out = p.out});
 }
 
+absl::Status Ops::Sample(const SampleParams& p) {
+  ASSIGN_OR_RETURN(const std::unique_ptr<PendingSample> pending, StartSample(p));
+  return pending->Wait();
+}
+
 }  // namespace coppice::ops

@@ -57,6 +57,15 @@ class Timeline {
   virtual absl::StatusOr<std::vector<double>> Take() = 0;
 };
 
+// Draws that are queued; their host outputs are not written yet. Borrows the Ops.
+class PendingSample {
+ public:
+  virtual ~PendingSample() = default;
+  // Blocks until the draws are done and writes the host outputs; what was queued after them goes
+  // on. INVALID_ARGUMENT naming a row with nothing to draw from. Call it once.
+  virtual absl::Status Wait() = 0;
+};
+
 class Ops {
  public:
   virtual ~Ops() = default;
@@ -100,7 +109,9 @@ class Ops {
   virtual absl::Status LogProbHeadBackward(const LogProbHeadBackwardParams& p) = 0;
 
   // Generation.
-  virtual absl::Status Sample(const SampleParams& p) = 0;
+  // Queues the draws: rows and biases are read on return, host outputs written by Wait().
+  virtual absl::StatusOr<std::unique_ptr<PendingSample>> StartSample(const SampleParams& p) = 0;
+  absl::Status Sample(const SampleParams& p);  // both
   virtual absl::Status CopyBlocks(const CopyBlocksParams& p) = 0;
 
   // Update.

@@ -219,8 +219,10 @@ struct SampleParams {
   const int32_t* bias_ids = nullptr;   // host
   const float* bias_values = nullptr;  // host
   int32_t top_logprobs = 0;            // 0..20
-  int32_t* tokens = nullptr;           // [n] host out
-  float* raw_logprobs = nullptr;       // [n] host out: log-softmax of the raw logits at the token
+  // Optional [n] i32 out, device: the tokens again, for what is queued before they are read.
+  TensorView drawn;
+  int32_t* tokens = nullptr;      // [n] host out
+  float* raw_logprobs = nullptr;  // [n] host out: log-softmax of the raw logits at the token
   // [n] host out: of the distribution drawn from (0 when greedy).
   float* sampled_logprobs = nullptr;
   // Optional [n] host out: log-softmax of raw logits / temperature (1 when greedy), before bias and

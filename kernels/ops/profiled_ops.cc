@@ -106,8 +106,8 @@ absl::Status ProfiledOps::SwiGluBackward(const SwiGluBackwardParams& p) {
 absl::Status ProfiledOps::LogProbHeadBackward(const LogProbHeadBackwardParams& p) {
   return Timed(OpFamily::kHead, [&] { return inner_->LogProbHeadBackward(p); });
 }
-absl::Status ProfiledOps::Sample(const SampleParams& p) {
-  return Timed(OpFamily::kOther, [&] { return inner_->Sample(p); });
+absl::StatusOr<std::unique_ptr<PendingSample>> ProfiledOps::StartSample(const SampleParams& p) {
+  return Timed(OpFamily::kOther, [&] { return inner_->StartSample(p); });
 }
 absl::Status ProfiledOps::CopyBlocks(const CopyBlocksParams& p) {
   return Timed(OpFamily::kMemory, [&] { return inner_->CopyBlocks(p); });

@@ -84,7 +84,7 @@ class ProfiledOps final : public Ops {
   absl::Status SwiGluBackward(const SwiGluBackwardParams& p) override;
   absl::Status LogProbHeadBackward(const LogProbHeadBackwardParams& p) override;
 
-  absl::Status Sample(const SampleParams& p) override;
+  absl::StatusOr<std::unique_ptr<PendingSample>> StartSample(const SampleParams& p) override;
   absl::Status CopyBlocks(const CopyBlocksParams& p) override;
 
   absl::StatusOr<double> SumSquares(TensorView x) override;

@@ -294,5 +294,57 @@ TEST_P(SamplingTest, BadRowsAreRefused) {
   EXPECT_FALSE(TrySample({0, kMinusInf}, {{.bias_end = 1}}, 0, {{0, kMinusInf}}).ok());
 }
 
+// Two batches in flight: the second is queued before the first is read, its rows hold other draws,
+// and each result appears when it is waited for, whatever came after it.
+TEST_P(SamplingTest, ResultsWaitUntilTheyAreAskedFor) {
+  constexpr int64_t kVocab = 999, kRows = 70, kBatches = 24;  // more than are staged at a time
+  auto device = std::move(ops::CreateOps(GetParam())).value();
+  const std::vector<float> logits = RandomLogits(5, kRows * kVocab, 2);
+  auto memory = device->Allocate(kRows * kVocab * 4, "logits").value();
+  auto drawn_memory = device->Allocate(kRows * 4, "drawn").value();
+  const TensorView view = View2D(memory.data(), DType::kF32, kRows, kVocab);
+  const TensorView drawn = View1D(drawn_memory.data(), DType::kI32, kRows);
+  ASSERT_TRUE(device->Upload(logits.data(), view).ok());
+  struct Batch {
+    std::vector<int32_t> tokens = std::vector<int32_t>(kRows, -1), ids = tokens;
+    std::vector<float> raw = std::vector<float>(kRows), sampled = raw, values = raw;
+    std::unique_ptr<ops::PendingSample> pending;
+  };
+  const auto start = [&](uint32_t position, Batch& batch) {
+    std::vector<SamplingRow> rows(kRows, {.seed = 3, .position = position});
+    for (int64_t i = 0; i < kRows; ++i) rows[i].sample = static_cast<uint32_t>(i);
+    auto pending = device->StartSample({.logits = view,
+                                        .rows = rows.data(),
+                                        .top_logprobs = 1,
+                                        .drawn = drawn,
+                                        .tokens = batch.tokens.data(),
+                                        .raw_logprobs = batch.raw.data(),
+                                        .sampled_logprobs = batch.sampled.data(),
+                                        .top_ids = batch.ids.data(),
+                                        .top_values = batch.values.data()});
+    ASSERT_TRUE(pending.ok()) << pending.status();
+    batch.pending = *std::move(pending);
+  };
+  std::vector<Batch> batches(kBatches), again(kBatches);
+  for (uint32_t b = 0; b < kBatches; ++b) {
+    start(b, again[b]);
+    ASSERT_TRUE(again[b].pending->Wait().ok());
+    again[b].pending.reset();
+  }
+  start(0, batches[0]);
+  for (uint32_t b = 0; b < kBatches; ++b) {
+    if (b + 1 < kBatches) start(b + 1, batches[b + 1]);
+    EXPECT_EQ(batches[b].tokens, std::vector<int32_t>(kRows, -1));
+    ASSERT_TRUE(batches[b].pending->Wait().ok());
+    batches[b].pending.reset();
+    EXPECT_EQ(batches[b].tokens, again[b].tokens);
+    EXPECT_EQ(batches[b].raw, again[b].raw);
+    EXPECT_EQ(batches[b].ids, again[b].ids);
+  }
+  std::vector<int32_t> on_device(kRows);
+  ASSERT_TRUE(device->Download(drawn, on_device.data()).ok());
+  EXPECT_EQ(on_device, batches.back().tokens);
+}
+
 }  // namespace
 }  // namespace coppice

@@ -63,6 +63,11 @@ class FailingOps : public ops::Ops {
   }
   absl::StatusOr<double> SumSquares(TensorView x) override { return inner_->SumSquares(x); }
 
+  absl::StatusOr<std::unique_ptr<ops::PendingSample>> StartSample(
+      const ops::SampleParams& p) override {
+    return inner_->StartSample(p);
+  }
+
 #define COPPICE_FORWARD(Op) \
   absl::Status Op(const ops::Op##Params& p) override { return inner_->Op(p); }
   COPPICE_FORWARD(Embedding)
@@ -81,7 +86,6 @@ class FailingOps : public ops::Ops {
   COPPICE_FORWARD(TreeAttentionBackward)
   COPPICE_FORWARD(SwiGluBackward)
   COPPICE_FORWARD(LogProbHeadBackward)
-  COPPICE_FORWARD(Sample)
   COPPICE_FORWARD(CopyBlocks)
   COPPICE_FORWARD(AdamW)
 #undef COPPICE_FORWARD

@@ -284,11 +284,16 @@ absl::Status StagedOps::LogProbHeadBackward(const ops::LogProbHeadBackwardParams
   s.In(p.hidden).In(p.weight).Out(p.d_hidden).OutAs(p.d_weight, DType::kF32);
   return s.Finish(ops_->LogProbHeadBackward(p));
 }
-absl::Status StagedOps::Sample(const ops::SampleParams& params) {
+absl::StatusOr<std::unique_ptr<ops::PendingSample>> StagedOps::StartSample(
+    const ops::SampleParams& params) {
+  class Done final : public ops::PendingSample {
+    absl::Status Wait() override { return absl::OkStatus(); }
+  };
   ops::SampleParams p = params;
   Staging s(*ops_);
-  s.InAs(p.logits, DType::kF32);
-  return s.Finish(ops_->Sample(p));
+  s.InAs(p.logits, DType::kF32).Out(p.drawn);
+  RETURN_IF_ERROR(s.Finish(ops_->Sample(p)));
+  return std::make_unique<Done>();
 }
 absl::Status StagedOps::CopyBlocks(const ops::CopyBlocksParams& params) {
   ops::CopyBlocksParams p = params;

@@ -49,7 +49,9 @@ class StagedOps final : public ops::Ops {
   absl::Status TreeAttentionBackward(const ops::TreeAttentionBackwardParams& p) override;
   absl::Status SwiGluBackward(const ops::SwiGluBackwardParams& p) override;
   absl::Status LogProbHeadBackward(const ops::LogProbHeadBackwardParams& p) override;
-  absl::Status Sample(const ops::SampleParams& p) override;
+  // Done on return: the outputs are host memory for the caller.
+  absl::StatusOr<std::unique_ptr<ops::PendingSample>> StartSample(
+      const ops::SampleParams& p) override;
   absl::Status CopyBlocks(const ops::CopyBlocksParams& p) override;
   absl::StatusOr<double> SumSquares(TensorView x) override;
   absl::Status AdamW(const ops::AdamWParams& p) override;
