@@ -25,7 +25,7 @@ namespace coppice::ops {
 
 // A TokenBatch made ready to run: its arrays on the device and the schedule of its attention tiles.
 // Built once per batch by Ops::PlanBatch, used by every layer, forward and backward. Borrowed by
-// params; outlives the queued work.
+// params until the op returns: work that is queued by then keeps what it needs.
 class BatchPlan {
  public:
   virtual ~BatchPlan() = default;

@@ -133,7 +133,8 @@ bool EngineImpl::StepForTest() {
 absl::StatusOr<bool> EngineImpl::Turn() {
   const absl::Duration start = clock_.Now();
   bool changed = TakeArrivals();
-  changed |= RunCommands();
+  ASSIGN_OR_RETURN(const bool commanded, RunCommands());
+  changed |= commanded;
   ASSIGN_OR_RETURN(const bool policy, gate_->Step(paused_));
   policy_version_ = Raw(gate_->trainer().policy_version());
   ASSIGN_OR_RETURN(
@@ -153,9 +154,12 @@ bool EngineImpl::TakeArrivals() {
   return !arrivals.empty();
 }
 
-bool EngineImpl::RunCommands() {
+absl::StatusOr<bool> EngineImpl::RunCommands() {
   const std::vector<Command> commands = commands_.TakeAll();
-  for (const Command& command : commands) command(absl::OkStatus());
+  if (commands.empty() && gate_->idle()) return false;
+  const absl::Status landed = generator_->Land();
+  for (const Command& command : commands) command(landed);
+  RETURN_IF_ERROR(landed);
   return !commands.empty();
 }
 
@@ -234,6 +238,9 @@ std::unique_ptr<Group> EngineImpl::MakeGroup(GenerateRequest request) {
   auto group = std::make_unique<Group>();
   group->id = RequestId{next_id_.fetch_add(1)};
   group->request = std::move(request);
+  group->max_response =
+      std::min<int64_t>(group->request.sampling.max_tokens,
+                        options_.max_context - static_cast<int64_t>(group->request.prompt.size()));
   group->arrived = clock_.Now();
   return group;
 }

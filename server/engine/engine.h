@@ -88,6 +88,7 @@ struct EngineOptions {
   int64_t num_blocks = 0;        // KV pool
   int64_t max_batch_rows = 512;  // tokens of one step, prefill chunks included
   int64_t max_running_samples = 256;
+  bool overlap = false;  // queue a decoding step before the one before it is read, see Generator
   int64_t max_queued_requests = 1024;  // full -> RESOURCE_EXHAUSTED at once
   int64_t max_group_size = 256;
   int64_t max_context = 0;  // 0 = the model's

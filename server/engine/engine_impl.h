@@ -70,7 +70,8 @@ class EngineImpl final : public Engine {
   // One turn. True if anything happened; a Status is a device error.
   absl::StatusOr<bool> Turn();
   bool TakeArrivals();
-  bool RunCommands();
+  // Lands what is in flight if there are commands, or work for the policy gate.
+  absl::StatusOr<bool> RunCommands();
   // Answers Pause(drain) and Drain once their condition holds.
   bool AnswerWaiting();
   // Whoever waits for the pause hears why it does not come.

@@ -45,42 +45,55 @@ void Generator::Enqueue(std::unique_ptr<Group> group) {
 }
 
 absl::StatusOr<bool> Generator::Step(const StepMode& mode) {
-  bool changed = EndGivenUp();
+  ASSIGN_OR_RETURN(bool changed, EndGivenUp());
   if (!mode.run) return changed;
   AdmissionInput view = roster_.AdmissionView(*kv_, options_.max_running_samples, clock_.Now());
   view.open = mode.admit;
   view.tenant_tokens = tenants_.tokens();
-  ASSIGN_OR_RETURN(const bool moved, ApplyAdmission(PlanAdmission(view)));
+  const AdmissionPlan admission = PlanAdmission(view);
+  if (flight_.has_value() && !MayFollow(admission)) {
+    RETURN_IF_ERROR(Land());
+    return true;
+  }
+  ASSIGN_OR_RETURN(const bool moved, ApplyAdmission(admission));
   DropUnreadStems();
   DropUnfilledStates();
 
   const RowPlan rows = PlanRows(roster_.PrepareRows(*kv_, options_.max_batch_rows));
   changed |= moved | FinishWarmStems();
+  changed |= !rows.empty() || flight_.has_value();
+  std::optional<Flight> before = std::exchange(flight_, std::nullopt);
   if (!rows.empty()) {
-    Batch batch = Build(rows);
-    const ops::TokenBatch tokens = BuildTokenBatch(batch.segments, kv_->block_tokens());
-    const absl::Duration start = clock_.Now();
-    ASSIGN_OR_RETURN(const std::vector<DrawnToken> drawn,
-                     runner_->Run(tokens, batch.draws, kv_->pool(), std::move(batch.kept)));
-    metrics_.run_seconds.Observe(absl::ToDoubleSeconds(clock_.Now() - start));
-    RETURN_IF_ERROR(Publish(batch, drawn));
-    changed = true;
+    ASSIGN_OR_RETURN(flight_, Launch(rows, before));
   }
+  if (before.has_value()) RETURN_IF_ERROR(Finish(*std::move(before)));
+  if (!options_.overlap) RETURN_IF_ERROR(Land());
   RetireFinished();
   return changed;
 }
 
-bool Generator::EndGivenUp() {
+bool Generator::MayFollow(const AdmissionPlan& plan) const {
+  return plan.retract.empty() && plan.resume.empty() && plan.admit.empty() &&
+         flight_->batch.prefill.empty() && roster_.stems().empty();
+}
+
+absl::StatusOr<bool> Generator::EndGivenUp() {
   const absl::Duration now = clock_.Now();
-  bool any = false;
-  for (Group* group : roster_.Select([](const Group&) { return true; })) {
-    const std::optional<absl::Status> reason = ReasonToGiveUp(*group, now);
-    if (!reason.has_value()) continue;
+  if (GivenUp(now).empty()) return false;
+  RETURN_IF_ERROR(Land());
+  for (Group* group : GivenUp(now)) {
     metrics_.requests_aborted.Increment();
-    EndWithStatus(*group, *reason);
-    any = true;
+    EndWithStatus(*group, *ReasonToGiveUp(*group, now));
   }
-  return any;
+  return true;
+}
+
+std::vector<Group*> Generator::GivenUp(absl::Duration now) {
+  std::vector<Group*> given_up;
+  for (Group* group : roster_.Select([](const Group&) { return true; })) {
+    if (ReasonToGiveUp(*group, now).has_value()) given_up.push_back(group);
+  }
+  return given_up;
 }
 
 std::optional<absl::Status> Generator::ReasonToGiveUp(Group& group, absl::Duration now) const {

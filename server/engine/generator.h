@@ -3,8 +3,14 @@
 // and thread: Engine, on the engine thread.
 //
 // A step: end what is cancelled or late; plan who holds KV and do it; plan the rows; build the
-// batch; run it; append what was drawn and stream it out; retire what is complete. A Status from
-// Step is a device error: nothing can run any more.
+// batch; queue it; wait for it; append what was drawn and stream it out; retire what is complete. A
+// Status is a device error: nothing can run any more.
+//
+// With EngineOptions::overlap the batch of a step is left in flight, and the next step queues its
+// own before it waits, so that the device never waits for the host. Only decoding is queued
+// blindly: rows of samples whose newest token the device alone knows. What turns out to have ended
+// runs one row for nothing. Anything else (prefill, admission, a request that ends early, a
+// command, the policy gate) lands the batch in flight first.
 #pragma once
 
 #include <memory>
@@ -43,8 +49,11 @@ class Generator {
     bool admit = true;  // start waiting requests
     bool run = true;    // false: paused, only cancellations and deadlines are served
   };
-  // True if anything happened.
+  // True if anything happened, or is in flight.
   absl::StatusOr<bool> Step(const StepMode& mode);
+  // Waits for the batch in flight, if any, and streams out what it drew. The calls below require
+  // it.
+  absl::Status Land();
 
   // Ends requests by name with kAborted; partial output has been streamed. Returns how many.
   int64_t Abort(const std::string& request_id, const std::string& session_id);
@@ -74,13 +83,20 @@ class Generator {
   // completes.
   struct Batch {
     std::vector<SegmentSpec> segments;
-    std::vector<Sprout> decode;
     std::vector<std::pair<std::shared_ptr<Stem>, int64_t>> prefill;  // stem, rows
     std::vector<KeptRows> kept;
     int64_t rows = 0;
     std::vector<Draw> draws;
-    std::vector<Sprout> drawers;  // parallel to draws
+    std::vector<Sprout> drawers;  // parallel to draws; no group = its sample has ended meanwhile
+    std::vector<SampleKey> keys;  // of the drawers
+    std::vector<CarriedTokens> carried;
     int32_t head_rows = 0;
+  };
+  // A batch that is queued.
+  struct Flight {
+    Batch batch;
+    std::unique_ptr<PendingDraws> draws;  // null if it draws nothing
+    absl::Duration queued_at;
   };
 
   Generator(const EngineOptions& options, const Model& model, const Decoder& decoder,
@@ -88,7 +104,10 @@ class Generator {
 
   // ---- Before the batch
   // Requests that are cancelled, late, or whose reader has stalled for too long.
-  bool EndGivenUp();
+  absl::StatusOr<bool> EndGivenUp();
+  std::vector<Group*> GivenUp(absl::Duration now);
+  // The next batch may be queued before the one in flight is read.
+  bool MayFollow(const AdmissionPlan& plan) const;
   std::optional<absl::Status> ReasonToGiveUp(Group& group, absl::Duration now) const;
   absl::StatusOr<bool> ApplyAdmission(const AdmissionPlan& plan);
   absl::StatusOr<bool> AdmitGroup(RequestId id);
@@ -107,15 +126,22 @@ class Generator {
   void DropUnfilledStates();
 
   // ---- The batch
-  Batch Build(const RowPlan& plan);
-  void AddDecode(Group& group, int32_t sample, Batch& batch);
+  // `before`: in flight until now, not read yet.
+  absl::StatusOr<Flight> Launch(const RowPlan& plan, const std::optional<Flight>& before);
+  Batch Build(const RowPlan& plan, const std::optional<Flight>& before);
+  void AddDecode(Group& group, int32_t sample, const std::optional<Flight>& before, Batch& batch);
   void AddPrefill(const std::shared_ptr<Stem>& stem, int64_t rows, Batch& batch);
   // Sprouts whose reader has no room for the first token try again later; the others do not wait
   // for them.
   void SetAsideSlowReaders(Stem& stem);
-  void AddDraw(const Sprout& drawer, Batch& batch);
+  void AddDraw(const Sprout& drawer, int64_t position, Batch& batch);
+  // The next row's token is the one that `before` draws for the sample.
+  static void CarryToken(const SampleKey& key, const Batch& before, Batch& batch);
 
   // ---- After the batch
+  absl::Status Finish(Flight flight);
+  // Draws of the batch in flight whose samples have ended are for nobody.
+  void ForgetEnded();
   absl::Status Publish(const Batch& batch, const std::vector<DrawnToken>& drawn);
   // Settles the usage of requests whose prompt is complete and starts their streams.
   void StartStreams(const Stem& stem);
@@ -145,6 +171,8 @@ class Generator {
   Rollouts rollouts_;
   PromptStates prompt_states_;
   TenantMeter tenants_;
+  std::optional<Flight> flight_;
+  absl::Duration landed_at_;  // the last batch
   uint64_t step_ = 0;
   int64_t evicted_seen_ = 0;
 };

@@ -9,26 +9,42 @@
 
 namespace coppice {
 
-Generator::Batch Generator::Build(const RowPlan& plan) {
+absl::StatusOr<Generator::Flight> Generator::Launch(const RowPlan& plan,
+                                                    const std::optional<Flight>& before) {
+  Flight flight{.batch = Build(plan, before), .draws = nullptr, .queued_at = clock_.Now()};
+  Batch& batch = flight.batch;
+  const ops::TokenBatch tokens = BuildTokenBatch(batch.segments, kv_->block_tokens());
+  ASSIGN_OR_RETURN(flight.draws, runner_->Start({.batch = tokens,
+                                                 .draws = batch.draws,
+                                                 .kept = std::move(batch.kept),
+                                                 .carried = std::move(batch.carried)},
+                                                kv_->pool()));
+  return flight;
+}
+
+Generator::Batch Generator::Build(const RowPlan& plan, const std::optional<Flight>& before) {
   Batch batch;
   ++step_;
   for (const SampleKey& key : plan.decode)
-    AddDecode(*roster_.FindRunning(key.request), key.sample, batch);
+    AddDecode(*roster_.FindRunning(key.request), key.sample, before, batch);
   for (const PrefillRows& p : plan.prefill) AddPrefill(roster_.FindStem(p.stem), p.rows, batch);
   return batch;
 }
 
-void Generator::AddDecode(Group& group, int32_t index, Batch& batch) {
+void Generator::AddDecode(Group& group, int32_t index, const std::optional<Flight>& before,
+                          Batch& batch) {
   Sample& sample = group.samples[index];
   sample.last_step = step_;
+  const bool in_flight = group.HasTokenInFlight(index);
+  if (in_flight) CarryToken(group.key(index), before->batch, batch);
   batch.segments.push_back({.blocks = SampleBlocks(sample, kv_->block_tokens()),
                             .context_tokens = sample.kv_tokens,
-                            .tokens = {sample.tokens.back()},
+                            .tokens = {in_flight ? 0 : sample.tokens.back()},
                             .stored_tokens = sample.kv_tokens,
                             .wants_logits = true});
+  ++sample.kv_tokens;
   ++batch.rows;
-  batch.decode.push_back({&group, index});
-  AddDraw({&group, index}, batch);
+  AddDraw({&group, index}, sample.kv_tokens, batch);
   ++batch.head_rows;
   tenants_.Charge(group.request.tenant_salt, 1);
 }
@@ -51,7 +67,7 @@ void Generator::AddPrefill(const std::shared_ptr<Stem>& stem, int64_t rows, Batc
   batch.prefill.emplace_back(stem, rows);
   if (ends) {
     SetAsideSlowReaders(*stem);
-    for (const Sprout& sprout : stem->sprouts) AddDraw(sprout, batch);
+    for (const Sprout& sprout : stem->sprouts) AddDraw(sprout, stem->num_tokens(), batch);
     ++batch.head_rows;
   }
   tenants_.Charge(stem->sprouts.front().group->request.tenant_salt, static_cast<double>(rows));
@@ -70,24 +86,65 @@ void Generator::SetAsideSlowReaders(Stem& stem) {
   stem.sprouts = std::move(kept);
 }
 
-void Generator::AddDraw(const Sprout& drawer, Batch& batch) {
+void Generator::CarryToken(const SampleKey& key, const Batch& before, Batch& batch) {
+  const auto at = std::lower_bound(before.keys.begin(), before.keys.end(), key);
+  CHECK(at != before.keys.end() && *at == key);
+  const int64_t draw = at - before.keys.begin();
+  CarriedTokens* last = batch.carried.empty() ? nullptr : &batch.carried.back();
+  if (last != nullptr && last->row + last->n == batch.rows && last->draw + last->n == draw) {
+    ++last->n;
+  } else {
+    batch.carried.push_back({.row = batch.rows, .draw = draw, .n = 1});
+  }
+}
+
+void Generator::AddDraw(const Sprout& drawer, int64_t position, Batch& batch) {
   const Group& group = *drawer.group;
   batch.draws.push_back({.options = &group.request.sampling,
                          .seed = group.seed,
                          .sample = drawer.sample,
-                         .position = group.PathLength(drawer.sample),
+                         .position = position,
                          .head_row = batch.head_rows,
                          .top_logprobs = group.request.top_logprobs});
   batch.drawers.push_back(drawer);
+  batch.keys.push_back(group.key(drawer.sample));
+}
+
+absl::Status Generator::Land() {
+  if (!flight_.has_value()) return absl::OkStatus();
+  return Finish(*std::exchange(flight_, std::nullopt));
+}
+
+absl::Status Generator::Finish(Flight flight) {
+  std::vector<DrawnToken> drawn;
+  if (flight.draws != nullptr) {
+    ASSIGN_OR_RETURN(drawn, flight.draws->Wait());
+  }
+  const absl::Duration now = clock_.Now();
+  metrics_.run_seconds.Observe(absl::ToDoubleSeconds(now - std::max(flight.queued_at, landed_at_)));
+  landed_at_ = now;
+  RETURN_IF_ERROR(Publish(flight.batch, drawn));
+  ForgetEnded();
+  RetireFinished();
+  return absl::OkStatus();
+}
+
+void Generator::ForgetEnded() {
+  if (!flight_.has_value()) return;
+  for (Sprout& drawer : flight_->batch.drawers) {
+    if (drawer.group == nullptr) continue;
+    const Sample& sample = drawer.group->samples[drawer.sample];
+    if (sample.state == Sample::State::kFinished) drawer.group = nullptr;
+  }
 }
 
 absl::Status Generator::Publish(const Batch& batch, const std::vector<DrawnToken>& drawn) {
-  for (const Sprout& s : batch.decode) ++s.group->samples[s.sample].kv_tokens;
   for (const auto& [stem, rows] : batch.prefill) {
     kv_->Advance(*stem, rows);
     if (stem->complete() && stem->wants_logits) StartStreams(*stem);
   }
   for (size_t i = 0; i < drawn.size(); ++i) {
+    if (batch.drawers[i].group == nullptr) continue;
     Append(*batch.drawers[i].group, batch.drawers[i].sample, drawn[i]);
   }
   for (const auto& [stem, rows] : batch.prefill) {

@@ -135,6 +135,7 @@ int64_t Generator::EndRunning() {
 }
 
 void Generator::Fail(const absl::Status& status) {
+  flight_.reset();  // its draws are for nobody
   for (Group* group : roster_.Select([](const Group&) { return true; })) {
     EndWithStatus(*group, status);
   }

@@ -21,6 +21,11 @@ int64_t Group::PathLength(int32_t sample) const {
   return static_cast<int64_t>(request.prompt.size() + samples[sample].tokens.size());
 }
 
+bool Group::HasTokenInFlight(int32_t sample) const {
+  return samples[sample].state == Sample::State::kDecoding &&
+         samples[sample].kv_tokens == PathLength(sample);
+}
+
 std::vector<BlockId> Stem::Blocks() const {
   std::vector<BlockId> blocks = lease.blocks();
   blocks.insert(blocks.end(), own.ids().begin(), own.ids().end());

@@ -44,8 +44,9 @@ struct Sample {
   // it; the blocks live until the last of them is done.
   std::shared_ptr<Stem> stem;
   BlockSet own;  // blocks behind the stem's whole blocks
-  int64_t kv_tokens =
-      0;  // leading tokens of the path whose KV exists; all but the newest when decoding
+  // Leading tokens of the path whose KV exists or is queued: all but the newest when decoding, all
+  // while the row that draws the next one is queued.
+  int64_t kv_tokens = 0;
   std::unique_ptr<TextStream> text;  // if text or stop strings are asked for
   uint64_t last_step = 0;
   absl::Duration last_token_at;
@@ -60,6 +61,7 @@ struct Group {
   QueueSlot slot;          // its place in the queue, until admitted
   absl::Duration arrived;
   uint64_t seed = 0;
+  int64_t max_response = 0;  // tokens at which a sample ends: max_tokens, or the context is full
 
   absl::Duration stalled_since = absl::InfiniteDuration();  // its reader has no room
 
@@ -75,6 +77,8 @@ struct Group {
   // Prompt and response of one sample so far.
   std::vector<int32_t> Path(int32_t sample) const;
   int64_t PathLength(int32_t sample) const;
+  // The row that draws its next token is queued; the token is not known here.
+  bool HasTokenInFlight(int32_t sample) const;
 };
 
 // A sample that waits for a stem.

@@ -14,8 +14,11 @@ constexpr int kRefreshedPerStep = 8;
 
 bool HasReader(const Group& group) { return group.is_warm() || group.sink->HasRoom(); }
 
-bool CanDecode(const Group& group, const Sample& sample) {
-  return sample.state == Sample::State::kDecoding && HasReader(group);
+bool CanDecode(const Group& group, int32_t index) {
+  const Sample& sample = group.samples[index];
+  if (sample.state != Sample::State::kDecoding || !HasReader(group)) return false;
+  const int64_t drawn = static_cast<int64_t>(sample.tokens.size());
+  return drawn + (group.HasTokenInFlight(index) ? 1 : 0) < group.max_response;
 }
 
 void Roster::AddWaiting(std::unique_ptr<Group> group, const KvStore& kv, absl::Duration now) {
@@ -148,7 +151,7 @@ void Roster::ViewRunning(const Group& group, const KvStore& kv, absl::Duration n
            .priority = group.request.priority,
            .freeable_blocks = sample.own.size() +
                               (last ? static_cast<int64_t>(sample.stem->lease.blocks().size()) : 0),
-           .needs_block = CanDecode(group, sample) && kv.NeedsBlock(sample)});
+           .needs_block = CanDecode(group, i) && kv.NeedsBlock(sample)});
     }
     if (sample.state != Sample::State::kIdle || !HasReader(group)) continue;
     if (sample.tokens.empty() && fresh >= 0) {
@@ -180,7 +183,7 @@ RowInput Roster::PrepareRows(KvStore& kv, int64_t max_rows) {
   for (const auto& [id, group] : running_) {
     for (int32_t i = 0; i < static_cast<int32_t>(group->samples.size()); ++i) {
       Sample& sample = group->samples[i];
-      if (CanDecode(*group, sample) && kv.Grow(sample)) {
+      if (CanDecode(*group, i) && kv.Grow(sample)) {
         input.decode.push_back({group->key(i), sample.last_step});
       }
     }

@@ -67,6 +67,6 @@ class Roster {
 
 // The reader keeps up: there is room for another token.
 bool HasReader(const Group& group);
-bool CanDecode(const Group& group, const Sample& sample);
+bool CanDecode(const Group& group, int32_t sample);
 
 }  // namespace coppice

@@ -1,5 +1,7 @@
 #include "server/engine/runner.h"
 
+#include <utility>
+
 #include "kernels/base/status_macros.h"
 
 namespace coppice {
@@ -20,21 +22,23 @@ absl::StatusOr<std::unique_ptr<Runner>> Runner::Create(const Decoder& decoder,
   return runner;
 }
 
-absl::StatusOr<std::vector<DrawnToken>> Runner::Run(const ops::TokenBatch& batch,
-                                                    const std::vector<Draw>& draws,
-                                                    const KvPool& pool,
-                                                    std::vector<KeptRows> kept) {
-  ASSIGN_OR_RETURN(const std::unique_ptr<ops::BatchPlan> plan, decoder_.ops().PlanBatch(batch));
-  const bool keeps = !kept.empty();
-  PromptCapture capture(decoder_.ops(), std::move(kept));
+absl::StatusOr<std::unique_ptr<PendingDraws>> Runner::Start(Work work, const KvPool& pool) {
+  ops::Ops& ops = decoder_.ops();
+  ASSIGN_OR_RETURN(const std::unique_ptr<ops::BatchPlan> plan, ops.PlanBatch(work.batch));
+  for (const CarriedTokens& c : work.carried) {
+    RETURN_IF_ERROR(ops.Copy(sampler_->drawn().Rows(c.draw, c.draw + c.n),
+                             plan->tokens().Rows(c.row, c.row + c.n)));
+  }
+  const bool keeps = !work.kept.empty();
+  PromptCapture capture(ops, std::move(work.kept));
   ASSIGN_OR_RETURN(const TensorView hidden,
                    decoder_.Forward(params_, *plan, &pool, workspace_, keeps ? &capture : nullptr));
   capture.Finish();
-  if (draws.empty()) {
-    RETURN_IF_ERROR(decoder_.ops().Synchronize());
-    return std::vector<DrawnToken>();
+  if (work.draws.empty()) {
+    RETURN_IF_ERROR(ops.Synchronize());
+    return nullptr;
   }
-  return sampler_->Run(params_, hidden, draws);
+  return sampler_->Start(params_, hidden, work.draws);
 }
 
 }  // namespace coppice

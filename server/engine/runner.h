@@ -1,5 +1,7 @@
-// Runner: one batch through the decoder and the sampler. Workspace and logits are allocated once,
-// from the largest step. Owner and thread: Generator, on the engine thread.
+// Runner: batches through the decoder and the sampler. A batch is queued and its tokens are read
+// later; the next one may be queued before that, with rows whose tokens the device alone knows.
+// Workspace and logits are allocated once, from the largest step. Owner and thread: Generator, on
+// the engine thread.
 #pragma once
 
 #include <memory>
@@ -13,6 +15,13 @@
 
 namespace coppice {
 
+// Rows [row, row + n) take their tokens from draws [draw, draw + n) of the batch queued before.
+struct CarriedTokens {
+  int64_t row = 0;
+  int64_t draw = 0;
+  int64_t n = 0;
+};
+
 class Runner {
  public:
   // Device memory that Create takes: activations of the largest step, and its logits.
@@ -22,11 +31,14 @@ class Runner {
                                                         const Parameters& params, int64_t max_rows,
                                                         int64_t max_draws);
 
-  // KV of the rows goes to `pool`, what `kept` names to their prompts' states; the tokens drawn
-  // from the batch's logit rows come back in order of `draws`.
-  absl::StatusOr<std::vector<DrawnToken>> Run(const ops::TokenBatch& batch,
-                                              const std::vector<Draw>& draws, const KvPool& pool,
-                                              std::vector<KeptRows> kept = {});
+  struct Work {
+    const ops::TokenBatch& batch;
+    const std::vector<Draw>& draws;      // from the batch's logit rows
+    std::vector<KeptRows> kept;          // rows that go to their prompts' states
+    std::vector<CarriedTokens> carried;  // of a batch that drew once from each of its logit rows
+  };
+  // Queues the batch; KV of its rows goes to `pool`. Null if it draws nothing: it has run then.
+  absl::StatusOr<std::unique_ptr<PendingDraws>> Start(Work work, const KvPool& pool);
 
  private:
   Runner(const Decoder& decoder, const Parameters& params) : decoder_(decoder), params_(params) {}

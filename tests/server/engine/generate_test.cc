@@ -173,6 +173,7 @@ TEST(GenerateTest, ASlowReaderPausesOnlyItself) {
   const auto slow = test.Submit(request);
   test.Steps(3);
   slow->room = false;
+  test.Steps(1);  // what is in flight arrives
   const size_t seen = slow->tokens[0].size();
   const auto quick = test.Generate(Request(RandomPrompt(50, 8), 10));
   EXPECT_TRUE(quick->status.ok());

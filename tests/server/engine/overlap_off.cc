@@ -1,0 +1,7 @@
+#include "tests/server/engine/overlap_default.h"
+
+namespace coppice {
+
+const bool kOverlapByDefault = false;
+
+}  // namespace coppice
