@@ -53,7 +53,11 @@ uint64_t DrawBits(uint64_t seed, uint32_t stream, uint64_t index) {
 }
 
 constexpr uint32_t kRequestSeeds = 1;
-constexpr uint32_t kNonce = 2;
+
+uint64_t OsBits() {
+  std::random_device device;
+  return uint64_t{device()} << 32 | device();
+}
 
 }  // namespace
 
@@ -68,8 +72,9 @@ absl::StatusOr<std::unique_ptr<Engine>> EngineImpl::Create(EngineOptions options
                                                            const Clock& clock) {
   RETURN_IF_ERROR(Settle(options, model.config));
   std::unique_ptr<EngineImpl> engine(new EngineImpl(options, model, decoder, metrics, clock));
-  ASSIGN_OR_RETURN(engine->generator_, Generator::Create(options, model, decoder, metrics, clock,
-                                                         DrawBits(engine->seed_, kNonce, 0)));
+  // Rollout ids of no two runs are alike, not even under one seed.
+  ASSIGN_OR_RETURN(engine->generator_,
+                   Generator::Create(options, model, decoder, metrics, clock, OsBits()));
   ASSIGN_OR_RETURN(std::unique_ptr<Trainer> trainer,
                    Trainer::Create(options.trainer, model, decoder, clock));
   engine->gate_ = std::make_unique<PolicyGate>(
@@ -94,14 +99,9 @@ EngineImpl::EngineImpl(const EngineOptions& options, Model& model, const Decoder
               .num_blocks = options.num_blocks,
               .block_tokens = options.block_tokens,
               .has_tokenizer = model.tokenizer != nullptr},
-      seed_(options.seed),
+      seed_(options.seed != 0 ? options.seed : OsBits()),
       arrivals_(options.max_queued_requests),
-      commands_(kMaxCommands) {
-  if (seed_ == 0) {
-    std::random_device device;
-    seed_ = uint64_t{device()} << 32 | device();
-  }
-}
+      commands_(kMaxCommands) {}
 
 // ---------------------------------------------------------------- the loop
 
@@ -335,6 +335,21 @@ void EngineImpl::Score(std::vector<TrainGroup> groups, float temperature,
   Post(Kind::kWork, std::move(reply),
        [this, groups = std::move(groups), temperature](PolicyGate::ScoreReply answer) mutable {
          gate_->Score(std::move(groups), temperature, std::move(answer));
+       });
+}
+
+void EngineImpl::GetRollout(std::string id, std::string tenant_salt, Reply<Rollout> reply) {
+  Post(Kind::kControl, std::move(reply),
+       [this, id = std::move(id), tenant_salt = std::move(tenant_salt)](
+           const Reply<Rollout>& answer) { answer(generator_->rollouts().Get(id, tenant_salt)); });
+}
+
+void EngineImpl::PutRollout(std::string id, Rollout rollout, Reply<PolicyVersion> reply) {
+  Post(Kind::kWork, std::move(reply),
+       [this, id = std::move(id),
+        rollout = std::move(rollout)](const Reply<PolicyVersion>& answer) mutable {
+         const absl::Status put = generator_->rollouts().Put(id, std::move(rollout));
+         put.ok() ? answer(gate_->trainer().policy_version()) : answer(put);
        });
 }
 

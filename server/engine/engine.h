@@ -30,10 +30,21 @@ using Reply = std::function<void(absl::StatusOr<T>)>;
 
 enum class RunningRequests { kDrain, kRetract, kKeep };
 
-// A sample that names tokens generated and retained by the daemon.
-struct RolloutRef {
-  std::string rollout_id;
-  int32_t sample = 0;
+struct RolloutSample {
+  std::vector<int32_t> tokens;
+  std::vector<float> sampler_logprobs;  // one per token
+
+  bool operator==(const RolloutSample&) const = default;
+};
+
+// A retained group.
+struct Rollout {
+  std::vector<int32_t> prompt;
+  std::vector<RolloutSample> samples;
+  float temperature = 1;            // of the sampler log-probs
+  PolicyVersion oldest_version{0};  // that drew any of its tokens
+  std::string tenant_salt;          // of the request that drew it; nobody else may train on it
+  std::weak_ptr<const KeptPrompt> kept_prompt;
 };
 
 struct TrainStepRequest {
@@ -139,6 +150,11 @@ class Engine {
                                Reply<TrainStepResult> reply) = 0;  // optim is ignored
   virtual void OptimStep(TrainStepRequest request,
                          Reply<TrainStepResult> reply) = 0;  // batch is ignored
+  // NOT_FOUND: unknown, dropped, or of another tenant.
+  virtual void GetRollout(std::string id, std::string tenant_salt, Reply<Rollout> reply) = 0;
+  // Keeps a rollout of another daemon, checked by the caller, under `id` for its tenant; answers
+  // with the current version. ALREADY_EXISTS: with other content.
+  virtual void PutRollout(std::string id, Rollout rollout, Reply<PolicyVersion> reply) = 0;
   virtual void SaveCheckpoint(std::string directory, Reply<PolicyVersion> reply) = 0;
   virtual void LoadCheckpoint(std::string directory, Reply<PolicyVersion> reply) = 0;
   virtual void GetStatus(Reply<EngineStatus> reply) = 0;

@@ -39,6 +39,8 @@ class EngineImpl final : public Engine {
   void TrainStep(TrainStepRequest request, Reply<TrainStepResult> reply) override;
   void ForwardBackward(TrainStepRequest request, Reply<TrainStepResult> reply) override;
   void OptimStep(TrainStepRequest request, Reply<TrainStepResult> reply) override;
+  void GetRollout(std::string id, std::string tenant_salt, Reply<Rollout> reply) override;
+  void PutRollout(std::string id, Rollout rollout, Reply<PolicyVersion> reply) override;
   void SaveCheckpoint(std::string directory, Reply<PolicyVersion> reply) override;
   void LoadCheckpoint(std::string directory, Reply<PolicyVersion> reply) override;
   void GetStatus(Reply<EngineStatus> reply) override;

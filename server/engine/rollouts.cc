@@ -9,19 +9,55 @@
 namespace coppice {
 
 std::string Rollouts::Add(Rollout rollout) {
-  std::string id = absl::StrFormat("rollout-%016x-%d", nonce_, next_++);
-  by_id_.emplace(id, std::move(rollout));
-  order_.push_back(id);
+  Key key(rollout.tenant_salt, "");
+  do {
+    key.second = absl::StrFormat("rollout-%016x-%d", nonce_, next_++);
+  } while (by_id_.contains(key));  // somebody may have put one under such an id
+  std::string id = key.second;
+  Keep(std::move(key), std::move(rollout));
+  return id;
+}
+
+absl::Status Rollouts::Put(const std::string& id, Rollout rollout) {
+  const Rollout* kept = Find(id, rollout.tenant_salt);
+  if (kept == nullptr) {
+    Key key(rollout.tenant_salt, id);
+    Keep(std::move(key), std::move(rollout));
+    return absl::OkStatus();
+  }
+  if (kept->prompt == rollout.prompt && kept->samples == rollout.samples &&
+      kept->temperature == rollout.temperature && kept->oldest_version == rollout.oldest_version) {
+    return absl::OkStatus();
+  }
+  return absl::AlreadyExistsError(absl::StrCat(
+      "rollout not kept: ", id, ": want an id that is new or the content that is kept under it, ",
+      "got other content; put it under another id"));
+}
+
+absl::StatusOr<Rollout> Rollouts::Get(const std::string& id, const std::string& tenant_salt) const {
+  const Rollout* rollout = Find(id, tenant_salt);
+  if (rollout != nullptr) return *rollout;
+  return NotFound(absl::StrCat("rollout ", id));
+}
+
+const Rollout* Rollouts::Find(const std::string& id, const std::string& tenant_salt) const {
+  const auto it = by_id_.find(Key(tenant_salt, id));
+  return it == by_id_.end() ? nullptr : &it->second;
+}
+
+absl::Status Rollouts::NotFound(absl::string_view where) const {
+  return absl::NotFoundError(
+      absl::StrCat(where, ": not among the retained ones; generate with retain and train before ",
+                   capacity_, " newer ones"));
+}
+
+void Rollouts::Keep(Key key, Rollout rollout) {
+  order_.push_back(key);
+  by_id_.emplace(std::move(key), std::move(rollout));
   if (size() > capacity_) {
     by_id_.erase(order_.front());
     order_.pop_front();
   }
-  return id;
-}
-
-const Rollout* Rollouts::Find(const std::string& id) const {
-  const auto it = by_id_.find(id);
-  return it == by_id_.end() ? nullptr : &it->second;
 }
 
 void Rollouts::Clear() {
@@ -47,12 +83,8 @@ absl::Status Rollouts::CheckGroup(const TrainStepRequest& request, size_t g,
                                   PolicyVersion current) const {
   const std::string& id = request.rollout_ids[g];
   const std::string where = absl::StrCat("train step: group ", g, ": rollout ", id);
-  const Rollout* rollout = Find(id);
-  if (rollout == nullptr || rollout->tenant_salt != request.tenant_salt) {
-    return absl::NotFoundError(
-        absl::StrCat(where, ": not among the retained ones; generate with retain and train before ",
-                     capacity_, " newer ones"));
-  }
+  const Rollout* rollout = Find(id, request.tenant_salt);
+  if (rollout == nullptr) return NotFound(where);
   // A version that went back (a loaded checkpoint) counts as infinitely far.
   const uint64_t lag = Raw(current) - Raw(rollout->oldest_version);
   if (lag > static_cast<uint64_t>(request.max_policy_lag)) {
@@ -84,7 +116,7 @@ absl::Status Rollouts::Resolve(TrainStepRequest& request, PolicyVersion current)
   RETURN_IF_ERROR(Check(request, current));
   for (size_t g = 0; g < request.rollout_ids.size(); ++g) {
     if (request.rollout_ids[g].empty()) continue;
-    const Rollout& rollout = *Find(request.rollout_ids[g]);
+    const Rollout& rollout = *Find(request.rollout_ids[g], request.tenant_salt);
     TrainGroup& group = request.batch.groups[g];
     group.prompt = rollout.prompt;
     group.kept_prompt = rollout.kept_prompt.lock();

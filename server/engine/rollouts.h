@@ -1,5 +1,7 @@
-// Rollouts: finished groups kept for TrainStep, so that a controller sends rewards only. At most
-// `capacity`; the oldest goes first. Owner and thread: the engine thread.
+// Rollouts: finished groups kept for TrainStep, so that a controller sends rewards only: those
+// generated here, and those that another daemon generated and somebody put here. At most `capacity`
+// of both kinds; the oldest goes first. A tenant sees its own ids only. Owner and thread: the
+// engine thread.
 //
 // Sampler log-probs are those of the distribution at the sampling temperature (1 for greedy) before
 // logit bias and truncation: what the trainer's own log-prob at that temperature equals up to
@@ -9,44 +11,35 @@
 
 #include <cstdint>
 #include <deque>
-#include <memory>
 #include <string>
-#include <vector>
+#include <utility>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "kernels/base/ids.h"
 #include "server/engine/engine.h"
-#include "trainer/prompt_state.h"
 
 namespace coppice {
-
-struct RolloutSample {
-  std::vector<int32_t> tokens;
-  std::vector<float> sampler_logprobs;
-};
-
-struct Rollout {
-  std::vector<int32_t> prompt;
-  std::vector<RolloutSample> samples;
-  float temperature = 1;            // of the sampler log-probs
-  PolicyVersion oldest_version{0};  // that drew any of its tokens
-  std::string tenant_salt;          // of the request that drew it; nobody else may train on it
-  std::weak_ptr<const KeptPrompt> kept_prompt;
-};
 
 class Rollouts {
  public:
   // `nonce` makes ids of different runs of the daemon differ.
   Rollouts(int64_t capacity, uint64_t nonce) : capacity_(capacity), nonce_(nonce) {}
 
+  // Under an id of its own.
   std::string Add(Rollout rollout);
-  const Rollout* Find(const std::string& id) const;
+  // Under an id of the caller's. Equal content again changes nothing, also not its age.
+  // ALREADY_EXISTS: other content.
+  absl::Status Put(const std::string& id, Rollout rollout);
+  // A copy. NOT_FOUND (unknown, dropped or another tenant's).
+  absl::StatusOr<Rollout> Get(const std::string& id, const std::string& tenant_salt) const;
   // For weights of another history, with which versions cannot be compared.
   void Clear();
   int64_t size() const { return static_cast<int64_t>(by_id_.size()); }
 
-  // Whether Resolve would succeed. NOT_FOUND (unknown, dropped or another tenant's id),
+  // Whether Resolve would succeed. NOT_FOUND as Get,
   // FAILED_PRECONDITION (older than max_policy_lag), INVALID_ARGUMENT (sample index, temperature,
   // shapes).
   absl::Status Check(const TrainStepRequest& request, PolicyVersion current) const;
@@ -57,14 +50,19 @@ class Rollouts {
   absl::Status Resolve(TrainStepRequest& request, PolicyVersion current) const;
 
  private:
+  using Key = std::pair<std::string, std::string>;  // tenant_salt, id
+
+  const Rollout* Find(const std::string& id, const std::string& tenant_salt) const;
+  absl::Status NotFound(absl::string_view where) const;
+  void Keep(Key key, Rollout rollout);
   absl::Status CheckGroup(const TrainStepRequest& request, size_t group,
                           PolicyVersion current) const;
 
   const int64_t capacity_;
   const uint64_t nonce_;
   uint64_t next_ = 0;
-  absl::flat_hash_map<std::string, Rollout> by_id_;
-  std::deque<std::string> order_;  // oldest first
+  absl::flat_hash_map<Key, Rollout> by_id_;
+  std::deque<Key> order_;  // oldest first
 };
 
 }  // namespace coppice

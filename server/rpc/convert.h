@@ -13,6 +13,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "coppice/v1/admin.pb.h"
 #include "coppice/v1/cache.pb.h"
 #include "coppice/v1/generation.pb.h"
@@ -30,6 +31,7 @@ namespace coppice {
 struct RequestLimits {
   int64_t vocab = 0;
   int64_t max_context = 0;
+  int64_t max_group_size = 0;
   const Tokenizer* tokenizer = nullptr;  // null: text is refused with FAILED_PRECONDITION
 };
 
@@ -71,6 +73,12 @@ absl::StatusOr<TrainStepRequest> FromProto(const v1::OptimStepRequest& proto, co
 void ToProto(const TrainStepResult& result, v1::TrainStepResponse* proto);
 void ToProto(const TrainStepResult& result, v1::ForwardBackwardResponse* proto);
 void ToProto(const TrainStepResult& result, v1::OptimStepResponse* proto);
+
+absl::Status CheckRolloutId(absl::string_view id);
+// Everything that a rollout generated here would fulfil.
+absl::StatusOr<Rollout> FromProto(const v1::PutRolloutRequest& proto, const Tenant& tenant,
+                                  const RequestLimits& limits);
+void ToProto(const Rollout& rollout, v1::Rollout* proto);
 
 // ---- Cache and Admin
 // Unspecified becomes `fallback`.

@@ -267,10 +267,7 @@ absl::Status AddSample(const v1::Sample& sample, const LossConfig& loss,
 }
 
 absl::Status SetPrefix(const v1::Group& group, const RequestLimits& limits, TrainGroup& out) {
-  if (group.has_rollout_id()) {
-    if (group.rollout_id().empty()) return InvalidField("rollout_id", "an id", "an empty one");
-    return CheckName("rollout_id", group.rollout_id());
-  }
+  if (group.has_rollout_id()) return CheckRolloutId(group.rollout_id());
   const auto& ids = group.prompt().ids();
   RETURN_IF_ERROR(CheckRange("prompt.size", ids.size(), 1, limits.max_context - 1));
   RETURN_IF_ERROR(

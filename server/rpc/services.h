@@ -40,6 +40,7 @@ struct RpcContext {
   RequestLimits limits() const {
     return {.vocab = model.config.vocab,
             .max_context = engine_options.max_context,
+            .max_group_size = engine_options.max_group_size,
             .tokenizer = model.tokenizer.get()};
   }
 };

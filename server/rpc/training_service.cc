@@ -99,6 +99,37 @@ class TrainingService final : public v1::Training::CallbackService {
     return reactor;
   }
 
+  grpc::ServerUnaryReactor* GetRollout(grpc::CallbackServerContext* call,
+                                       const v1::GetRolloutRequest* request,
+                                       v1::GetRolloutResponse* response) override {
+    absl::StatusOr<Tenant> tenant = TenantOf(*call, context_);
+    if (!tenant.ok()) return FinishNow(call, tenant.status());
+    const absl::Status status = CheckRolloutId(request->rollout_id());
+    if (!status.ok()) return FinishNow(call, At("rollout refused: ", status));
+    grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
+    context_.engine.GetRollout(request->rollout_id(), tenant->salt,
+                               FinishWith<Rollout>(reactor, [response](const Rollout& rollout) {
+                                 ToProto(rollout, response->mutable_rollout());
+                               }));
+    return reactor;
+  }
+
+  grpc::ServerUnaryReactor* PutRollout(grpc::CallbackServerContext* call,
+                                       const v1::PutRolloutRequest* request,
+                                       v1::PutRolloutResponse* response) override {
+    absl::StatusOr<Tenant> tenant = TenantOf(*call, context_);
+    if (!tenant.ok()) return FinishNow(call, tenant.status());
+    absl::StatusOr<Rollout> rollout = FromProto(*request, *tenant, context_.limits());
+    if (!rollout.ok()) return FinishNow(call, At("rollout refused: ", rollout.status()));
+    grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
+    context_.engine.PutRollout(
+        request->rollout_id(), *std::move(rollout),
+        FinishWith<PolicyVersion>(reactor, [response](PolicyVersion version) {
+          response->set_policy_version(Raw(version));
+        }));
+    return reactor;
+  }
+
  private:
   template <typename Response>
   static Reply<TrainStepResult> FillWith(grpc::ServerUnaryReactor* reactor, Response* response) {

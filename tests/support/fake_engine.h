@@ -87,6 +87,12 @@ class FakeEngine final : public Engine {
   void OptimStep(TrainStepRequest request, Reply<TrainStepResult> reply) override {
     Step(std::move(request), std::move(reply));
   }
+  void GetRollout(std::string id, std::string, Reply<Rollout> reply) override {
+    reply(absl::NotFoundError("rollout " + id + ": not among the retained ones"));
+  }
+  void PutRollout(std::string, Rollout, Reply<PolicyVersion> reply) override {
+    reply(policy_version());
+  }
   void SaveCheckpoint(std::string directory, Reply<PolicyVersion> reply) override {
     checkpoint_path = std::move(directory);
     reply(policy_version());
