@@ -27,6 +27,15 @@ TensorView MergeHeads(TensorView t) {
   return merged;
 }
 
+void HangBelow(int64_t tokens, std::vector<int32_t> blocks, int64_t block_tokens,
+               ops::TokenBatch& batch) {
+  if (batch.segments.empty()) return;
+  batch.block_tokens = static_cast<int32_t>(block_tokens);
+  batch.context_nodes = {{.num_tokens = static_cast<int32_t>(tokens)}};
+  batch.context_blocks = std::move(blocks);
+  batch.segments[0].context_node = 0;
+}
+
 }  // namespace
 
 int64_t PromptState::LayOut(const ModelConfig& config, DType dtype, int64_t rows, void* base) {
@@ -113,12 +122,13 @@ void StoreAsPrompt(ops::TokenBatch& batch) {
 }
 
 void HangBelowPrompt(int64_t rows, ops::TokenBatch& batch) {
-  if (batch.segments.empty()) return;
-  batch.block_tokens = PromptState::kBlockTokens;
-  batch.context_nodes = {{.num_tokens = static_cast<int32_t>(rows)}};
-  batch.context_blocks.resize(NumBlocks(rows));
-  std::iota(batch.context_blocks.begin(), batch.context_blocks.end(), 0);
-  batch.segments[0].context_node = 0;
+  std::vector<int32_t> blocks(NumBlocks(rows));
+  std::iota(blocks.begin(), blocks.end(), 0);
+  HangBelow(rows, std::move(blocks), PromptState::kBlockTokens, batch);
+}
+
+void HangBelowCached(const CachedPrefix& cached, ops::TokenBatch& batch) {
+  HangBelow(cached.tokens, cached.blocks, cached.pool->block_tokens(), batch);
 }
 
 }  // namespace coppice

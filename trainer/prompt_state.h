@@ -20,8 +20,10 @@
 #include "kernels/base/device.h"
 #include "kernels/base/ids.h"
 #include "kernels/model/decoder.h"
+#include "kernels/model/kv_pool.h"
 #include "kernels/model/model_config.h"
 #include "kernels/ops/ops.h"
+#include "trainer/train_types.h"
 
 namespace coppice {
 
@@ -116,12 +118,15 @@ class PromptGradients {
 };
 
 // How the tree that runs meets a prompt that runs apart from it. Branches name both; the prompt's
-// own tree its gradients only, which it takes in; a whole tree neither.
+// own tree its gradients only, which it takes in; a whole tree neither. What is scored behind the
+// cache names the pool.
 struct PromptLink {
   const PromptState* context = nullptr;
   const PromptGradients* gradients = nullptr;
+  const KvPool* pool = nullptr;
 
   ops::PagedKv Context(int64_t layer) const {
+    if (pool != nullptr) return pool->layer(layer);
     return context == nullptr ? ops::PagedKv{} : context->layer(layer).pages;
   }
 };
@@ -130,5 +135,7 @@ struct PromptLink {
 void StoreAsPrompt(ops::TokenBatch& batch);
 // Hangs the batch's one segment, if it has rows, below a prompt of `rows` tokens.
 void HangBelowPrompt(int64_t rows, ops::TokenBatch& batch);
+// The same below what the cache holds.
+void HangBelowCached(const CachedPrefix& cached, ops::TokenBatch& batch);
 
 }  // namespace coppice

@@ -54,6 +54,21 @@ std::vector<GroupRange> MeasureGroups(const RequestPlan& plan,
   return ranges;
 }
 
+// Batches of the group's samples, each of at most `max_rows` behind its first `prefix` tokens.
+std::optional<std::vector<std::vector<int32_t>>> CutSamples(const RequestPlan& plan,
+                                                            const GroupRange& group, int64_t prefix,
+                                                            int64_t max_rows) {
+  const auto sequences =
+      absl::MakeSpan(plan.sequences).subspan(group.begin, group.end - group.begin);
+  std::optional<std::vector<std::vector<int32_t>>> batches =
+      CutBranches(sequences, prefix, max_rows);
+  if (!batches.has_value()) return batches;
+  for (std::vector<int32_t>& batch : *batches) {
+    for (int32_t& sample : batch) sample += static_cast<int32_t>(group.begin);
+  }
+  return batches;
+}
+
 // A pass of its own for a group that is too large for a common one.
 absl::StatusOr<PlannedPass> CutGroup(const RequestPlan& plan, const GroupRange& group,
                                      const PassLimits& limits) {
@@ -68,17 +83,14 @@ absl::StatusOr<PlannedPass> CutGroup(const RequestPlan& plan, const GroupRange& 
   const int64_t prompt_rows = static_cast<int64_t>(group.prompt.size());
   const int64_t max_rows = limits.max_branch_rows(prompt_rows);
   if (max_rows <= 0) return refused("unique tokens", limits.max_rows, group.rows);
-  const auto sequences =
-      absl::MakeSpan(plan.sequences).subspan(group.begin, group.end - group.begin);
   std::optional<std::vector<std::vector<int32_t>>> batches =
-      CutBranches(sequences, prompt_rows, max_rows);
+      CutSamples(plan, group, prompt_rows, max_rows);
   if (!batches.has_value()) {
+    const auto sequences =
+        absl::MakeSpan(plan.sequences).subspan(group.begin, group.end - group.begin);
     int64_t longest = 0;
     for (const TokenSequence& s : sequences) longest = std::max(longest, s.num_rows());
     return refused("tokens in a response", max_rows + 1, longest - prompt_rows + 1);
-  }
-  for (std::vector<int32_t>& batch : *batches) {
-    for (int32_t& sample : batch) sample += static_cast<int32_t>(group.begin);
   }
   return PlannedPass{.prompt_rows = prompt_rows, .batches = *std::move(batches)};
 }
@@ -144,9 +156,27 @@ std::vector<GroupRange> PlanKept(const std::vector<TrainGroup>& groups, const Pa
   return others;
 }
 
-absl::Status PlanPasses(const std::vector<TrainGroup>& groups, const PassLimits& limits,
+// Passes of their own for groups whose prompts are in the cache; returns the others.
+std::vector<GroupRange> PlanCached(const std::vector<TrainGroup>& groups, const PassLimits& limits,
+                                   RequestPlan& plan) {
+  std::vector<GroupRange> others;
+  for (GroupRange& range : MeasureGroups(plan, groups, limits)) {
+    const CachedPrefix& cached = groups[range.index].cached;
+    std::optional<std::vector<std::vector<int32_t>>> batches;
+    if (cached.tokens > 0 && limits.share_prefixes) {
+      batches = CutSamples(plan, range, cached.tokens, limits.max_rows);
+    }
+    if (batches.has_value()) {
+      plan.passes.push_back({.cached = &cached, .batches = *std::move(batches)});
+    } else {
+      others.push_back(std::move(range));
+    }
+  }
+  return others;
+}
+
+absl::Status PlanPasses(const std::vector<GroupRange>& others, const PassLimits& limits,
                         RequestPlan& plan) {
-  const std::vector<GroupRange> others = PlanKept(groups, limits, plan);
   std::vector<int32_t> samples = SamplesOf(others);
   if (NumRows(plan.Sequences(samples), limits.share_prefixes) <= limits.max_rows) {
     if (!samples.empty()) plan.passes.push_back({.batches = {std::move(samples)}});
@@ -206,7 +236,7 @@ absl::StatusOr<RequestPlan> PlanTraining(const ModelConfig& config, const PassLi
     plan.counts.Add(*sample);
     plan.with_loss += NumTokensWithLoss(*sample);
   }
-  RETURN_IF_ERROR(PlanPasses(request.groups, limits, plan));
+  RETURN_IF_ERROR(PlanPasses(PlanKept(request.groups, limits, plan), limits, plan));
   return plan;
 }
 
@@ -215,7 +245,7 @@ absl::StatusOr<RequestPlan> PlanScoring(const ModelConfig& config, const PassLim
   RETURN_IF_ERROR(ValidateTokens(config, groups));
   RequestPlan plan;
   ListSamples(groups, /*only_masked_in=*/false, plan);
-  RETURN_IF_ERROR(PlanPasses(groups, limits, plan));
+  RETURN_IF_ERROR(PlanPasses(PlanCached(groups, limits, plan), limits, plan));
   return plan;
 }
 

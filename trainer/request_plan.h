@@ -1,6 +1,7 @@
 // RequestPlan: what a request means, worked out before anything runs: sequences, advantages, global
 // denominators, and the passes that fit the limits: micro-batches of whole groups, or one group
-// that is too large for that or whose prompt was kept, its prompt and then its branches.
+// that is too large for that or whose prompt was kept, its prompt and then its branches, or one
+// group to score behind what the cache holds of its prompt.
 #pragma once
 
 #include <functional>
@@ -19,6 +20,7 @@ namespace coppice {
 struct PlannedPass {
   int64_t prompt_rows = 0;  // > 0: the prompt runs by itself and the batches hang below it
   std::shared_ptr<const KeptPrompt> kept;  // null, or the state to start from instead of running it
+  const CachedPrefix* cached = nullptr;    // null, or what the batches hang below; then no prompt
   // Ascending sample indices of each tree that runs; one without a prompt of its own.
   std::vector<std::vector<int32_t>> batches;
 };

@@ -113,15 +113,20 @@ PolicyTrainer::Pass PolicyTrainer::BuildPass(const RequestPlan& plan,
                                              const PlannedPass& planned) const {
   Pass pass;
   const int64_t prompt_rows = planned.prompt_rows;
+  const int64_t begin = planned.cached != nullptr ? planned.cached->tokens : prompt_rows;
   const int64_t offset = prompt_rows > 0 ? PromptBytes(prompt_rows, planned.kept != nullptr) : 0;
   std::vector<TokenSequence> all;
   for (const std::vector<int32_t>& samples : planned.batches) {
     const std::vector<TokenSequence> sequences = plan.Sequences(samples);
-    TreeRun run{.tree = BuildTokenTree(sequences, limits_.share_prefixes, {.begin = prompt_rows}),
+    TreeRun run{.tree = BuildTokenTree(sequences, limits_.share_prefixes, {.begin = begin}),
                 .offset_bytes = offset};
     if (prompt_rows > 0) {
       HangBelowPrompt(prompt_rows, run.tree.batch);
       run.link = {.context = &StateOf(planned.kept), .gradients = &prompt_gradients_};
+    }
+    if (planned.cached != nullptr) {
+      HangBelowCached(*planned.cached, run.tree.batch);
+      run.link = {.pool = planned.cached->pool};
     }
     pass.batches.push_back(std::move(run));
     all.insert(all.end(), sequences.begin(), sequences.end());

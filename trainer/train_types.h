@@ -15,6 +15,7 @@
 namespace coppice {
 
 struct KeptPrompt;
+class KvPool;
 
 // One response. Per-token vectors are empty (= absent) or have tokens.size() entries.
 struct TrainSample {
@@ -28,6 +29,14 @@ struct TrainSample {
   float weight = 1;
 };
 
+// KV of leading prompt tokens that generation has left under the current policy: whole blocks, all
+// of the prompt but its last token at most. Borrowed; the caller holds the lease.
+struct CachedPrefix {
+  const KvPool* pool = nullptr;
+  std::vector<int32_t> blocks;
+  int64_t tokens = 0;
+};
+
 // Samples whose rewards are compared. Sharing does not depend on groups: the trie is built over
 // everything.
 struct TrainGroup {
@@ -36,6 +45,8 @@ struct TrainGroup {
   // What generation kept of the prompt, or null. Used if it is of this prompt and the current
   // policy; then the prompt is not run forward.
   std::shared_ptr<const KeptPrompt> kept_prompt;
+  // Read by scoring instead of running these tokens; training needs more than their KV.
+  CachedPrefix cached;
 };
 
 struct LossConfig {

@@ -330,11 +330,12 @@ void EngineImpl::OptimStep(TrainStepRequest request, Reply<TrainStepResult> repl
   PostStep(StepKind::kOptimStep, std::move(request), std::move(reply));
 }
 
-void EngineImpl::Score(std::vector<TrainGroup> groups, float temperature,
+void EngineImpl::Score(std::vector<TrainGroup> groups, float temperature, std::string tenant_salt,
                        PolicyGate::ScoreReply reply) {
   Post(Kind::kWork, std::move(reply),
-       [this, groups = std::move(groups), temperature](PolicyGate::ScoreReply answer) mutable {
-         gate_->Score(std::move(groups), temperature, std::move(answer));
+       [this, groups = std::move(groups), temperature,
+        tenant_salt = std::move(tenant_salt)](PolicyGate::ScoreReply answer) mutable {
+         gate_->Score(std::move(groups), temperature, std::move(tenant_salt), std::move(answer));
        });
 }
 

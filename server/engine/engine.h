@@ -143,7 +143,7 @@ class Engine {
   virtual void Wake() = 0;
   virtual void Abort(std::string request_id, std::string session_id, Reply<AbortResult> reply) = 0;
   virtual void Warm(GenerateRequest request, Reply<WarmResult> reply) = 0;
-  virtual void Score(std::vector<TrainGroup> groups, float temperature,
+  virtual void Score(std::vector<TrainGroup> groups, float temperature, std::string tenant_salt,
                      Reply<std::pair<std::vector<SampleResult>, PolicyVersion>> reply) = 0;
   virtual void TrainStep(TrainStepRequest request, Reply<TrainStepResult> reply) = 0;
   virtual void ForwardBackward(TrainStepRequest request,

@@ -225,6 +225,17 @@ void Generator::RestartStems() {
   for (const std::shared_ptr<Stem>& stem : stems) DropStem(stem);
 }
 
+std::vector<Lease> Generator::LeaseCached(const std::string& tenant_salt,
+                                          std::vector<TrainGroup>& groups) {
+  std::vector<Lease> leases;
+  for (TrainGroup& group : groups) {
+    leases.push_back(kv_->LeaseCached(tenant_salt, group.prompt, clock_.Now(), group.cached));
+    metrics_.score_prompt_tokens.Increment(static_cast<double>(group.prompt.size()));
+    metrics_.score_prompt_tokens_cached.Increment(static_cast<double>(group.cached.tokens));
+  }
+  return leases;
+}
+
 void Generator::SetPolicy(PolicyVersion version, bool replaced) {
   kv_->SetPolicy(version, replaced);
   prompt_states_.Clear();

@@ -66,6 +66,8 @@ class Generator {
   // What is in prefill starts again; decoding samples keep their KV, which nobody else will ever
   // match.
   void RestartStems();
+  // Notes in each group what the cache holds of its prompt, for as long as the leases live.
+  std::vector<Lease> LeaseCached(const std::string& tenant_salt, std::vector<TrainGroup>& groups);
   // New weights. REQUIRES: RetractAll or RestartStems, or nothing runs.
   void SetPolicy(PolicyVersion version, bool replaced);
 

@@ -61,6 +61,18 @@ PeekResult KvStore::Peek(const Group& group, absl::Duration now) const {
   return cache_.Peek(NamespaceOf(group.request.tenant_salt), group.request.prompt, now);
 }
 
+Lease KvStore::LeaseCached(const std::string& tenant_salt, const std::vector<int32_t>& prompt,
+                           absl::Duration now, CachedPrefix& cached) {
+  MatchResult match =
+      cache_.Match(NamespaceOf(tenant_salt), prompt,
+                   {.max_tokens = static_cast<int64_t>(prompt.size()) - 1, .now = now});
+  const int64_t blocks = match.committed_tokens / block_tokens();
+  cached = {.pool = &pool_, .blocks = {}, .tokens = blocks * block_tokens()};
+  const std::vector<BlockId> held = match.lease.blocks();
+  for (int64_t b = 0; b < blocks; ++b) cached.blocks.push_back(Raw(held[b]));
+  return std::move(match.lease);
+}
+
 PublishOptions KvStore::PublishAs(const GenerateRequest& request, int64_t committed,
                                   absl::Duration now) const {
   PublishOptions publish{.committed_tokens = committed, .priority = request.cache_priority};

@@ -69,6 +69,9 @@ class KvStore {
   // into later.
   int64_t BlocksFor(int64_t num_tokens, int64_t leased_tokens, int64_t samples) const;
   PeekResult Peek(const Group& group, absl::Duration now) const;
+  // What the cache holds of a prompt that is to be scored: `cached` is good while the lease lives.
+  Lease LeaseCached(const std::string& tenant_salt, const std::vector<int32_t>& prompt,
+                    absl::Duration now, CachedPrefix& cached);
   const Namespace& NamespaceOf(const std::string& tenant_salt) const;
 
   RadixCache& cache() { return cache_; }

@@ -231,9 +231,12 @@ void PolicyGate::CountStep(StepKind kind, const TrainStepResult& result) {
   }
 }
 
-void PolicyGate::Score(std::vector<TrainGroup> groups, float temperature, ScoreReply reply) {
+void PolicyGate::Score(std::vector<TrainGroup> groups, float temperature, std::string tenant_salt,
+                       ScoreReply reply) {
   Add({.run =
-           [this, groups = std::move(groups), temperature, reply] {
+           [this, groups = std::move(groups), temperature, tenant_salt = std::move(tenant_salt),
+            reply]() mutable {
+             const std::vector<Lease> leases = generator_.LeaseCached(tenant_salt, groups);
              absl::StatusOr<std::vector<SampleResult>> scored =
                  trainer_->Score(groups, temperature);
              const absl::Status status = scored.status();

@@ -52,7 +52,9 @@ class PolicyGate {
   absl::Status Resume();
 
   void Submit(StepKind kind, TrainStepRequest request, Reply<TrainStepResult> reply);
-  void Score(std::vector<TrainGroup> groups, float temperature, ScoreReply reply);
+  // Prompts that the cache holds for the tenant under the current policy are not run.
+  void Score(std::vector<TrainGroup> groups, float temperature, std::string tenant_salt,
+             ScoreReply reply);
   void SaveCheckpoint(std::string directory, Reply<PolicyVersion> reply);
   void LoadCheckpoint(std::string directory, Reply<PolicyVersion> reply);
 

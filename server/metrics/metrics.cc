@@ -133,6 +133,11 @@ Metrics::Metrics()
       train_prompt_tokens_reused(
           AddCounter(*registry_, "coppice_train_prompt_tokens_reused_total",
                      "Prompt tokens of training whose forward pass was generation's.")),
+      score_prompt_tokens(
+          AddCounter(*registry_, "coppice_score_prompt_tokens_total", "Prompt tokens of Score.")),
+      score_prompt_tokens_cached(AddCounter(
+          *registry_, "coppice_score_prompt_tokens_cached_total",
+          "Prompt tokens of Score whose KV was read from the cache instead of computed.")),
       rollouts_retained(
           AddGauge(*registry_, "coppice_rollouts_retained", "Rollouts kept for training by id.")),
       prompt_state_bytes(AddGauge(*registry_, "coppice_prompt_state_bytes",

@@ -70,11 +70,13 @@ class Metrics {
   prometheus::Counter& train_tokens_flat;    // coppice_train_tokens_flat_total
   // coppice_train_prompt_tokens_reused_total
   prometheus::Counter& train_prompt_tokens_reused;
-  prometheus::Gauge& rollouts_retained;       // coppice_rollouts_retained
-  prometheus::Gauge& prompt_state_bytes;      // coppice_prompt_state_bytes
-  prometheus::Counter& prompt_states_kept;    // coppice_prompt_states_kept_total
-  prometheus::Counter& prompt_states_missed;  // coppice_prompt_states_missed_total
-  prometheus::Counter& weight_sync_bytes;     // coppice_weight_sync_bytes_total: 0 by design (P1)
+  prometheus::Counter& score_prompt_tokens;         // coppice_score_prompt_tokens_total
+  prometheus::Counter& score_prompt_tokens_cached;  // coppice_score_prompt_tokens_cached_total
+  prometheus::Gauge& rollouts_retained;             // coppice_rollouts_retained
+  prometheus::Gauge& prompt_state_bytes;            // coppice_prompt_state_bytes
+  prometheus::Counter& prompt_states_kept;          // coppice_prompt_states_kept_total
+  prometheus::Counter& prompt_states_missed;        // coppice_prompt_states_missed_total
+  prometheus::Counter& weight_sync_bytes;  // coppice_weight_sync_bytes_total: 0 by design (P1)
   // coppice_train_step_phase_seconds{phase}; phases: build_tree, forward, head, loss, backward,
   // optimizer, other.
   prometheus::Histogram& TrainPhaseSeconds(const std::string& phase);

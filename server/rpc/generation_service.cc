@@ -74,12 +74,13 @@ class GenerationService final : public v1::Generation::CallbackService {
   grpc::ServerUnaryReactor* Score(grpc::CallbackServerContext* call,
                                   const v1::ScoreRequest* request,
                                   v1::ScoreResponse* response) override {
-    if (absl::Status s = TenantOf(*call, context_).status(); !s.ok()) return FinishNow(call, s);
+    const absl::StatusOr<Tenant> tenant = TenantOf(*call, context_);
+    if (!tenant.ok()) return FinishNow(call, tenant.status());
     absl::StatusOr<ScoreCall> score = FromProto(*request, context_.limits());
     if (!score.ok()) return FinishNow(call, At("score refused: ", score.status()));
     grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
     using Scored = std::pair<std::vector<SampleResult>, PolicyVersion>;
-    context_.engine.Score(std::move(score->groups), score->temperature,
+    context_.engine.Score(std::move(score->groups), score->temperature, tenant->salt,
                           FinishWith<Scored>(reactor, [response](const Scored& scored) {
                             for (const SampleResult& sample : scored.first) {
                               v1::ScoredResponse* out = response->add_responses();

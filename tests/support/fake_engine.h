@@ -68,7 +68,7 @@ class FakeEngine final : public Engine {
         static_cast<int32_t>(request.prompt.size());
     reply(result);
   }
-  void Score(std::vector<TrainGroup> groups, float,
+  void Score(std::vector<TrainGroup> groups, float, std::string,
              Reply<std::pair<std::vector<SampleResult>, PolicyVersion>> reply) override {
     std::vector<SampleResult> samples;
     for (const TrainGroup& group : groups) {

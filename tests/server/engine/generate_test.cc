@@ -83,7 +83,7 @@ TEST(GenerateTest, RawLogprobsEqualTheTrainersScore) {
     group.samples.back().tokens = tokens;
   }
   Answer<std::pair<std::vector<SampleResult>, PolicyVersion>> score;
-  test.engine().Score({group}, 1, score.reply());
+  test.engine().Score({group}, 1, "", score.reply());
   test.RunAll();
   ASSERT_TRUE(score.get().ok()) << score.get().status();
   for (size_t s = 0; s < sink->tokens.size(); ++s) {
