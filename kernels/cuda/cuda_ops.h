@@ -2,7 +2,8 @@
 // (checks, scratch) and the .cu of the same name (kernels, launchers); this class only forwards and
 // owns what they share.
 //
-// Thread: one caller at a time. Work is queued on one stream; host outputs are valid on return.
+// Thread: one caller at a time. Work is queued on one stream; host outputs are valid on return, those
+// of StartSample after Wait().
 // Determinism: equal shapes and inputs give equal bits on one kind of device. Errors: a device
 // failure is INTERNAL and sticky.
 #pragma once

@@ -3,7 +3,8 @@
 // start-up by CreateOps.
 //
 // Thread: one caller at a time (the engine thread). Work is queued on one stream; host outputs
-// (sampled tokens, log-probs, SumSquares) are valid on return, everything else after Synchronize().
+// (Sample's tokens, log-probs, SumSquares) are valid on return, StartSample's after Wait(),
+// everything else after Synchronize().
 // Errors: INVALID_ARGUMENT naming op, tensor, want and got for shapes and dtypes; UNIMPLEMENTED
 // listing what exists for an unsupported combination; INTERNAL for a device failure, which is
 // sticky.
