@@ -12,10 +12,10 @@ bool StartsWith(const grpc::string_ref& text, const char* prefix) {
   return text.starts_with(prefix);
 }
 
-// Made anew by each connection, or the router's own.
+// Made anew by each connection.
 bool BelongsToOneHop(const grpc::string_ref& key) {
   static constexpr const char* kKeys[] = {"user-agent", "accept-encoding", "content-type", "te",
-                                          "host",       kExplainHeader};
+                                          "host"};
   return StartsWith(key, "grpc-") || StartsWith(key, ":") ||
          std::any_of(std::begin(kKeys), std::end(kKeys), [&](const char* k) { return key == k; });
 }

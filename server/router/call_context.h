@@ -23,10 +23,6 @@ struct RouterContext {
   bool trust_tenant_header = false;
 };
 
-// Ask for `x-coppice-placement` in the trailing metadata with any value.
-inline constexpr char kExplainHeader[] = "x-coppice-explain";
-inline constexpr char kPlacementTrailer[] = "x-coppice-placement";
-
 // The caller's metadata value; empty if absent.
 std::string Header(const grpc::CallbackServerContext& call, const std::string& key);
 

@@ -96,6 +96,7 @@ void Fleet::Update(ReplicaId id, const ReplicaReport& report) {
     const bool failed = report.health == ReplicaReport::Health::kFailed;
     replica->failures = failed ? replica->failures + 1 : 0;
     if (report.facts) LearnFacts(*replica, *report.facts);
+    if (report.facts && replica == FindLeader()) leader_epoch_ = report.policy_epoch;
     if (report.facts) replica->late = false;
     Enter(*replica, Judge(*replica, report), report.error, to_cancel);
     ChooseTakers();
@@ -241,15 +242,23 @@ absl::StatusOr<Fleet::Choice> Fleet::Place(const PlacementRequest& request) {
   return PlaceLocked(request);
 }
 
-absl::StatusOr<Fleet::Choice> Fleet::PlaceOnLeader(PlacementRequest request) {
+absl::StatusOr<Fleet::Choice> Fleet::PlaceRetained(PlacementRequest request) {
   absl::MutexLock lock(&mutex_);
-  std::vector<ReplicaId> others;
+  std::vector<ReplicaId> except(request.except.begin(), request.except.end());
   for (const Replica& replica : replicas_) {
-    if (replica.address.name != leader_name_) others.push_back(replica.id);
+    if (!HasLeadersPolicy(replica)) except.push_back(replica.id);
   }
-  request.except = others;
+  request.except = except;
   absl::StatusOr<Choice> choice = PlaceLocked(request);
   return choice.ok() ? choice : LeaderMissing();
+}
+
+bool Fleet::HasLeadersPolicy(const Replica& replica) const {
+  const Replica* leader = FindLeader();
+  if (&replica == leader) return true;
+  const bool known =
+      leader != nullptr && leader->facts && policy_calls_ == 0 && leader_epoch_ == policy_epoch_;
+  return known && replica.facts && replica.facts->policy_version == leader->facts->policy_version;
 }
 
 absl::StatusOr<Fleet::Choice> Fleet::PlaceLocked(const PlacementRequest& request) {
@@ -296,6 +305,33 @@ absl::Status Fleet::LeaderMissing() const {
 std::string Fleet::leader_name() const {
   absl::MutexLock lock(&mutex_);
   return leader_name_;
+}
+
+absl::StatusOr<ReplicaTarget> Fleet::Named(const std::string& name) const {
+  absl::MutexLock lock(&mutex_);
+  const Replica* replica = FindByName(name);
+  if (replica != nullptr && Answers(*replica)) {
+    return ReplicaTarget{replica->id, replica->address.name, replica->channel};
+  }
+  return absl::UnavailableError(absl::StrCat(
+      "replica not reachable: want ", name, " answering health checks, got ",
+      replica == nullptr ? "no such replica" : Name(replica->state), "; retry when it is back"));
+}
+
+void Fleet::PolicyCallBegan() {
+  absl::MutexLock lock(&mutex_);
+  ++policy_calls_;
+}
+
+void Fleet::PolicyCallEnded() {
+  absl::MutexLock lock(&mutex_);
+  --policy_calls_;
+  ++policy_epoch_;
+}
+
+uint64_t Fleet::policy_epoch() const {
+  absl::MutexLock lock(&mutex_);
+  return policy_epoch_;
 }
 
 absl::StatusOr<ReplicaTarget> Fleet::Any(absl::Span<const ReplicaId> except) const {
@@ -369,12 +405,14 @@ Fleet::Replica* Fleet::Find(ReplicaId id) {
   return nullptr;
 }
 
-const Fleet::Replica* Fleet::FindLeader() const {
+const Fleet::Replica* Fleet::FindByName(const std::string& name) const {
   for (const Replica& replica : replicas_) {
-    if (replica.address.name == leader_name_) return &replica;
+    if (replica.address.name == name) return &replica;
   }
   return nullptr;
 }
+
+const Fleet::Replica* Fleet::FindLeader() const { return FindByName(leader_name_); }
 
 void Fleet::ShowLoad(ReplicaId id) {
   const Replica* replica = Find(id);

@@ -12,7 +12,9 @@
 //
 // The leader is --leader, or the first replica by name of those found first: training goes there
 // and nowhere else, since there is no other copy of the optimizer. It is never replaced, not when
-// it is gone, nor by a name that comes later; a policy must not fork.
+// it is gone, nor by a name that comes later; a policy must not fork. Retained groups go to
+// replicas with the leader's policy version only. While a call that may change it is open, and
+// until the leader has been asked again, no other replica counts as one.
 //
 // Any thread.
 #pragma once
@@ -70,6 +72,7 @@ struct ReplicaReport {
   };
 
   Health health = Health::kFailed;
+  uint64_t policy_epoch = 0;   // Fleet::policy_epoch() before it was asked for
   std::string error;           // of kFailed
   std::optional<Facts> facts;  // absent if it did not answer in time
 };
@@ -111,13 +114,20 @@ class Fleet {
   };
   // UNAVAILABLE: no replica serves, or is paused if none serves, but those in request.except.
   absl::StatusOr<Choice> Place(const PlacementRequest& request);
-  // On the leader, whatever its load. UNAVAILABLE: it does not serve.
-  absl::StatusOr<Choice> PlaceOnLeader(PlacementRequest request);
+  // The same among those that have the leader's policy. UNAVAILABLE: none of them serves.
+  absl::StatusOr<Choice> PlaceRetained(PlacementRequest request);
   void Withdraw(const Placed& placed, absl::Span<const uint64_t> blocks);
   void Finish(const Placed& placed, double completion_tokens);
   // UNAVAILABLE: it does not serve. The name of the leader is in the message.
   absl::StatusOr<ReplicaTarget> Leader() const;
   std::string leader_name() const;
+  // UNAVAILABLE: there is no such replica, or it does not answer health checks.
+  absl::StatusOr<ReplicaTarget> Named(const std::string& name) const;
+  // A call to the leader that may change its policy begins and has ended, however.
+  void PolicyCallBegan();
+  void PolicyCallEnded();
+  // Rises with each of those ends.
+  uint64_t policy_epoch() const;
   // For calls that any replica can answer: the least loaded.
   absl::StatusOr<ReplicaTarget> Any(absl::Span<const ReplicaId> except) const;
   // For calls to all: every replica that answers health checks, by name.
@@ -150,10 +160,12 @@ class Fleet {
 
   static bool Answers(const Replica& replica);
   static bool MayHoldEngine(const Replica& replica);
+  bool HasLeadersPolicy(const Replica& replica) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   Replica* Find(ReplicaId id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::StatusOr<Choice> PlaceLocked(const PlacementRequest& request)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Status LeaderMissing() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  const Replica* FindByName(const std::string& name) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   const Replica* FindLeader() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void LearnFacts(Replica& replica, const ReplicaReport::Facts& facts)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -178,6 +190,9 @@ class Fleet {
   std::vector<Replica> replicas_ ABSL_GUARDED_BY(mutex_);   // by name
   State takers_ ABSL_GUARDED_BY(mutex_) = State::kServing;  // the state of those that get calls
   std::string leader_name_ ABSL_GUARDED_BY(mutex_);         // once set, for good
+  int64_t policy_calls_ ABSL_GUARDED_BY(mutex_) = 0;        // open
+  uint64_t policy_epoch_ ABSL_GUARDED_BY(mutex_) = 0;
+  uint64_t leader_epoch_ ABSL_GUARDED_BY(mutex_) = 0;  // that the leader's facts are of
 };
 
 }  // namespace coppice

@@ -48,12 +48,16 @@ void ProxyCall::OnReadDone(bool ok) {
   }
   const absl::Status status = ReadRequest();
   if (!status.ok()) return End(ToGrpc(status));
-  Attempt();
+  if (training_.elsewhere.empty()) return Attempt();
+  FetchRollouts();
 }
 
 absl::Status ProxyCall::ReadRequest() {
   if (route_ == Route::kTraining) {
-    return ResolveRollouts(call_->method(), context_.fleet.leader_name(), request_);
+    ASSIGN_OR_RETURN(training_,
+                     ReadTraining(call_->method(), context_.fleet.leader_name(), request_));
+    if (training_.changes_policy) context_.fleet.PolicyCallBegan();
+    return absl::OkStatus();
   }
   if (route_ == Route::kGenerationOther) return absl::OkStatus();
   uint64_t hash = 0;
@@ -64,7 +68,31 @@ absl::Status ProxyCall::ReadRequest() {
   return absl::OkStatus();
 }
 
+void ProxyCall::FetchRollouts() {
+  absl::StatusOr<ReplicaTarget> leader = context_.fleet.Leader();
+  if (!leader.ok()) return End(ToGrpc(leader.status()));
+  // As with an attempt: nothing of this is touched after Start.
+  const auto fetch = std::make_shared<RolloutFetch>(
+      context_, *call_, *std::move(leader), training_.elsewhere,
+      [this](const RolloutFetch::Outcome& outcome) { OnFetched(outcome); });
+  bool cancelled = false;
+  {
+    absl::MutexLock lock(&mutex_);
+    fetch_ = fetch;
+    cancelled = cancelled_;
+  }
+  if (cancelled) fetch->Cancel();
+  fetch->Start();
+}
+
+void ProxyCall::OnFetched(const RolloutFetch::Outcome& outcome) {
+  if (!outcome.refused.ok()) return End(outcome.refused);
+  missing_ = outcome.missing;
+  Attempt();
+}
+
 absl::StatusOr<ReplicaTarget> ProxyCall::Choose() {
+  if (!training_.replica.empty()) return context_.fleet.Named(training_.replica);
   if (route_ == Route::kTraining) return context_.fleet.Leader();
   if (route_ == Route::kGenerationOther) return context_.fleet.Any(tried_);
   return ChooseByPlacement();
@@ -79,7 +107,7 @@ absl::StatusOr<ReplicaTarget> ProxyCall::ChooseByPlacement() {
                                  .n = facts_->n,
                                  .max_tokens = facts_->max_tokens,
                                  .except = tried_};
-  ASSIGN_OR_RETURN(choice_, facts_->retain ? context_.fleet.PlaceOnLeader(request)
+  ASSIGN_OR_RETURN(choice_, facts_->retain ? context_.fleet.PlaceRetained(request)
                                            : context_.fleet.Place(request));
   context_.metrics.placement_seconds.Observe(absl::ToDoubleSeconds(context_.clock.Now() - began));
   return choice_->target;
@@ -105,14 +133,18 @@ void ProxyCall::Attempt() {
 void ProxyCall::OnMessage() {
   if (!upstream_->attempt()->first_byte) OnFirstMessage();
   if (route_ == Route::kGenerate) {
-    const EventFacts event = ReadEvent(upstream_->target().name, message_);
+    const EventFacts event = ReadEvent(message_);
     if (event.started) {
       context_.metrics.prompt_tokens.Increment(static_cast<double>(event.prompt_tokens));
       context_.metrics.hit_tokens_confirmed.Increment(static_cast<double>(event.hit_tokens));
       context_.metrics.hit_tokens_predicted.Increment(
           static_cast<double>(choice_->placed.predicted_hit_tokens));
     }
-    if (event.group) completion_tokens_ = event.completion_tokens;
+    if (event.group) {
+      completion_tokens_ = event.completion_tokens;
+      const RolloutName rollout{event.rollout_id, upstream_->target().name};
+      AddToGroup(event.rollout_id.empty() ? "" : rollout.ToString(), Explain(), message_);
+    }
   }
   StartWrite(&message_);
 }
@@ -131,12 +163,15 @@ void ProxyCall::OnWriteDone(bool ok) {
 
 void ProxyCall::OnCancel() {
   std::shared_ptr<OpenAttempt> open;
+  std::shared_ptr<RolloutFetch> fetch;
   {
     absl::MutexLock lock(&mutex_);
     cancelled_ = true;
     open = open_;
+    fetch = fetch_;
   }
   if (open != nullptr) open->context.TryCancel();
+  if (fetch != nullptr) fetch->Cancel();
 }
 
 void ProxyCall::OnUpstreamDone(const grpc::Status& upstream_status) {
@@ -156,8 +191,9 @@ void ProxyCall::OnUpstreamDone(const grpc::Status& upstream_status) {
     return Attempt();
   }
   PassBack(attempt->context, *call_);
-  if (!Header(*call_, kExplainHeader).empty()) Explain();
-  End(status);
+  // Without one that no home gave, the leader may still know the step, or the rollout.
+  const bool missed = status.error_code() == grpc::StatusCode::NOT_FOUND && !missing_.ok();
+  End(missed ? missing_ : status);
 }
 
 grpc::Status ProxyCall::Meaning(const grpc::Status& status, const Upstream& upstream) {
@@ -176,26 +212,31 @@ void ProxyCall::SettlePlacement(bool answered) {
 
 bool ProxyCall::MayRetry(const grpc::Status& status, bool answered) {
   if (status.error_code() != grpc::StatusCode::UNAVAILABLE || answered) return false;
-  if (route_ == Route::kTraining || (facts_ && facts_->retain)) return false;
+  if (route_ == Route::kTraining) return false;
   if (tried_.size() >= kMaxAttempts) return false;
   absl::MutexLock lock(&mutex_);
   return !cancelled_;
 }
 
-void ProxyCall::Explain() {
-  if (!choice_) return;
+std::optional<Explanation> ProxyCall::Explain() const {
+  if (!facts_->explain) return std::nullopt;
   const Placed& placed = choice_->placed;
-  call_->AddTrailingMetadata(
-      kPlacementTrailer,
-      absl::StrCat("replica=", choice_->target.name, " by=", Name(placed.by),
-                   " home=", choice_->home, " hash=", PrefixHashToHeader(facts_->prefix_hash),
-                   " predicted_hit_tokens=", placed.predicted_hit_tokens,
-                   " load=", static_cast<int64_t>(placed.load),
-                   " charge=", static_cast<int64_t>(placed.charge), " attempts=", tried_.size()));
+  return Explanation{.replica = choice_->target.name,
+                     .home = choice_->home,
+                     .by = placed.by,
+                     .prefix_hash = facts_->prefix_hash,
+                     .predicted_hit_tokens = placed.predicted_hit_tokens,
+                     .load = placed.load,
+                     .charge = placed.charge,
+                     .attempts = static_cast<int>(tried_.size())};
 }
 
 void ProxyCall::End(const grpc::Status& status) {
   CountResponse(context_.metrics, status);
+  if (training_.changes_policy) {
+    context_.fleet.PolicyCallEnded();
+    context_.watcher.Poke();
+  }
   Finish(status);
 }
 

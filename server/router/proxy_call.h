@@ -1,6 +1,7 @@
 // ProxyCall: one call of a client, passed on to one replica and its answers back, as bytes.
 //
 //   request read -> facts for placement -> attempt: call to a replica, request written once
+//                   facts for training -> rollouts brought to the leader -> attempt
 //   each answer:  upstream read -> downstream write -> the next upstream read
 //   end:          upstream done -> try elsewhere, or Finish with its status and metadata
 //
@@ -9,8 +10,7 @@
 // is gone cancels the replica's call; a replica that is gone ends the caller's.
 //
 // Another replica is tried only before the first byte of an answer and only after UNAVAILABLE, at
-// most kMaxAttempts times in all; training and retained groups never, since only the leader will
-// do.
+// most kMaxAttempts times in all; for training never, since only one will do.
 //
 // Owner: gRPC; deletes itself in OnDone. Threads: gRPC's, one reaction at a time but for OnCancel.
 #pragma once
@@ -26,6 +26,8 @@
 #include "grpcpp/generic/async_generic_service.h"
 #include "grpcpp/generic/generic_stub.h"
 #include "server/router/call_context.h"
+#include "server/router/rollout_fetch.h"
+#include "server/router/training_routes.h"
 
 namespace coppice {
 
@@ -68,6 +70,8 @@ class ProxyCall final : public grpc::ServerGenericBidiReactor {
   absl::Status ReadRequest();
   absl::StatusOr<ReplicaTarget> Choose();
   absl::StatusOr<ReplicaTarget> ChooseByPlacement();
+  void FetchRollouts();
+  void OnFetched(const RolloutFetch::Outcome& outcome);
   void Attempt();
   void OnMessage();
   void OnFirstMessage();
@@ -76,7 +80,7 @@ class ProxyCall final : public grpc::ServerGenericBidiReactor {
   grpc::Status Meaning(const grpc::Status& status, const Upstream& upstream);
   void SettlePlacement(bool answered);
   bool MayRetry(const grpc::Status& status, bool answered);
-  void Explain();
+  std::optional<Explanation> Explain() const;
   void End(const grpc::Status& status);
 
   const RouterContext& context_;
@@ -92,10 +96,13 @@ class ProxyCall final : public grpc::ServerGenericBidiReactor {
   std::optional<PlacementFacts> facts_;  // of a placed route
   std::optional<Fleet::Choice> choice_;  // of the attempt
   int64_t completion_tokens_ = -1;       // of all samples, once the group has finished
+  TrainingFacts training_;               // of Route::kTraining
+  grpc::Status missing_;                 // of the rollouts that the call needs
 
   absl::Mutex mutex_;
   bool cancelled_ ABSL_GUARDED_BY(mutex_) = false;
   std::shared_ptr<OpenAttempt> open_ ABSL_GUARDED_BY(mutex_);
+  std::shared_ptr<RolloutFetch> fetch_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace coppice

@@ -83,6 +83,8 @@ RouterMetrics::RouterMetrics()
                                       "Of them, found there, or computed for another request.")),
       retries(AddCounter(*registry_, "coppice_router_retries_total",
                          "Attempts after the first, before any byte was answered.")),
+      rollouts_fetched(AddCounter(*registry_, "coppice_router_rollouts_fetched_total",
+                                  "Rollouts brought from their homes to the leader.")),
       ejections_health(AddEjections(*registry_, "health")),
       ejections_first_byte(AddEjections(*registry_, "first_byte")),
       resolve_failures(AddCounter(*registry_, "coppice_router_resolve_failures_total",

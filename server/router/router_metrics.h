@@ -44,6 +44,7 @@ class RouterMetrics {
   prometheus::Counter& hit_tokens_predicted;       // coppice_router_hit_tokens_predicted_total
   prometheus::Counter& hit_tokens_confirmed;       // coppice_router_hit_tokens_confirmed_total
   prometheus::Counter& retries;                    // coppice_router_retries_total
+  prometheus::Counter& rollouts_fetched;           // coppice_router_rollouts_fetched_total
   prometheus::Counter& ejections_health;      // coppice_router_ejections_total{reason="health"}
   prometheus::Counter& ejections_first_byte;  // coppice_router_ejections_total{reason="first_byte"}
   prometheus::Counter& resolve_failures;      // coppice_router_resolve_failures_total

@@ -7,10 +7,9 @@
 #include "coppice/v1/admin.pb.h"
 #include "coppice/v1/cache.pb.h"
 #include "coppice/v1/generation.pb.h"
-#include "coppice/v1/training.pb.h"
-#include "grpcpp/impl/codegen/proto_utils.h"
 #include "kernels/base/status_macros.h"
 #include "server/placement/prefix_hash.h"
+#include "server/router/message_bytes.h"
 
 namespace coppice {
 namespace {
@@ -20,25 +19,6 @@ constexpr int64_t kMaxBlocks = 256;
 // GenerateEvent's tags: (field number << 3) | 2.
 constexpr uint8_t kStartedTag = 0x0a, kGroupTag = 0x22;
 constexpr char kAbort[] = "/coppice.v1.Generation/Abort";
-
-// `buffer` is only read; its slices are shared, not copied.
-template <typename Message>
-absl::StatusOr<Message> Parse(const grpc::ByteBuffer& buffer) {
-  grpc::ByteBuffer shared(buffer);
-  Message message;
-  const grpc::Status status = grpc::SerializationTraits<Message>::Deserialize(&shared, &message);
-  if (status.ok()) return message;
-  return absl::InvalidArgumentError(absl::StrCat("call refused: want a ", message.GetTypeName(),
-                                                 ", got bytes that are none; ",
-                                                 "use a client of coppice.v1"));
-}
-
-template <typename Message>
-void Serialize(const Message& message, grpc::ByteBuffer& buffer) {
-  buffer.Clear();  // gRPC wants it empty
-  bool own_buffer = false;
-  grpc::SerializationTraits<Message>::Serialize(message, &buffer, &own_buffer);
-}
 
 // What PrefixHash and BlockHashes need, in one piece. The suffix continues a prompt of tokens.
 class PromptBytes {
@@ -94,6 +74,7 @@ absl::StatusOr<PlacementFacts> GenerateFacts(const grpc::ByteBuffer& request,
   facts.n = generate.has_n() ? std::max(1, generate.n()) : 1;
   facts.max_tokens = std::max(0, generate.sampling().max_tokens());
   facts.retain = generate.retain();
+  facts.explain = generate.explain_placement();
   return facts;
 }
 
@@ -119,27 +100,6 @@ absl::StatusOr<PlacementFacts> ScoreFacts(const grpc::ByteBuffer& request, absl:
     }
   }
   return facts;
-}
-
-// The groups' ids without "@leader".
-template <typename Request>
-absl::Status TakeOffReplica(const std::string& leader, grpc::ByteBuffer& buffer) {
-  ASSIGN_OR_RETURN(Request request, Parse<Request>(buffer));
-  bool changed = false;
-  for (v1::Group& group : *request.mutable_groups()) {
-    const size_t at = group.has_rollout_id() ? group.rollout_id().rfind('@') : std::string::npos;
-    if (at == std::string::npos) continue;
-    const std::string replica = group.rollout_id().substr(at + 1);
-    if (replica != leader) {
-      return absl::FailedPreconditionError(
-          absl::StrCat("training refused: want rollouts of the leader ", leader, ", got one of ",
-                       replica, "; generate with retain through the router, or send its tokens"));
-    }
-    group.set_rollout_id(group.rollout_id().substr(0, at));
-    changed = true;
-  }
-  if (changed) Serialize(request, buffer);
-  return absl::OkStatus();
 }
 
 void Add(const v1::CacheStats& from, v1::CacheStats& to) {
@@ -228,6 +188,20 @@ bool StartsWith(absl::string_view text, absl::string_view prefix) {
   return text.substr(0, prefix.size()) == prefix;
 }
 
+v1::Placement::Reason ReasonOf(PlacedBy by) {
+  switch (by) {
+    case PlacedBy::kHome:
+      return v1::Placement::HOME;
+    case PlacedBy::kSession:
+      return v1::Placement::SESSION;
+    case PlacedBy::kPrefix:
+      return v1::Placement::PREFIX;
+    case PlacedBy::kBalance:
+      return v1::Placement::BALANCE;
+  }
+  return v1::Placement::REASON_UNSPECIFIED;
+}
+
 // The first byte of a message: the tag of its first field; 0 if it is empty.
 uint8_t FirstByte(const grpc::ByteBuffer& buffer) {
   std::vector<grpc::Slice> slices;
@@ -265,7 +239,7 @@ absl::StatusOr<PlacementFacts> ReadPlacementFacts(Route route, const grpc::ByteB
   return GenerateFacts(request, tenant, prefix_header);
 }
 
-EventFacts ReadEvent(const std::string& replica, grpc::ByteBuffer& event) {
+EventFacts ReadEvent(const grpc::ByteBuffer& event) {
   EventFacts facts;
   const uint8_t tag = FirstByte(event);
   if (tag != kStartedTag && tag != kGroupTag) return facts;
@@ -282,23 +256,28 @@ EventFacts ReadEvent(const std::string& replica, grpc::ByteBuffer& event) {
   if (parsed->has_group()) {
     facts.group = true;
     facts.completion_tokens = parsed->group().usage().completion_tokens();
-    if (!parsed->group().rollout_id().empty()) {
-      parsed->mutable_group()->mutable_rollout_id()->append("@" + replica);
-      Serialize(*parsed, event);
-    }
+    facts.rollout_id = parsed->group().rollout_id();
   }
   return facts;
 }
 
-absl::Status ResolveRollouts(absl::string_view method, const std::string& leader,
-                             grpc::ByteBuffer& request) {
-  if (method == "/coppice.v1.Training/TrainStep") {
-    return TakeOffReplica<v1::TrainStepRequest>(leader, request);
+void AddToGroup(const std::string& rollout_id, const std::optional<Explanation>& explanation,
+                grpc::ByteBuffer& event) {
+  if (rollout_id.empty() && !explanation) return;
+  v1::GenerateEvent addition;
+  addition.mutable_group()->set_rollout_id(rollout_id);
+  if (explanation) {
+    v1::Placement* placement = addition.mutable_group()->mutable_placement();
+    placement->set_replica(explanation->replica);
+    placement->set_reason(ReasonOf(explanation->by));
+    placement->set_home(explanation->home);
+    placement->set_prefix_hash(PrefixHashToHeader(explanation->prefix_hash));
+    placement->set_predicted_hit_tokens(explanation->predicted_hit_tokens);
+    placement->set_load(explanation->load);
+    placement->set_charge(explanation->charge);
+    placement->set_attempts(explanation->attempts);
   }
-  if (method == "/coppice.v1.Training/ForwardBackward") {
-    return TakeOffReplica<v1::ForwardBackwardRequest>(leader, request);
-  }
-  return absl::OkStatus();
+  Append(addition, event);
 }
 
 absl::StatusOr<grpc::ByteBuffer> Merge(absl::string_view method,

@@ -1,5 +1,6 @@
-// Routes: what kind of call a method is, and what placement has to know of its request. The only
-// place of the router that looks into messages; all others are passed through as bytes.
+// Routes: what kind of call a method is, and what placement has to know of its request. With
+// training_routes.h the only place of the router that looks into messages; all others are passed
+// through as bytes.
 //
 // Pure functions, any thread. A client's bytes that do not parse are INVALID_ARGUMENT.
 #pragma once
@@ -12,16 +13,17 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "grpcpp/support/byte_buffer.h"
+#include "server/placement/placement.h"
 
 namespace coppice {
 
 // In order of kRouteLabels (server/router/router_metrics.h).
 enum class Route {
-  kGenerate,         // placed by its prompt; to the leader if it is retained for training
+  kGenerate,         // placed by its prompt; where the leader's policy is if it is retained
   kWarm,             // placed by its prompt
   kScore,            // placed by its first prompt
   kGenerationOther,  // Tokenize, Detokenize: any; Abort: all
-  kTraining,         // the leader
+  kTraining,         // the leader, but GetRollout: the rollout's home
   kCache,            // all, merged
   kAdmin,            // all, merged
   kUnknown,          // UNIMPLEMENTED
@@ -44,27 +46,37 @@ struct PlacementFacts {
   int64_t n = 1;
   int64_t max_tokens = 0;
   bool retain = false;
+  bool explain = false;  // the caller wants to know where it went
 };
 // Of a Generate, Warm or Score request. `prefix_header`: the caller's own hash, if it sent one.
 absl::StatusOr<PlacementFacts> ReadPlacementFacts(Route route, const grpc::ByteBuffer& request,
                                                   absl::string_view tenant,
                                                   std::optional<uint64_t> prefix_header);
 
-// What the router learns from one event of a Generate stream, and changes in it.
+// What the router learns from one event of a Generate stream; chunks are not parsed.
 struct EventFacts {
   bool started = false;
   int64_t prompt_tokens = 0;  // of started
   int64_t hit_tokens = 0;     // of started: cached in any tier, or joined
   bool group = false;
   int64_t completion_tokens = 0;  // of group: all samples
+  std::string rollout_id;         // of group, if retained
 };
-// The rollout id of a group gets "@replica" appended in `event`; chunks are not parsed.
-EventFacts ReadEvent(const std::string& replica, grpc::ByteBuffer& event);
+EventFacts ReadEvent(const grpc::ByteBuffer& event);
 
-// Takes the "@replica" off the rollout ids of a TrainStep or ForwardBackward request.
-// FAILED_PRECONDITION if one of them is not `leader`'s.
-absl::Status ResolveRollouts(absl::string_view method, const std::string& leader,
-                             grpc::ByteBuffer& request);
+// Where a call went, and why: GroupFinished.placement.
+struct Explanation {
+  std::string replica, home;
+  PlacedBy by = PlacedBy::kHome;
+  uint64_t prefix_hash = 0;
+  int64_t predicted_hit_tokens = 0;
+  double load = 0, charge = 0;
+  int attempts = 0;
+};
+// Puts these fields into the last event of a stream by bytes after its own. Empty and absent ones
+// stay as they are.
+void AddToGroup(const std::string& rollout_id, const std::optional<Explanation>& explanation,
+                grpc::ByteBuffer& event);
 
 // One answer out of those of all replicas, the leader's first: counts are added up, everything else
 // is the first one's. INTERNAL if one does not parse. REQUIRES: IsFanOut(method), not empty.

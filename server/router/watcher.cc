@@ -60,8 +60,9 @@ struct Probe {
     });
   }
 
-  ReplicaReport Report() const {
+  ReplicaReport Report(uint64_t policy_epoch) const {
     ReplicaReport report;
+    report.policy_epoch = policy_epoch;
     if (health_status.ok()) {
       report.health = ParseHealth(health);
     } else {
@@ -125,6 +126,7 @@ absl::Status Watcher::Resolve() {
 }
 
 void Watcher::Round() {
+  const uint64_t policy_epoch = fleet_.policy_epoch();
   std::vector<std::unique_ptr<Probe>> probes;
   for (const ReplicaTarget& target : fleet_.Members()) {
     probes.push_back(std::make_unique<Probe>(target, options_.health_timeout));
@@ -132,7 +134,9 @@ void Watcher::Round() {
   absl::BlockingCounter open(static_cast<int>(2 * probes.size()));
   for (const auto& probe : probes) probe->Ask(open);
   open.Wait();
-  for (const auto& probe : probes) fleet_.Update(probe->target.id, probe->Report());
+  for (const auto& probe : probes) {
+    fleet_.Update(probe->target.id, probe->Report(policy_epoch));
+  }
   fleet_.CancelLate();
   changed_();
 }

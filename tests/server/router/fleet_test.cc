@@ -1,13 +1,18 @@
 #include "server/router/fleet.h"
 
+#include <set>
+#include <string>
+
 #include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "server/placement/prefix_hash.h"
 #include "tests/support/fake_clock.h"
 
 namespace coppice {
 namespace {
 
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 
 // Nothing listens there; no test sends anything.
@@ -36,6 +41,25 @@ class FleetTest : public ::testing::Test {
   }
   absl::StatusOr<Fleet::Choice> Place(uint64_t key = 1) {
     return fleet_.Place({.prefix_hash = key, .prompt_tokens = 10, .max_tokens = 10});
+  }
+  absl::StatusOr<Fleet::Choice> PlaceRetained(uint64_t key = 1) {
+    return fleet_.PlaceRetained({.prefix_hash = key, .prompt_tokens = 10, .max_tokens = 10});
+  }
+  // Who takes retained groups.
+  std::set<std::string> Takers() {
+    std::set<std::string> takers;
+    for (uint64_t key = 0; key < 100; ++key) {
+      const auto choice = PlaceRetained(MixHash(key, 1));
+      if (!choice.ok()) continue;
+      takers.insert(choice->target.name);
+      fleet_.Finish(choice->placed, -1);
+    }
+    return takers;
+  }
+  void Report(int replica, uint64_t version) {
+    ReplicaReport report = Serving("m", version);
+    report.policy_epoch = fleet_.policy_epoch();
+    fleet_.Update(ids_[replica], report);
   }
 
   RouterMetrics metrics_;
@@ -92,7 +116,7 @@ TEST_F(FleetTest, PausedReplicasTakeCallsIfNoneServes) {
   EXPECT_EQ(fleet_.num_serving(), 0);
   ASSERT_TRUE(Place().ok());
   EXPECT_TRUE(fleet_.Any({}).ok());
-  EXPECT_TRUE(fleet_.PlaceOnLeader({.prefix_hash = 3, .max_tokens = 1}).ok());
+  EXPECT_TRUE(PlaceRetained().ok());
 
   const auto waiting = std::make_shared<OpenAttempt>();
   fleet_.Opened(ids_[0], waiting);
@@ -169,13 +193,12 @@ TEST_F(FleetTest, AReplicaThatNeverServedIsNoEjection) {
 TEST_F(FleetTest, TheLeaderIsFirstByNameAndNeverReplaced) {
   Start(3);
   EXPECT_EQ(fleet_.Leader()->name, "coppice-0");
-  EXPECT_EQ(fleet_.PlaceOnLeader({.prefix_hash = 3, .max_tokens = 1})->target.name, "coppice-0");
   auto without = Addresses(3);
   without.erase(without.begin());
   fleet_.SetMembers(without);
   EXPECT_THAT(std::string(fleet_.Leader().status().message()),
               HasSubstr("want coppice-0 serving, got no such replica"));
-  EXPECT_FALSE(fleet_.PlaceOnLeader({.prefix_hash = 3, .max_tokens = 1}).ok());
+  EXPECT_FALSE(PlaceRetained().ok()) << "whose policy they have is not known";
   EXPECT_EQ(fleet_.num_serving(), 2);
 }
 
@@ -202,6 +225,52 @@ TEST_F(FleetTest, DifferencesFromTheLeaderAreCountedAndOtherModelsGetNothing) {
   EXPECT_EQ(metrics_.policy_mismatches.Value(), 1);
   EXPECT_EQ(fleet_.num_serving(), 2);
   EXPECT_THAT(std::string(fleet_.CheckModels().message()), HasSubstr("want one model, got m on"));
+}
+
+TEST_F(FleetTest, RetainedGroupsGoWhereTheLeadersPolicyIs) {
+  Start(3);
+  EXPECT_THAT(Takers(), ElementsAre("coppice-0", "coppice-1", "coppice-2"));
+  Report(0, 1);
+  EXPECT_THAT(Takers(), ElementsAre("coppice-0"));
+  Report(2, 1);
+  EXPECT_THAT(Takers(), ElementsAre("coppice-0", "coppice-2"));
+  const ReplicaId two[] = {ids_[0], ids_[2]};
+  EXPECT_FALSE(fleet_.PlaceRetained({.prefix_hash = 1, .max_tokens = 1, .except = two}).ok());
+  for (int i = 0; i < 2; ++i) fleet_.Update(ids_[0], {});
+  EXPECT_THAT(Takers(), ElementsAre("coppice-2")) << "the leader is away, its policy is known";
+}
+
+TEST_F(FleetTest, WhileThePolicyMayChangeOnlyTheLeaderHasIt) {
+  Start(2);
+  fleet_.PolicyCallBegan();
+  EXPECT_THAT(Takers(), ElementsAre("coppice-0"));
+  Report(0, 0);
+  EXPECT_THAT(Takers(), ElementsAre("coppice-0")) << "the step is not over";
+  ReplicaReport early = Serving();
+  early.policy_epoch = fleet_.policy_epoch();
+  fleet_.PolicyCallEnded();
+  EXPECT_THAT(Takers(), ElementsAre("coppice-0"));
+  fleet_.Update(ids_[0], early);
+  EXPECT_THAT(Takers(), ElementsAre("coppice-0")) << "it was asked before the step was over";
+  Report(1, 0);
+  EXPECT_THAT(Takers(), ElementsAre("coppice-0")) << "not the leader's answer";
+  Report(0, 0);
+  EXPECT_THAT(Takers(), ElementsAre("coppice-0", "coppice-1")) << "the step was refused";
+  fleet_.PolicyCallBegan();
+  fleet_.PolicyCallEnded();
+  Report(0, 1);
+  EXPECT_THAT(Takers(), ElementsAre("coppice-0"));
+  Report(1, 1);
+  EXPECT_THAT(Takers(), ElementsAre("coppice-0", "coppice-1")) << "it has loaded the checkpoint";
+}
+
+TEST_F(FleetTest, AReplicaIsFoundByNameIfItAnswers) {
+  Start(2);
+  EXPECT_EQ(fleet_.Named("coppice-1")->id, ids_[1]);
+  EXPECT_THAT(std::string(fleet_.Named("coppice-7").status().message()),
+              HasSubstr("want coppice-7 answering health checks, got no such replica"));
+  for (int i = 0; i < 2; ++i) fleet_.Update(ids_[1], {});
+  EXPECT_EQ(fleet_.Named("coppice-1").status().code(), absl::StatusCode::kUnavailable);
 }
 
 TEST_F(FleetTest, AReplicaWithAnotherAddressKeepsItsKeys) {

@@ -6,28 +6,28 @@
 #include "coppice/v1/generation.pb.h"
 #include "coppice/v1/training.pb.h"
 #include "gmock/gmock.h"
-#include "grpcpp/impl/codegen/proto_utils.h"
 #include "gtest/gtest.h"
 #include "server/placement/prefix_hash.h"
+#include "server/router/message_bytes.h"
+#include "server/router/training_routes.h"
 
 namespace coppice {
 namespace {
 
-using ::testing::HasSubstr;
+using ::testing::ElementsAre;
 
 template <typename Message>
 grpc::ByteBuffer Bytes(const Message& message) {
   grpc::ByteBuffer buffer;
-  bool own = false;
-  grpc::SerializationTraits<Message>::Serialize(message, &buffer, &own);
+  Serialize(message, buffer);
   return buffer;
 }
 
 template <typename Message>
-Message Parse(grpc::ByteBuffer buffer) {
-  Message message;
-  EXPECT_TRUE(grpc::SerializationTraits<Message>::Deserialize(&buffer, &message).ok());
-  return message;
+Message Parsed(const grpc::ByteBuffer& buffer) {
+  const absl::StatusOr<Message> message = Parse<Message>(buffer);
+  EXPECT_TRUE(message.ok()) << message.status();
+  return message.value_or(Message());
 }
 
 grpc::ByteBuffer Garbage() {
@@ -92,11 +92,12 @@ TEST(RoutesTest, BytesThatAreNoMessageAreTheCallersFault) {
     const auto facts = ReadPlacementFacts(route, Garbage(), "", std::nullopt);
     EXPECT_EQ(facts.status().code(), absl::StatusCode::kInvalidArgument);
   }
-  grpc::ByteBuffer step = Garbage();
-  EXPECT_EQ(ResolveRollouts("/coppice.v1.Training/TrainStep", "a", step).code(),
-            absl::StatusCode::kInvalidArgument);
-  grpc::ByteBuffer event = Garbage();
-  EXPECT_FALSE(ReadEvent("a", event).started);
+  for (const char* method : {"TrainStep", "ForwardBackward", "GetRollout", "PutRollout"}) {
+    grpc::ByteBuffer request = Garbage();
+    const auto facts = ReadTraining(absl::StrCat("/coppice.v1.Training/", method), "a", request);
+    EXPECT_EQ(facts.status().code(), absl::StatusCode::kInvalidArgument) << method;
+  }
+  EXPECT_FALSE(ReadEvent(Garbage()).started);
   EXPECT_EQ(Merge("/coppice.v1.Cache/Flush", {Garbage()}).status().code(),
             absl::StatusCode::kInternal);
 }
@@ -107,43 +108,116 @@ TEST(RoutesTest, OnlyFirstAndLastEventsAreRead) {
   usage->set_prompt_tokens(100);
   usage->set_cached_device_tokens(48);
   usage->set_joined_tokens(16);
-  grpc::ByteBuffer first = Bytes(started);
-  const EventFacts at_start = ReadEvent("coppice-1", first);
+  const EventFacts at_start = ReadEvent(Bytes(started));
   EXPECT_TRUE(at_start.started);
   EXPECT_EQ(at_start.prompt_tokens, 100);
   EXPECT_EQ(at_start.hit_tokens, 64);
 
   v1::GenerateEvent chunk;
   chunk.mutable_chunk()->add_token_ids(1);
-  grpc::ByteBuffer middle = Bytes(chunk);
-  const EventFacts nothing = ReadEvent("coppice-1", middle);
+  const EventFacts nothing = ReadEvent(Bytes(chunk));
   EXPECT_FALSE(nothing.started || nothing.group);
 
   v1::GenerateEvent group;
   group.mutable_group()->set_rollout_id("rollout-1");
   group.mutable_group()->mutable_usage()->set_completion_tokens(9);
-  grpc::ByteBuffer last = Bytes(group);
-  const EventFacts at_end = ReadEvent("coppice-1", last);
+  const EventFacts at_end = ReadEvent(Bytes(group));
   EXPECT_EQ(at_end.completion_tokens, 9);
-  EXPECT_EQ(Parse<v1::GenerateEvent>(last).group().rollout_id(), "rollout-1@coppice-1");
+  EXPECT_EQ(at_end.rollout_id, "rollout-1");
 }
 
-TEST(RoutesTest, RolloutsLoseTheLeadersNameAndNoOther) {
-  constexpr char kMethod[] = "/coppice.v1.Training/ForwardBackward";
+TEST(RoutesTest, TheLastEventGetsWhatTheRouterKnows) {
+  v1::GenerateEvent group;
+  group.mutable_group()->set_rollout_id("rollout-1");
+  group.mutable_group()->set_policy_version(4);
+  group.mutable_group()->mutable_usage()->set_completion_tokens(9);
+  grpc::ByteBuffer event = Bytes(group);
+  AddToGroup("", std::nullopt, event);
+  EXPECT_EQ(Parsed<v1::GenerateEvent>(event).SerializeAsString(), group.SerializeAsString());
+
+  AddToGroup("rollout-1@coppice-1",
+             Explanation{.replica = "coppice-1",
+                         .home = "coppice-2",
+                         .by = PlacedBy::kBalance,
+                         .prefix_hash = 0xab,
+                         .predicted_hit_tokens = 512,
+                         .load = 100,
+                         .charge = 20.5,
+                         .attempts = 2},
+             event);
+  const v1::GroupFinished got = Parsed<v1::GenerateEvent>(event).group();
+  EXPECT_EQ(got.rollout_id(), "rollout-1@coppice-1");
+  EXPECT_EQ(got.policy_version(), 4u);
+  EXPECT_EQ(got.usage().completion_tokens(), 9);
+  EXPECT_EQ(got.placement().replica(), "coppice-1");
+  EXPECT_EQ(got.placement().reason(), v1::Placement::BALANCE);
+  EXPECT_EQ(got.placement().home(), "coppice-2");
+  EXPECT_EQ(got.placement().prefix_hash(), "00000000000000ab");
+  EXPECT_EQ(got.placement().predicted_hit_tokens(), 512);
+  EXPECT_EQ(got.placement().load(), 100);
+  EXPECT_EQ(got.placement().charge(), 20.5);
+  EXPECT_EQ(got.placement().attempts(), 2);
+}
+
+TEST(RoutesTest, StepsSayWhichRolloutsLieElsewhere) {
   v1::ForwardBackwardRequest request;
   request.add_groups()->set_rollout_id("rollout-1@coppice-0");
   request.add_groups()->mutable_prompt()->add_ids(1);
   request.add_groups()->set_rollout_id("rollout-2");
+  for (const char* id : {"rollout-4@coppice-2", "rollout-3@coppice-1", "rollout-4@coppice-2"}) {
+    request.add_groups()->set_rollout_id(id);
+  }
   grpc::ByteBuffer buffer = Bytes(request);
-  ASSERT_TRUE(ResolveRollouts(kMethod, "coppice-0", buffer).ok());
-  const auto resolved = Parse<v1::ForwardBackwardRequest>(buffer);
+  const auto facts = ReadTraining("/coppice.v1.Training/ForwardBackward", "coppice-0", buffer);
+  ASSERT_TRUE(facts.ok());
+  EXPECT_FALSE(facts->changes_policy);
+  EXPECT_EQ(facts->replica, "");
+  EXPECT_THAT(facts->elsewhere, ElementsAre(RolloutName{"rollout-3", "coppice-1"},
+                                            RolloutName{"rollout-4", "coppice-2"}));
+  const auto resolved = Parsed<v1::ForwardBackwardRequest>(buffer);
   EXPECT_EQ(resolved.groups(0).rollout_id(), "rollout-1");
   EXPECT_EQ(resolved.groups(1).prompt().ids(0), 1);
   EXPECT_EQ(resolved.groups(2).rollout_id(), "rollout-2");
-  buffer = Bytes(request);
-  const absl::Status other = ResolveRollouts(kMethod, "coppice-2", buffer);
-  EXPECT_EQ(other.code(), absl::StatusCode::kFailedPrecondition);
-  EXPECT_THAT(std::string(other.message()), HasSubstr("of the leader coppice-2"));
+  EXPECT_EQ(resolved.groups(3).rollout_id(), "rollout-4@coppice-2");
+}
+
+TEST(RoutesTest, ARolloutIsAskedForAtItsHomeAndPutWithTheLeader) {
+  const auto read = [](const char* method, auto& request) {
+    grpc::ByteBuffer buffer = Bytes(request);
+    const auto facts = ReadTraining(method, "coppice-0", buffer);
+    EXPECT_TRUE(facts.ok() && facts->elsewhere.empty() && !facts->changes_policy);
+    request = Parsed<std::decay_t<decltype(request)>>(buffer);
+    return facts->replica;
+  };
+  v1::GetRolloutRequest get;
+  get.set_rollout_id("rollout-4@coppice-2");
+  EXPECT_EQ(read(kGetRolloutMethod, get), "coppice-2");
+  EXPECT_EQ(get.rollout_id(), "rollout-4");
+  EXPECT_EQ(read(kGetRolloutMethod, get), "");
+  v1::PutRolloutRequest put;
+  put.set_rollout_id("rollout-4@coppice-2");
+  EXPECT_EQ(read(kPutRolloutMethod, put), "");
+  EXPECT_EQ(put.rollout_id(), "rollout-4@coppice-2");
+  put.set_rollout_id("mine@coppice-0");
+  EXPECT_EQ(read(kPutRolloutMethod, put), "");
+  EXPECT_EQ(put.rollout_id(), "mine");
+
+  for (const char* method : {"TrainStep", "OptimStep", "LoadCheckpoint"}) {
+    grpc::ByteBuffer empty = Bytes(v1::TrainStepRequest());
+    const auto facts = ReadTraining(absl::StrCat("/coppice.v1.Training/", method), "a", empty);
+    EXPECT_TRUE(facts.ok() && facts->changes_policy) << method;
+  }
+}
+
+TEST(RoutesTest, AnAnswerOfTheHomeIsARequestToTheLeader) {
+  const RolloutName name{"rollout-4", "coppice-2"};
+  EXPECT_EQ(Parsed<v1::GetRolloutRequest>(GetRolloutRequestFor(name)).rollout_id(), "rollout-4");
+  v1::GetRolloutResponse answer;
+  answer.mutable_rollout()->mutable_prompt()->add_ids(3);
+  answer.mutable_rollout()->set_temperature(0.5f);
+  const auto put = Parsed<v1::PutRolloutRequest>(PutRolloutRequestFor(name, Bytes(answer)));
+  EXPECT_EQ(put.rollout_id(), "rollout-4@coppice-2");
+  EXPECT_EQ(put.rollout().SerializeAsString(), answer.rollout().SerializeAsString());
 }
 
 TEST(RoutesTest, MergedAnswersAddCountsAndKeepTheLeadersRest) {
@@ -158,7 +232,7 @@ TEST(RoutesTest, MergedAnswersAddCountsAndKeepTheLeadersRest) {
   other.mutable_cache()->set_hit_tokens(7);
   const auto merged = Merge("/coppice.v1.Admin/GetStatus", {Bytes(leader), Bytes(other)});
   ASSERT_TRUE(merged.ok());
-  const auto status = Parse<v1::GetStatusResponse>(*merged);
+  const auto status = Parsed<v1::GetStatusResponse>(*merged);
   EXPECT_EQ(status.policy_version(), 5u);
   EXPECT_EQ(status.state(), v1::SERVING_STATE_SERVING);
   EXPECT_EQ(status.running_requests(), 5);
