@@ -20,6 +20,16 @@ from coppice.v1 import (
 )
 
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
+PLACEMENT = generation_pb2.Placement(
+    replica="coppice-1",
+    reason=generation_pb2.Placement.BALANCE,
+    home="coppice-2",
+    prefix_hash="00000000000000ab",
+    predicted_hit_tokens=256,
+    load=100,
+    charge=20.5,
+    attempts=2,
+)
 
 
 class FakeDaemon:
@@ -96,11 +106,12 @@ class _Generation(generation_pb2_grpc.GenerationServicer):
             )
         usage.completion_tokens = request.n * request.sampling.max_tokens
         rollout = "rollout-1" if request.retain else ""
-        yield _event(
-            group=generation_pb2.GroupFinished(
-                usage=usage, rollout_id=rollout, policy_version=daemon.policy_version
-            )
+        group = generation_pb2.GroupFinished(
+            usage=usage, rollout_id=rollout, policy_version=daemon.policy_version
         )
+        if request.explain_placement:  # as a router would
+            group.placement.CopyFrom(PLACEMENT)
+        yield _event(group=group)
         context.set_code(grpc.StatusCode.OK)
 
     def _chunk(self, sample: int, request: Any) -> generation_pb2.TokenChunk:

@@ -19,6 +19,21 @@ def test_generate_collects_all_samples_of_a_group(client, daemon):
     assert group.usage.cached_tokens == 1 and group.usage.completion_tokens == 6
 
 
+def test_a_placement_is_there_if_asked_for(client, daemon):
+    assert client.generate("hi", max_tokens=1).placement is None
+    assert not daemon.requests[-1].explain_placement
+    assert client.generate("hi", max_tokens=1, explain=True).placement == coppice.Placement(
+        replica="coppice-1",
+        reason="balance",
+        home="coppice-2",
+        prefix_hash="00000000000000ab",
+        predicted_hit_tokens=256,
+        load=100,
+        charge=20.5,
+        attempts=2,
+    )
+
+
 def test_absent_options_stay_absent_on_the_wire(client, daemon):
     client.generate([1, 2], max_tokens=1)
     sampling = daemon.requests[-1].sampling

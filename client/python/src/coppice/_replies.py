@@ -47,6 +47,20 @@ def _chunk(message: generation_pb2.TokenChunk) -> types.Chunk:
     )
 
 
+def _placement(message: generation_pb2.Placement) -> types.Placement:
+    reason = _enum_name(generation_pb2.Placement.Reason, "", message.reason)
+    return types.Placement(
+        replica=message.replica,
+        reason=cast(types.PlacementReason, reason),
+        home=message.home,
+        prefix_hash=message.prefix_hash,
+        predicted_hit_tokens=message.predicted_hit_tokens,
+        load=message.load,
+        charge=message.charge,
+        attempts=message.attempts,
+    )
+
+
 def event(message: generation_pb2.GenerateEvent) -> types.Event | None:
     """None for an event kind that this client does not know."""
     kind = message.WhichOneof("event")
@@ -69,7 +83,10 @@ def event(message: generation_pb2.GenerateEvent) -> types.Event | None:
         )
     if kind == "group":
         group = message.group
-        return types.GroupFinished(usage(group.usage), group.rollout_id, group.policy_version)
+        placement = _placement(group.placement) if group.HasField("placement") else None
+        return types.GroupFinished(
+            usage(group.usage), group.rollout_id, group.policy_version, placement
+        )
     return None
 
 
@@ -104,6 +121,7 @@ class GroupBuilder:
         else:
             group.usage = item.usage
             group.rollout_id = item.rollout_id
+            group.placement = item.placement
             group.policy_version = item.policy_version
 
 

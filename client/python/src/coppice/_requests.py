@@ -78,6 +78,7 @@ def generate_request(
     top_logprobs: int = 0,
     retain: bool = False,
     return_text: bool = True,
+    explain: bool = False,
     cache: types.Cache | None = None,
     request_id: str = "",
     session_id: str = "",
@@ -109,6 +110,7 @@ def generate_request(
         priority=priority,
         retain=retain,
         return_text=return_text,
+        explain_placement=explain,
     )
 
 

@@ -31,6 +31,7 @@ class GenerateOptions(TypedDict, total=False):
     top_logprobs: int  # alternatives per token, 0 to 20; needs `logprobs`
     retain: bool  # keep the group in the daemon as a rollout, so that train_step needs rewards only
     return_text: bool  # fill Sample.text; default True, needs a tokenizer
+    explain: bool  # fill Group.placement: where a router sent the call, and why
     cache: types.Cache | None
     request_id: str  # for `abort` and the logs
     session_id: str  # for `abort`

@@ -21,6 +21,7 @@ drawn from."""
 FinishReason = Literal[
     "stop_token", "stop_string", "length", "aborted", "context_full", "paused", "unfinished"
 ]
+PlacementReason = Literal["home", "session", "prefix", "balance"]
 RunningRequests = Literal["drain", "retract", "keep"]
 LossKind = Literal[
     "cross_entropy", "importance_sampling", "ppo", "grpo", "dapo", "dr_grpo", "gspo", "cispo"
@@ -102,12 +103,27 @@ class Finished:
 
 
 @dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where a router sent the call, and why. Load is counted in decode tokens."""
+
+    replica: str
+    reason: PlacementReason
+    home: str  # first by hash alone, among the replicas that could take it
+    prefix_hash: str
+    predicted_hit_tokens: int
+    load: float  # of the replica, before the call
+    charge: float  # what the call adds to it
+    attempts: int  # replicas tried, this one included
+
+
+@dataclasses.dataclass(frozen=True)
 class GroupFinished:
     """Last event: all samples have ended."""
 
     usage: Usage
     rollout_id: str  # empty unless retained
     policy_version: int
+    placement: Placement | None = None  # from a router, if asked for with explain=True
 
 
 Event: TypeAlias = Started | Chunk | Finished | GroupFinished
@@ -147,6 +163,7 @@ class Group:
     seed: int = 0
     policy_version: int = 0  # at the end of the call
     rollout_id: str = ""  # empty unless retained
+    placement: Placement | None = None  # from a router, if asked for with explain=True
     logprob_kind: LogprobKind = "none"
 
     def __iter__(self) -> Iterator[Sample]:
