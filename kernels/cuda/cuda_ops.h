@@ -2,10 +2,9 @@
 // (checks, scratch) and the .cu of the same name (kernels, launchers); this class only forwards and
 // owns what they share.
 //
-// Thread: one caller at a time. Work is queued on one stream; host outputs are valid on return, those
-// of StartSample after Wait().
-// Determinism: equal shapes and inputs give equal bits on one kind of device. Errors: a device
-// failure is INTERNAL and sticky.
+// Thread: one caller at a time. Work is queued on one stream; host outputs are valid on return,
+// those of StartSample after Wait(). Determinism: equal shapes and inputs give equal bits on one
+// kind of device. Errors: a device failure is INTERNAL and sticky.
 #pragma once
 
 #include <memory>
