@@ -107,10 +107,12 @@ class TrainingService final : public v1::Training::CallbackService {
     const absl::Status status = CheckRolloutId(request->rollout_id());
     if (!status.ok()) return FinishNow(call, At("rollout refused: ", status));
     grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
-    context_.engine.GetRollout(request->rollout_id(), tenant->salt,
-                               FinishWith<Rollout>(reactor, [response](const Rollout& rollout) {
-                                 ToProto(rollout, response->mutable_rollout());
-                               }));
+    context_.engine.GetRollout(
+        request->rollout_id(), tenant->salt,
+        FinishWith<Rollout>(reactor, [this, response](const Rollout& rollout) {
+          ToProto(rollout, response->mutable_rollout());
+          response->set_policy_version(Raw(context_.engine.policy_version()));
+        }));
     return reactor;
   }
 

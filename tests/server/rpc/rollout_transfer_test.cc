@@ -61,6 +61,7 @@ class Caller {
     request.set_rollout_id(id);
     v1::GetRolloutResponse response;
     const grpc::Status status = stack_.training->GetRollout(&context, request, &response);
+    EXPECT_EQ(response.policy_version(), status.ok() ? stack_.Status().policy_version() : 0);
     *rollout = response.rollout();
     return status;
   }
