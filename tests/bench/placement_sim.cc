@@ -42,11 +42,6 @@ struct Replica {
   double work_tokens = 0;  // given so far
 };
 
-double MaxOverMean(const std::vector<double>& values) {
-  const double sum = std::accumulate(values.begin(), values.end(), 0.0);
-  return *std::max_element(values.begin(), values.end()) * static_cast<double>(values.size()) / sum;
-}
-
 class Simulation {
  public:
   Simulation(const SimLoad& load, const SimOptions& options, SimPolicy& policy)
@@ -159,6 +154,11 @@ class Simulation {
 };
 
 }  // namespace
+
+double MaxOverMean(const std::vector<double>& values) {
+  const double sum = std::accumulate(values.begin(), values.end(), 0.0);
+  return *std::max_element(values.begin(), values.end()) * static_cast<double>(values.size()) / sum;
+}
 
 SimResult Simulate(const SimLoad& load, const SimOptions& options, SimPolicy& policy) {
   return Simulation(load, options, policy).Run();

@@ -33,6 +33,9 @@ struct SimResult {
   double end_s = 0;  // sum over steps for rl: the clock when the last request ended
 };
 
+// 1 if all are equal. REQUIRES: one is positive.
+double MaxOverMean(const std::vector<double>& values);
+
 // Chooses replicas. Sees what a router sees; `oracle` ones also the caches.
 class SimPolicy {
  public:
