@@ -86,16 +86,20 @@ class Replayer {
       started->Start(started->replica() < 0 ? fleet_.router() : fleet_.replica(started->replica()));
     }
   }
-  // `this` may be gone when the last call has ended: it has nothing to start.
-  void End(const ReplayCall& call) {
+  void End(std::unique_ptr<ReplayCall> call) {
+    {
+      absl::MutexLock lock(&mutex_);
+      Settle(*call);
+    }
+    // Before Run may return: it holds a channel, and gRPC's own thread must not drop the last one.
+    call.reset();
     Calls next;
     {
       absl::MutexLock lock(&mutex_);
       --num_open_;
-      Settle(call);
       next = NextCalls();
     }
-    Start(std::move(next));
+    Start(std::move(next));  // after the last call: none, and `this` may be gone
   }
 
   int64_t Choose(const SimRequest& request) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -105,7 +109,7 @@ class Replayer {
   int64_t ReplicaOf(const ReplayCall& call) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void Fail(int64_t index) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   bool AllEnded() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    return num_ended_ == served_.size();
+    return num_open_ == 0 && ready_.empty();
   }
   double OpenMaxOverMean() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
@@ -122,7 +126,6 @@ class Replayer {
   std::vector<KnownCache> caches_ ABSL_GUARDED_BY(mutex_);    // [replica]
   std::deque<int64_t> ready_ ABSL_GUARDED_BY(mutex_);
   int64_t num_open_ ABSL_GUARDED_BY(mutex_) = 0;
-  size_t num_ended_ ABSL_GUARDED_BY(mutex_) = 0;
   ReplayResult result_ ABSL_GUARDED_BY(mutex_);
 };
 
@@ -133,9 +136,9 @@ Replayer::Calls Replayer::NextCalls() {
     const SimRequest& request = load_.requests[index];
     const int64_t replica = options_.policy == nullptr ? -1 : Choose(request);
     served_[index].began = clock_.Now();
-    calls.push_back(
-        std::make_unique<ReplayCall>(request, index, replica, PromptOf(index),
-                                     [this](std::unique_ptr<ReplayCall> call) { End(*call); }));
+    calls.push_back(std::make_unique<ReplayCall>(
+        request, index, replica, PromptOf(index),
+        [this](std::unique_ptr<ReplayCall> call) { End(std::move(call)); }));
   }
   return calls;
 }
@@ -168,7 +171,6 @@ void Replayer::Settle(const ReplayCall& call) {
     if (result_.errors == 0) std::cerr << "fleet_replay: " << call.Describe() << std::endl;
     return Fail(call.index());
   }
-  ++num_ended_;
   Served& served = served_[call.index()];
   served.replica = replica;
   served.ended = clock_.Now();
@@ -194,7 +196,6 @@ int64_t Replayer::ReplicaOf(const ReplayCall& call) {
 }
 
 void Replayer::Fail(int64_t index) {
-  ++num_ended_;
   ++result_.errors;
   for (const int64_t turn : turns_[index]) Fail(turn);
 }
