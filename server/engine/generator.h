@@ -97,8 +97,8 @@ class Generator {
   // A batch that is queued.
   struct Flight {
     Batch batch;
-    std::unique_ptr<PendingDraws> draws;  // null if it draws nothing
-    absl::Duration queued_at;
+    std::unique_ptr<PendingDraws> draws = nullptr;  // null if it draws nothing
+    absl::Duration queued_at = absl::ZeroDuration();
   };
 
   Generator(const EngineOptions& options, const Model& model, const Decoder& decoder,

@@ -11,9 +11,10 @@ namespace coppice {
 
 absl::StatusOr<Generator::Flight> Generator::Launch(const RowPlan& plan,
                                                     const std::optional<Flight>& before) {
-  Flight flight{.batch = Build(plan, before), .draws = nullptr, .queued_at = clock_.Now()};
+  Flight flight{.batch = Build(plan, before)};
   Batch& batch = flight.batch;
   const ops::TokenBatch tokens = BuildTokenBatch(batch.segments, kv_->block_tokens());
+  flight.queued_at = clock_.Now();
   ASSIGN_OR_RETURN(flight.draws, runner_->Start({.batch = tokens,
                                                  .draws = batch.draws,
                                                  .kept = std::move(batch.kept),

@@ -119,7 +119,8 @@ Metrics::Metrics()
                                 "Seconds of one engine step with work.", LatencyBuckets())),
       run_seconds(AddHistogram(*registry_, "coppice_engine_run_seconds",
                                "Seconds of one generation batch: planning its kernels, queueing "
-                               "and awaiting them. The rest of a step is the host's alone.",
+                               "and awaiting them. The rest of a step is the host's alone. With "
+                               "--overlap, from the end of the batch before.",
                                LatencyBuckets())),
       policy_version(AddGauge(*registry_, "coppice_policy_version",
                               "Version of the weights: committed updates.")),
