@@ -14,9 +14,10 @@ bool IsMatrix(const TensorView& t, DType dtype) {
 bool AlignedTo(const TensorView& t, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(t.data) % bytes == 0;
 }
+bool IsFloating(const TensorView& t) { return t.dtype == DType::kBF16 || t.dtype == DType::kF32; }
 // Rows that 16-byte copies may walk.
-bool IsWide(const TensorView& t) {
-  return IsMatrix(t, DType::kBF16) && AlignedTo(t, 16) && t.dim(1) % 8 == 0 && t.stride[0] % 8 == 0;
+bool IsWide(const TensorView& t, DType dtype) {
+  return IsMatrix(t, dtype) && AlignedTo(t, 16) && t.dim(1) % 8 == 0 && t.stride[0] % 8 == 0;
 }
 // Rows that pairs of elements may walk.
 bool IsPaired(const TensorView& t) {
@@ -27,17 +28,20 @@ bool IsPaired(const TensorView& t) {
 bool Fits(const Context& context, const TensorView& x, const TensorView& w, const TensorView& c) {
   constexpr int64_t kMaxColumns = int64_t{1} << 30;
   const bool suits = context.compute_capability() == 90 && !context.deterministic();
-  return suits && IsWide(x) && IsWide(w) && x.dim(0) >= 1 && x.dim(0) <= kMaxSkinnyRows &&
-         w.dim(0) < kMaxColumns && w.dim(1) > 0 && c.rank == 2 && IsPaired(c);
+  return suits && IsWide(x, x.dtype) && IsWide(w, DType::kBF16) && x.dim(0) >= 1 &&
+         x.dim(0) <= kMaxSkinnyRows && w.dim(0) < kMaxColumns && w.dim(1) > 0 && c.rank == 2 &&
+         IsPaired(c);
 }
 bool Fits(const Context& context, const ops::RmsNormParams& norm, const TensorView& w,
           const TensorView& c) {
-  return !norm.rstd.present() && Fits(context, norm.x, w, c) && AlignedTo(norm.weight, 16);
+  return IsFloating(norm.x) && !norm.rstd.present() && Fits(context, norm.x, w, c) &&
+         AlignedTo(norm.weight, 16);
 }
 
 SkinnyArgs ArgsOf(const TensorView& x, const TensorView& w, const TensorView& c) {
   return {.x = x.data,
           .x_stride = x.stride[0],
+          .x_is_f32 = x.dtype == DType::kF32,
           .w = w.data,
           .w_stride = w.stride[0],
           .c = c.data,
@@ -62,7 +66,7 @@ absl::Status Run(Context& context, const SkinnyArgs& args) {
 }  // namespace
 
 bool FitsSkinny(const Context& context, const ops::MatMulParams& p) {
-  return p.trans_b && !p.trans_a && Fits(context, p.a, p.b, p.c) &&
+  return p.trans_b && !p.trans_a && p.a.dtype == DType::kBF16 && Fits(context, p.a, p.b, p.c) &&
          (!p.bias.present() || IsPaired(p.bias)) && (!p.addend.present() || IsPaired(p.addend));
 }
 bool FitsSkinny(const Context& context, const ops::NormMatMulParams& p) {
@@ -85,7 +89,7 @@ absl::Status SkinnyNormMatMul(Context& context, const ops::NormMatMulParams& p) 
   const int64_t rows = p.norm.x.dim(0), hidden = p.norm.x.dim(1), n = p.b.dim(0);
   const DType out = p.c.dtype == DType::kF32 ? DType::kF32 : DType::kBF16;
   RETURN_IF_ERROR(ops::ShapeCheck("norm_matmul")
-                      .Tensor("x", p.norm.x, DType::kBF16, {rows, hidden})
+                      .Tensor("x", p.norm.x, p.norm.x.dtype, {rows, hidden})
                       .Tensor("weight", p.norm.weight, DType::kBF16, {hidden})
                       .Tensor("b", p.b, DType::kBF16, {n, hidden})
                       .Optional("bias", p.bias, DType::kBF16, {n})
@@ -99,7 +103,7 @@ absl::Status SkinnyNormMatMul(Context& context, const ops::NormMatMulParams& p) 
 absl::Status SkinnyNormSwiGlu(Context& context, const ops::NormSwiGluParams& p) {
   const int64_t rows = p.norm.x.dim(0), hidden = p.norm.x.dim(1), ffn = p.out.dim(1);
   RETURN_IF_ERROR(ops::ShapeCheck("norm_swiglu")
-                      .Tensor("x", p.norm.x, DType::kBF16, {rows, hidden})
+                      .Tensor("x", p.norm.x, p.norm.x.dtype, {rows, hidden})
                       .Tensor("weight", p.norm.weight, DType::kBF16, {hidden})
                       .Tensor("b", p.b, DType::kBF16, {2 * ffn, hidden})
                       .Tensor("out", p.out, DType::kBF16, {rows, ffn})

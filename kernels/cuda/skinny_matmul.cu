@@ -108,17 +108,21 @@ __device__ void LoadWeights(const SkinnyParameters& p, SkinnyShared<kTokens, kPa
 }
 
 // What one thread holds of one step of x: pieces of 8 columns of every kStride-th token.
-template <int kCount, int kStride>
+template <typename X, int kCount, int kStride>
 struct Pieces {
-  uint4 x[kCount], norm;
+  static constexpr int kWords = sizeof(X) / 2;
+  uint4 x[kCount][kWords], norm;
 
   __device__ __forceinline__ void Read(const SkinnyArgs& a, int token, int column) {
     const bool inside = column < a.k;
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int row = token + kStride * i;
-      const auto* from = static_cast<const Bf16*>(a.x) + row * a.x_stride + column;
-      x[i] = inside && row < a.rows ? __ldcg(reinterpret_cast<const uint4*>(from)) : uint4{};
+      const auto* from =
+          reinterpret_cast<const uint4*>(static_cast<const X*>(a.x) + row * a.x_stride + column);
+#pragma unroll
+      for (int j = 0; j < kWords; ++j)
+        x[i][j] = inside && row < a.rows ? __ldcg(from + j) : uint4{};
     }
     if (a.norm == nullptr) return;
     const auto* weight = static_cast<const Bf16*>(a.norm) + column;
@@ -126,29 +130,37 @@ struct Pieces {
   }
 };
 
+__device__ __forceinline__ float2 PairAt(const uint4 (&x)[1], int i) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162*>(x)[i]);
+}
+__device__ __forceinline__ float2 PairAt(const uint4 (&x)[2], int i) {
+  return reinterpret_cast<const float2*>(x)[i];
+}
+
 // x * norm, and the sum of squares of x.
-__device__ __forceinline__ uint4 Scale(const uint4& x, const uint4& norm, float& squares) {
+template <int kWords>
+__device__ __forceinline__ uint4 Scale(const uint4 (&x)[kWords], const uint4& norm,
+                                       float& squares) {
   uint4 y;
-  const auto* from = reinterpret_cast<const __nv_bfloat162*>(&x);
   const auto* by = reinterpret_cast<const __nv_bfloat162*>(&norm);
   auto* to = reinterpret_cast<uint32_t*>(&y);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float2 v = __bfloat1622float2(from[i]), w = __bfloat1622float2(by[i]);
+    const float2 v = PairAt(x, i), w = __bfloat1622float2(by[i]);
     squares += v.x * v.x + v.y * v.y;
     to[i] = PackBf16(v.x * w.x, v.y * w.y);
   }
   return y;
 }
 
-template <int kTokens, int kPanels>
+template <typename X, int kTokens, int kPanels>
 __device__ void LoadTokens(const SkinnyParameters& p, SkinnyShared<kTokens, kPanels>& s) {
   using Shape = SkinnyShape<kTokens, kPanels>;
-  constexpr int kAhead = kTokens == 8 ? 4 : 3;  // steps in registers
+  constexpr int kAhead = kTokens * sizeof(X) > 32 ? 2 : kTokens * sizeof(X) == 32 ? 3 : 4;
   constexpr int kStride = Shape::kLoaders / 8, kCount = kTokens / kStride;
   const int thread = threadIdx.x - kMultipliers, token = thread / 8, piece = thread % 8;
   const ColumnBlocks blocks(p);
-  Pieces<kCount, kStride> pieces[kAhead];
+  Pieces<X, kCount, kStride> pieces[kAhead];  // steps on their way
 #pragma unroll
   for (int i = 0; i < kAhead; ++i)
     pieces[i].Read(p.args, token, min(blocks.begin + i, p.k_blocks) * kColumns + piece * 8);
@@ -164,8 +176,8 @@ __device__ void LoadTokens(const SkinnyParameters& p, SkinnyShared<kTokens, kPan
           SharedAddress(s.x[ring.stage]) + token * 128 + ((piece ^ (token & 7)) << 4);
 #pragma unroll
       for (int j = 0; j < kCount; ++j) {
-        uint4 y = pieces[i].x[j];
-        if (p.args.norm != nullptr) y = Scale(y, pieces[i].norm, squares[j]);
+        uint4 y = pieces[i].x[j][0];
+        if (p.args.norm != nullptr) y = Scale(pieces[i].x[j], pieces[i].norm, squares[j]);
         asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(at + j * kStride * 128),
                      "r"(y.x), "r"(y.y), "r"(y.z), "r"(y.w)
                      : "memory");
@@ -345,7 +357,7 @@ __device__ void ReduceAndStore(const SkinnyParameters& p, SkinnyShared<kTokens, 
   ClusterSync();  // shared memory lives until the others have read it
 }
 
-template <bool kSwiGlu, int kTokens, int kPanels>
+template <typename X, bool kSwiGlu, int kTokens, int kPanels>
 __global__ void __launch_bounds__(SkinnyShape<kTokens, kPanels>::kThreads,
                                   SkinnyShape<kTokens, kPanels>::kResident)
     SkinnyMatMulKernel(const __grid_constant__ SkinnyParameters p) {
@@ -366,7 +378,7 @@ __global__ void __launch_bounds__(SkinnyShape<kTokens, kPanels>::kThreads,
   }
   WaitForPredecessor();
   if (threadIdx.x >= kMultipliers) {
-    LoadTokens(p, s);
+    LoadTokens<X>(p, s);
     return;
   }
   float sum[kPanels][kTokens / 2];
@@ -382,7 +394,7 @@ int ClusterBlocks(int tiles, int k_blocks) {
   return wanted < most ? wanted : most;
 }
 
-template <bool kSwiGlu, int kTokens, int kPanels>
+template <typename X, bool kSwiGlu, int kTokens, int kPanels>
 cudaError_t Launch(const SkinnyArgs& a, cudaStream_t stream) {
   using Shape = SkinnyShape<kTokens, kPanels>;
   SkinnyParameters p = {};
@@ -397,20 +409,24 @@ cudaError_t Launch(const SkinnyArgs& a, cudaStream_t stream) {
   const int blocks = ClusterBlocks(tiles, p.k_blocks);
   const OverlappedGrid grid = {dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(tiles)),
                                Shape::kThreads, sizeof(SkinnyShared<kTokens, kPanels>), blocks};
-  return LaunchOverlapped<SkinnyMatMulKernel<kSwiGlu, kTokens, kPanels>>(grid, stream, p);
+  return LaunchOverlapped<SkinnyMatMulKernel<X, kSwiGlu, kTokens, kPanels>>(grid, stream, p);
 }
 
-template <bool kSwiGlu>
+template <typename X, bool kSwiGlu>
 cudaError_t Dispatch(const SkinnyArgs& a, cudaStream_t stream) {
   constexpr int kPanels = kSwiGlu ? 2 : 1;
-  if (a.rows <= 8) return Launch<kSwiGlu, 8, kPanels>(a, stream);
-  return Launch<kSwiGlu, 16, kPanels>(a, stream);
+  if (a.rows <= 8) return Launch<X, kSwiGlu, 8, kPanels>(a, stream);
+  return Launch<X, kSwiGlu, 16, kPanels>(a, stream);
+}
+template <typename X>
+cudaError_t Dispatch(const SkinnyArgs& a, cudaStream_t stream) {
+  return a.swiglu ? Dispatch<X, true>(a, stream) : Dispatch<X, false>(a, stream);
 }
 
 }  // namespace
 
 cudaError_t LaunchSkinnyMatMul(const SkinnyArgs& args, cudaStream_t stream) {
-  return args.swiglu ? Dispatch<true>(args, stream) : Dispatch<false>(args, stream);
+  return args.x_is_f32 ? Dispatch<float>(args, stream) : Dispatch<Bf16>(args, stream);
 }
 
 }  // namespace coppice::cuda

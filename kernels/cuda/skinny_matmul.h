@@ -14,8 +14,9 @@ namespace coppice::cuda {
 constexpr int64_t kMaxSkinnyRows = 16;
 
 struct SkinnyArgs {
-  const void* x = nullptr;  // [rows, k] bf16
+  const void* x = nullptr;  // [rows, k] bf16, or f32 where it is normed
   int64_t x_stride = 0;
+  bool x_is_f32 = false;
   const void* norm = nullptr;  // optional [k] bf16: x is normed with this weight
   float eps = 0;
   const void* w = nullptr;  // [n, k] bf16
@@ -31,9 +32,9 @@ struct SkinnyArgs {
   int64_t rows = 0, n = 0, k = 0;
 };
 
-// REQUIRES: 1 <= rows <= kMaxSkinnyRows; k, x_stride and w_stride multiples of 8; n (n / 2 with
-// swiglu), c_stride and addend_stride even; x, w and norm on 16-byte boundaries, bias, addend and c
-// on those of two elements.
+// REQUIRES: 1 <= rows <= kMaxSkinnyRows; bf16 x without a norm; k, x_stride and w_stride multiples
+// of 8; n (n / 2 with swiglu), c_stride and addend_stride even; x, w and norm on 16-byte
+// boundaries, bias, addend and c on those of two elements.
 cudaError_t LaunchSkinnyMatMul(const SkinnyArgs& args, cudaStream_t stream);
 
 }  // namespace coppice::cuda
