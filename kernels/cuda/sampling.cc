@@ -41,7 +41,7 @@ struct Memory {
   SampleOutput* out = nullptr;
   int32_t* top_ids = nullptr;
   float* top_values = nullptr;
-  int64_t inputs_end = 0, outputs_begin = 0, end = 0;  // bytes
+  int64_t inputs_end = 0, end = 0;  // bytes
 };
 
 Memory LayOut(int64_t n, int64_t biases, int64_t top, char* base) {
@@ -52,7 +52,6 @@ Memory LayOut(int64_t n, int64_t biases, int64_t top, char* base) {
   m.bias_values = cursor.Take<float>(biases);
   m.inputs_end = cursor.size_bytes();
   m.raw_values = cursor.Take<float>(biases);
-  m.outputs_begin = cursor.size_bytes();
   m.out = cursor.Take<SampleOutput>(n);
   m.top_ids = cursor.Take<int32_t>(n * top);
   m.top_values = cursor.Take<float>(n * top);
@@ -120,10 +119,18 @@ absl::Status QueueSample(Context& context, const ops::SampleParams& p, const Mem
                                .top_ids = m.top_ids,
                                .top_values = m.top_values};
   RETURN_IF_ERROR(context.Check(LaunchSample(inputs, context.stream()), "sample"));
-  return context.Check(cudaMemcpyAsync(host + m.outputs_begin, device + m.outputs_begin,
-                                       static_cast<size_t>(m.end - m.outputs_begin),
-                                       cudaMemcpyDeviceToHost, context.stream()),
-                       "sample outputs");
+  // Each array by itself: what lies between them is written by nobody.
+  const auto bring = [&](const void* from, int64_t size_bytes) {
+    if (size_bytes == 0) return absl::OkStatus();
+    return context.Check(
+        cudaMemcpyAsync(host + (static_cast<const char*>(from) - device), from,
+                        static_cast<size_t>(size_bytes), cudaMemcpyDeviceToHost, context.stream()),
+        "sample outputs");
+  };
+  RETURN_IF_ERROR(bring(m.out, inputs.n * static_cast<int64_t>(sizeof(SampleOutput))));
+  RETURN_IF_ERROR(
+      bring(m.top_ids, inputs.n * p.top_logprobs * static_cast<int64_t>(sizeof(int32_t))));
+  return bring(m.top_values, inputs.n * p.top_logprobs * static_cast<int64_t>(sizeof(float)));
 }
 
 }  // namespace
