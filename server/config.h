@@ -43,7 +43,7 @@ struct Config {
   int64_t max_context = 0;
   int64_t max_batch_rows = 512;
   int64_t max_running_samples = 256;
-  bool overlap = false;
+  std::string overlap = "auto";
   int64_t max_queued_requests = 1024;
   int64_t max_group_size = 256;
   int64_t max_reader_stall_s = 60;

@@ -86,8 +86,8 @@ def client_process(address, args, seed, groups, response, start, results) -> Non
         results.put((end, sum(len(sample.token_ids) for group in done for sample in group)))
 
 
-def drive(address: str, args: argparse.Namespace, seed: int, response: int) -> tuple[float, int]:
-    """Seconds and tokens of one load."""
+def drive(address: str, args: argparse.Namespace, seed: int, response: int, busy: BusySampler | None = None) -> tuple[float, int]:
+    """Seconds and tokens of one load; `busy` runs from the first request sent to the last token received."""
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(args.processes + 1), context.Queue()
     shares = [range(i, args.groups, args.processes) for i in range(args.processes)]
@@ -99,7 +99,8 @@ def drive(address: str, args: argparse.Namespace, seed: int, response: int) -> t
         process.start()
     start.wait()
     begin = time.monotonic()
-    found = [results.get(timeout=600) for _ in processes]
+    with busy or contextlib.nullcontext():
+        found = [results.get(timeout=600) for _ in processes]
     for process in processes:
         process.join()
     return max(end for end, _ in found) - begin, sum(tokens for _, tokens in found)
@@ -147,8 +148,8 @@ def main() -> None:
     with serving(args) as (address, metrics_url):
         drive(address, args, seed=1, response=8)
         before = scrape(metrics_url)
-        with BusySampler() as sampler:
-            seconds, tokens = drive(address, args, seed=2, response=args.response)
+        sampler = BusySampler()
+        seconds, tokens = drive(address, args, seed=2, response=args.response, busy=sampler)
         after = scrape(metrics_url)
         with coppice.Client(address) as client:
             device = client.status().device
