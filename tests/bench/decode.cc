@@ -27,6 +27,7 @@ absl::StatusOr<KvPool> FillPool(const Options& options, const GroupLayout& layou
                                 &pool)
                         .status());
     for (size_t i = 1; i < layout.prompt_blocks.size(); ++i) {
+      if (layout.prompt_blocks[i] == first) continue;
       RETURN_IF_ERROR(bench.ops().CopyBlocks({.pool = pool.all(),
                                               .src = first.data(),
                                               .dst = layout.prompt_blocks[i].data(),

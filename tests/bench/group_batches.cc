@@ -59,7 +59,9 @@ GroupLayout::GroupLayout(const Options& options)
   own_tokens = options.prompt - shared_tokens + options.response;
   const int64_t prompts = options.mode == Mode::kShared ? 1 : group;
   for (int64_t i = 0; i < prompts; ++i) {
-    prompt_blocks.push_back(NextBlocks(shared_tokens / block_tokens, num_blocks));
+    const bool stored = i > 0 && options.mode == Mode::kUngrouped;
+    prompt_blocks.push_back(stored ? prompt_blocks[0]
+                                   : NextBlocks(shared_tokens / block_tokens, num_blocks));
   }
   for (int64_t i = 0; i < group; ++i) {
     own_blocks.push_back(NextBlocks(CeilDiv(own_tokens + 1, block_tokens), num_blocks));
@@ -85,7 +87,9 @@ ops::TokenBatch GroupLayout::Rows(int64_t begin, int64_t end, std::vector<int32_
 }
 
 int64_t GroupLayout::ContextTokens() const {
-  return static_cast<int64_t>(prompt_blocks.size()) * shared_tokens + group * own_tokens;
+  const bool stored_once = prompt_blocks.front() == prompt_blocks.back();
+  const int64_t prompts = stored_once ? 1 : static_cast<int64_t>(prompt_blocks.size());
+  return prompts * shared_tokens + group * own_tokens;
 }
 
 }  // namespace coppice::bench

@@ -18,15 +18,16 @@ ops::TokenBatch PromptChunk(absl::Span<const int32_t> tokens, int64_t begin, int
                             bool with_logits);
 
 // Where the keys and values of a group lie. Whole blocks of the prompt are shared (mode shared) or
-// stored once for each sample (mode flat); the rest of the prompt and the response are each
-// sample's own.
+// stored once for each sample (mode flat), or stored once and read for each sample as if its own
+// (mode ungrouped, as paged attention without grouping does); the rest of the prompt and the
+// response are each sample's own.
 struct GroupLayout {
   explicit GroupLayout(const Options& options);
 
   int64_t group, block_tokens;
   int64_t shared_tokens;  // whole blocks of the prompt
   int64_t own_tokens;     // of each sample, before the token that decode adds
-  std::vector<std::vector<int32_t>> prompt_blocks;  // [1] or [group]
+  std::vector<std::vector<int32_t>> prompt_blocks;  // [1] or [group]; ungrouped: all the same
   std::vector<std::vector<int32_t>> own_blocks;     // [group]
   int64_t num_blocks = 0;
 
@@ -35,7 +36,7 @@ struct GroupLayout {
   // begin)].
   ops::TokenBatch Rows(int64_t begin, int64_t end, std::vector<int32_t> tokens,
                        bool with_logits) const;
-  // Tokens whose keys and values a decode step reads.
+  // Tokens whose stored keys and values a decode step reads, each counted once.
   int64_t ContextTokens() const;
 };
 

@@ -35,7 +35,8 @@ Options
   --response N         response tokens of each sample (default 64); decode: tokens it has already
   --group N            samples of the prompt (default 8); prefill and radix use none
   --mode NAME          shared (default): the prompt exists once; flat: each sample has its own, same
-                       kernels; kept: train_step from what a prefill has kept of the prompt
+                       kernels; kept: train_step from what a prefill has kept of the prompt;
+                       ungrouped: decode reads the one stored prompt for each sample anew
   --block_tokens N     tokens in a KV block (default 16)
   --device cpu|cuda    where to run (default cpu)
   --threads N          CPU threads, 0 = all cores (default)
@@ -67,12 +68,12 @@ absl::Status Set(absl::string_view name, absl::string_view value, Options& optio
   } else if (name == "--device") {
     options.device = std::string(value);
   } else if (name == "--mode") {
-    for (const Mode mode : {Mode::kShared, Mode::kFlat, Mode::kKept}) {
+    for (const Mode mode : {Mode::kShared, Mode::kFlat, Mode::kKept, Mode::kUngrouped}) {
       options.mode = mode;
       if (value == Name(mode)) return absl::OkStatus();
     }
-    return absl::InvalidArgumentError(
-        absl::StrCat("--mode wants shared, flat or kept, got \"", value, "\"; see --help"));
+    return absl::InvalidArgumentError(absl::StrCat(
+        "--mode wants shared, flat, kept or ungrouped, got \"", value, "\"; see --help"));
   } else if (name == "--prompt") {
     return SetNumber(name, value, 1, options.prompt);
   } else if (name == "--cached") {
@@ -134,6 +135,10 @@ absl::StatusOr<Options> ParseOptions(const std::vector<absl::string_view>& argum
   if (options.mode == Mode::kKept && options.subcommand != "train_step") {
     return absl::InvalidArgumentError(
         absl::StrCat("--mode=kept is for train_step, got ", options.subcommand, "; see --help"));
+  }
+  if (options.mode == Mode::kUngrouped && options.subcommand != "decode") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--mode=ungrouped is for decode, got ", options.subcommand, "; see --help"));
   }
   return options;
 }

@@ -10,7 +10,7 @@
 
 namespace coppice::bench {
 
-enum class Mode { kShared, kFlat, kKept };
+enum class Mode { kShared, kFlat, kKept, kUngrouped };
 
 struct Options {
   std::string subcommand;
@@ -29,7 +29,17 @@ struct Options {
 };
 
 inline const char* Name(Mode mode) {
-  return mode == Mode::kShared ? "shared" : mode == Mode::kFlat ? "flat" : "kept";
+  switch (mode) {
+    case Mode::kShared:
+      return "shared";
+    case Mode::kFlat:
+      return "flat";
+    case Mode::kKept:
+      return "kept";
+    case Mode::kUngrouped:
+      return "ungrouped";
+  }
+  return "";
 }
 
 // The text of --help.

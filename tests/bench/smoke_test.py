@@ -34,9 +34,10 @@ class CoppiceBench(unittest.TestCase):
     def test_prefill(self):
         self.check("prefill", [None])
 
-    def test_decode_in_both_modes(self):
+    def test_decode_in_all_modes(self):
         self.check("decode", [None])
         self.check("decode", [None], "--mode=flat")
+        self.check("decode", [None], "--mode=ungrouped")
 
     def test_train_step_in_both_modes(self):
         self.check("train_step", ["forward_backward", "adamw"])
