@@ -50,6 +50,14 @@ MatMulCache::Entry Describe(const MatMulShape& s) {
   return e;
 }
 
+// How parts of k may be added up. Never rounded to bf16 in between: the two schemes left out hold
+// parts in c's type.
+uint32_t ReductionSchemes(const MatMulShape& s, bool whole_k) {
+  if (whole_k) return CUBLASLT_REDUCTION_SCHEME_NONE;
+  return s.c_type == DType::kF32 ? CUBLASLT_REDUCTION_SCHEME_MASK
+                                 : CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;
+}
+
 // The library's candidates for this very shape, best first. `whole_k`: none that splits k.
 std::vector<cublasLtMatmulAlgo_t> Candidates(cublasLtHandle_t blas, const MatMulShape& s,
                                              const MatMulCache::Entry& e, bool whole_k,
@@ -65,10 +73,7 @@ std::vector<cublasLtMatmulAlgo_t> Candidates(cublasLtHandle_t blas, const MatMul
         CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES}) {
     set(attribute, static_cast<uint32_t>(s.alignment));
   }
-  if (whole_k) {
-    set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK,
-        static_cast<uint32_t>(CUBLASLT_REDUCTION_SCHEME_NONE));
-  }
+  set(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, ReductionSchemes(s, whole_k));
   cublasLtMatmulHeuristicResult_t results[kCandidates] = {};
   int found = 0;
   const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
