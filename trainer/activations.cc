@@ -10,6 +10,8 @@ namespace {
 
 enum class Half { kAttention, kMlp };
 
+enum class Kind { kCompute, kResidual, kF32 };
+
 // One tensor of every layer: [rows, columns], kept in layers that retain at least `from`, else one
 // buffer for all.
 struct Spec {
@@ -17,28 +19,28 @@ struct Spec {
   Half half;
   Retain from;
   int64_t (*columns)(const ModelConfig&);
-  bool f32 = false;  // whatever the compute dtype
+  Kind kind = Kind::kCompute;
 };
 
 constexpr Spec kSpecs[] = {
     {&LayerActivations::input, Half::kAttention, Retain::kInputs,
-     [](const ModelConfig& c) { return c.hidden; }},
+     [](const ModelConfig& c) { return c.hidden; }, Kind::kResidual},
     {&LayerActivations::attn_in, Half::kAttention, Retain::kAll,
      [](const ModelConfig& c) { return c.hidden; }},
     {&LayerActivations::attn_rstd, Half::kAttention, Retain::kLean,
-     [](const ModelConfig&) { return int64_t{1}; }, true},
+     [](const ModelConfig&) { return int64_t{1}; }, Kind::kF32},
     {&LayerActivations::qkv, Half::kAttention, Retain::kLean,
      [](const ModelConfig& c) { return c.qkv_dim(); }},
     {&LayerActivations::attn_out, Half::kAttention, Retain::kLean,
      [](const ModelConfig& c) { return c.q_dim(); }},
     {&LayerActivations::lse, Half::kAttention, Retain::kLean,
-     [](const ModelConfig& c) { return c.q_heads; }, true},
+     [](const ModelConfig& c) { return c.q_heads; }, Kind::kF32},
     {&LayerActivations::mid, Half::kMlp, Retain::kLean,
-     [](const ModelConfig& c) { return c.hidden; }},
+     [](const ModelConfig& c) { return c.hidden; }, Kind::kResidual},
     {&LayerActivations::mlp_in, Half::kMlp, Retain::kAll,
      [](const ModelConfig& c) { return c.hidden; }},
     {&LayerActivations::mlp_rstd, Half::kMlp, Retain::kLean,
-     [](const ModelConfig&) { return int64_t{1}; }, true},
+     [](const ModelConfig&) { return int64_t{1}; }, Kind::kF32},
     {&LayerActivations::gate_up, Half::kMlp, Retain::kProjections,
      [](const ModelConfig& c) { return 2 * c.ffn; }},
 };
@@ -46,9 +48,9 @@ constexpr Spec kSpecs[] = {
 // Hands out the tensors of one pass: a fresh one for what is kept, the shared one for what is not.
 class Layout {
  public:
-  Layout(const ModelConfig& config, DType dtype, int64_t rows, Arena& arena)
-      : config_(config), dtype_(dtype), rows_(rows), arena_(arena) {
-    mlp_act_ = arena.Matrix(dtype, rows, config.ffn);
+  Layout(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows, Arena& arena)
+      : config_(config), types_(types), rows_(rows), arena_(arena) {
+    mlp_act_ = arena.Matrix(types.compute, rows, config.ffn);
   }
 
   TensorView mlp_act() const { return mlp_act_; }
@@ -73,20 +75,24 @@ class Layout {
 
   // A second half of its own, whatever is retained.
   void FillTail(int64_t rows, LayerActivations& tail) {
-    tail.input = arena_.Matrix(dtype_, rows, config_.hidden);
-    tail.attn_out = arena_.Matrix(dtype_, rows, config_.q_dim());
+    tail.input = arena_.Matrix(types_.residual, rows, config_.hidden);
+    tail.attn_out = arena_.Matrix(types_.compute, rows, config_.q_dim());
     for (const Spec& spec : kSpecs) {
       if (spec.half == Half::kMlp) tail.*spec.field = Take(spec, rows);
     }
     tail.mlp_act = mlp_act_.Rows(0, rows);
-    tail.output = arena_.Matrix(dtype_, rows, config_.hidden);
+    tail.output = arena_.Matrix(types_.residual, rows, config_.hidden);
   }
 
  private:
   TensorView Take(const Spec& spec, int64_t rows) {
-    const DType dtype = spec.f32 ? DType::kF32 : dtype_;
+    const DType dtype = TypeOf(spec.kind);
     const int64_t columns = spec.columns(config_);
     return columns == 1 ? arena_.Vector(dtype, rows) : arena_.Matrix(dtype, rows, columns);
+  }
+  DType TypeOf(Kind kind) const {
+    if (kind == Kind::kF32) return DType::kF32;
+    return kind == Kind::kResidual ? types_.residual : types_.compute;
   }
 
   // q, k, v: columns of qkv; with qk-norm the normed q and k are tensors of their own, since
@@ -99,14 +105,14 @@ class Layout {
     if (!config_.qk_norm) return;
     const int64_t columns = config_.q_dim() + config_.kv_dim();
     const bool keep = retain == Retain::kAll;
-    if (!keep && !shared_qk_.present()) shared_qk_ = arena_.Matrix(dtype_, rows_, columns);
-    const TensorView normed = keep ? arena_.Matrix(dtype_, rows_, columns) : shared_qk_;
+    if (!keep && !shared_qk_.present()) shared_qk_ = arena_.Matrix(types_.compute, rows_, columns);
+    const TensorView normed = keep ? arena_.Matrix(types_.compute, rows_, columns) : shared_qk_;
     acts.q = normed.Cols(0, config_.q_dim()).SplitHeads(config_.q_heads, config_.head_dim);
     acts.k = normed.Cols(config_.q_dim(), columns).SplitHeads(config_.kv_heads, config_.head_dim);
   }
 
   const ModelConfig& config_;
-  DType dtype_;
+  ops::ActivationTypes types_;
   int64_t rows_;
   Arena& arena_;
   TensorView shared_[std::size(kSpecs)];
@@ -139,10 +145,10 @@ std::string Retention::ToString(int64_t num_layers) const {
   return num_better == 0 ? rest : absl::StrCat(Name(of(0)), "=", num_better, " ", rest);
 }
 
-int64_t Activations::LayOut(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
-                            Retention retention, void* base) {
+int64_t Activations::LayOut(const ModelConfig& config, const ops::ActivationTypes& types,
+                            int64_t rows, int64_t head_rows, Retention retention, void* base) {
   Arena arena(base);
-  Layout layout(config, dtype, rows, arena);
+  Layout layout(config, types, rows, arena);
   const int64_t last = config.num_layers - 1;
   layers_.assign(config.num_layers, {});
   for (int64_t l = 0; l <= last; ++l) {
@@ -152,24 +158,24 @@ int64_t Activations::LayOut(const ModelConfig& config, DType dtype, int64_t rows
   }
   tail_ = {};
   layout.FillTail(head_rows, tail_);
-  hidden_ = arena.Matrix(dtype, head_rows, config.hidden);
+  hidden_ = arena.Matrix(types.compute, head_rows, config.hidden);
   hidden_rstd_ = arena.Vector(DType::kF32, head_rows);
   gradients_ = {};
   if (retention.level != Retain::kNothing) {
-    gradients_ = LayOutGradients(config, dtype, rows, head_rows, layout.mlp_act(), arena);
+    gradients_ = LayOutGradients(config, types.compute, rows, head_rows, layout.mlp_act(), arena);
   }
   return arena.size_bytes();
 }
 
-int64_t Activations::SizeBytes(const ModelConfig& config, DType dtype, int64_t rows,
-                               int64_t head_rows, Retention retention) {
-  return Activations().LayOut(config, dtype, rows, head_rows, retention, nullptr);
+int64_t Activations::SizeBytes(const ModelConfig& config, const ops::ActivationTypes& types,
+                               int64_t rows, int64_t head_rows, Retention retention) {
+  return Activations().LayOut(config, types, rows, head_rows, retention, nullptr);
 }
 
-Retention Activations::Choose(const ModelConfig& config, DType dtype, int64_t rows,
-                              int64_t head_rows, int64_t budget_bytes) {
+Retention Activations::Choose(const ModelConfig& config, const ops::ActivationTypes& types,
+                              int64_t rows, int64_t head_rows, int64_t budget_bytes) {
   const auto fits = [&](const Retention& retention) {
-    return SizeBytes(config, dtype, rows, head_rows, retention) <= budget_bytes;
+    return SizeBytes(config, types, rows, head_rows, retention) <= budget_bytes;
   };
   Retention best(Retain::kAll);
   while (best.level > Retain::kInputs && !fits(best)) {
@@ -181,18 +187,19 @@ Retention Activations::Choose(const ModelConfig& config, DType dtype, int64_t ro
   return best;
 }
 
-int64_t Activations::MaxRows(const ModelConfig& config, DType dtype, int64_t budget_bytes) {
+int64_t Activations::MaxRows(const ModelConfig& config, const ops::ActivationTypes& types,
+                             int64_t budget_bytes) {
   // Sizes are linear in rows up to alignment, which this many rows drown.
   constexpr int64_t kProbe = 4096;
-  const int64_t probe = SizeBytes(config, dtype, kProbe, kProbe, Retain::kInputs);
+  const int64_t probe = SizeBytes(config, types, kProbe, kProbe, Retain::kInputs);
   return static_cast<int64_t>(static_cast<double>(budget_bytes) / static_cast<double>(probe) *
                               kProbe);
 }
 
-void Activations::Place(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
-                        Retention retention, void* base) {
+void Activations::Place(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
+                        int64_t head_rows, Retention retention, void* base) {
   retention_ = retention;
-  LayOut(config, dtype, rows, head_rows, retention, base);
+  LayOut(config, types, rows, head_rows, retention, base);
 }
 
 void Activations::UsePrompt(const PromptState& state) {

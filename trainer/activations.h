@@ -45,7 +45,8 @@ struct Retention {
   bool operator==(const Retention&) const = default;
 };
 
-// Gradients of activations, reused by all layers. f = compute dtype.
+// Gradients of activations, reused by all layers; in f, also those of the residual stream, which
+// products read.
 struct ActivationGradients {
   TensorView residual;       // [rows, hidden] f: of the residual stream, from the last layer down
   TensorView normed;         // [rows, hidden] f: of a norm's output
@@ -59,18 +60,19 @@ struct ActivationGradients {
 class Activations {
  public:
   // Bytes of a pass over `rows` rows with `head_rows` head rows.
-  static int64_t SizeBytes(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
-                           Retention retention);
+  static int64_t SizeBytes(const ModelConfig& config, const ops::ActivationTypes& types,
+                           int64_t rows, int64_t head_rows, Retention retention);
   // The most that fits `budget_bytes`, kInputs if nothing does. O(layers^2).
-  static Retention Choose(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
-                          int64_t budget_bytes);
+  static Retention Choose(const ModelConfig& config, const ops::ActivationTypes& types,
+                          int64_t rows, int64_t head_rows, int64_t budget_bytes);
   // Rows that a pass may have within `budget_bytes` with kInputs, head rows included.
-  static int64_t MaxRows(const ModelConfig& config, DType dtype, int64_t budget_bytes);
+  static int64_t MaxRows(const ModelConfig& config, const ops::ActivationTypes& types,
+                         int64_t budget_bytes);
 
   // Lays the views out for one pass in SizeBytes() from `base` on. Views of former passes become
   // invalid.
-  void Place(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
-             Retention retention, void* base);
+  void Place(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
+             int64_t head_rows, Retention retention, void* base);
 
   // Every layer's input, attn_out and lse become those of `state`, until the next Place.
   // REQUIRES: Place(kPrompt) for its number of rows.
@@ -87,8 +89,8 @@ class Activations {
 
  private:
   // Returns the bytes used from `base` on; null only counts.
-  int64_t LayOut(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
-                 Retention retention, void* base);
+  int64_t LayOut(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
+                 int64_t head_rows, Retention retention, void* base);
 
   Retention retention_;
   std::vector<LayerActivations> layers_;

@@ -32,8 +32,8 @@ absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const Options& options,
   const int64_t budget = options.activation_bytes > 0
                              ? options.activation_bytes
                              : DefaultActivationBytes(decoder.config(), decoder.ops().Info());
-  const DType dtype = decoder.ops().Info().compute_dtype;
-  if (Activations::MaxRows(decoder.config(), dtype, budget) < 1) {
+  const ops::ActivationTypes types = decoder.ops().Info().activation_types();
+  if (Activations::MaxRows(decoder.config(), types, budget) < 1) {
     return absl::ResourceExhaustedError(
         absl::StrCat("trainer refused: ", budget,
                      " bytes of activations hold no token; raise activation_bytes"));
@@ -55,7 +55,7 @@ PassLimits PolicyTrainer::MakeLimits(const Options& options) const {
   PassLimits limits{
       .max_rows = std::min(
           options.max_rows,
-          Activations::MaxRows(decoder_.config(), device.compute_dtype, activation_bytes_)),
+          Activations::MaxRows(decoder_.config(), device.activation_types(), activation_bytes_)),
       .share_prefixes = options.share_prefixes};
   if (device.context_gradients) {
     limits.max_branch_rows = [this, max_rows = options.max_rows](int64_t prompt_rows) {

@@ -13,17 +13,17 @@ int64_t PolicyTrainer::PromptBytes(int64_t rows, bool kept) const {
   const ModelConfig& config = decoder_.config();
   const int64_t gradients = PromptGradients::SizeBytes(config, rows);
   if (kept) return gradients;
-  return gradients + PromptState::SizeBytes(config, ops_.Info().compute_dtype, rows);
+  return gradients + PromptState::SizeBytes(config, ops_.Info().activation_types(), rows);
 }
 
 int64_t PolicyTrainer::MaxBranchRows(int64_t max_rows, int64_t prompt_rows) const {
   const ModelConfig& config = decoder_.config();
-  const DType dtype = ops_.Info().compute_dtype;
+  const ops::ActivationTypes types = ops_.Info().activation_types();
   const int64_t rest = activation_bytes_ - PromptBytes(prompt_rows, /*kept=*/false);
   const int64_t prompt_pass =
-      Activations::SizeBytes(config, dtype, prompt_rows, /*head_rows=*/1, Retain::kPrompt);
+      Activations::SizeBytes(config, types, prompt_rows, /*head_rows=*/1, Retain::kPrompt);
   if (prompt_rows > max_rows || prompt_pass > rest) return 0;
-  return std::min(max_rows, Activations::MaxRows(config, dtype, rest));
+  return std::min(max_rows, Activations::MaxRows(config, types, rest));
 }
 
 void PolicyTrainer::PlacePrompt(const TreeRun& run) {
@@ -32,7 +32,7 @@ void PolicyTrainer::PlacePrompt(const TreeRun& run) {
   char* base = static_cast<char*>(pass_memory_.data());
   prompt_gradients_.Place(config, rows, base);
   if (run.kept != nullptr) return;
-  prompt_state_.Place(config, ops_.Info().compute_dtype, rows,
+  prompt_state_.Place(config, ops_.Info().activation_types(), rows,
                       base + PromptGradients::SizeBytes(config, rows));
 }
 

@@ -38,31 +38,35 @@ void HangBelow(int64_t tokens, std::vector<int32_t> blocks, int64_t block_tokens
 
 }  // namespace
 
-int64_t PromptState::LayOut(const ModelConfig& config, DType dtype, int64_t rows, void* base) {
+int64_t PromptState::LayOut(const ModelConfig& config, const ops::ActivationTypes& types,
+                            int64_t rows, void* base) {
   Arena arena(base);
   num_rows_ = rows;
   layers_.assign(config.num_layers, {});
   for (Layer& layer : layers_) {
-    layer.input = arena.Matrix(dtype, rows, config.hidden);
-    layer.attn_out = arena.Matrix(dtype, rows, config.q_dim());
+    layer.input = arena.Matrix(types.residual, rows, config.hidden);
+    layer.attn_out = arena.Matrix(types.compute, rows, config.q_dim());
     layer.lse = arena.Matrix(DType::kF32, rows, config.q_heads);
-    layer.pages = {.k = Pages(config, dtype, rows, arena), .v = Pages(config, dtype, rows, arena)};
+    layer.pages = {.k = Pages(config, types.compute, rows, arena),
+                   .v = Pages(config, types.compute, rows, arena)};
   }
   return arena.size_bytes();
 }
 
-int64_t PromptState::SizeBytes(const ModelConfig& config, DType dtype, int64_t rows) {
-  return PromptState().LayOut(config, dtype, rows, nullptr);
+int64_t PromptState::SizeBytes(const ModelConfig& config, const ops::ActivationTypes& types,
+                               int64_t rows) {
+  return PromptState().LayOut(config, types, rows, nullptr);
 }
 
-void PromptState::Place(const ModelConfig& config, DType dtype, int64_t rows, void* base) {
-  LayOut(config, dtype, rows, base);
+void PromptState::Place(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
+                        void* base) {
+  LayOut(config, types, rows, base);
 }
 
 absl::Status PromptState::Allocate(const ModelConfig& config, ops::Ops& ops, int64_t rows) {
-  const DType dtype = ops.Info().compute_dtype;
-  ASSIGN_OR_RETURN(buffer_, ops.Allocate(SizeBytes(config, dtype, rows), "prompt state"));
-  Place(config, dtype, rows, buffer_.data());
+  const ops::ActivationTypes types = ops.Info().activation_types();
+  ASSIGN_OR_RETURN(buffer_, ops.Allocate(SizeBytes(config, types, rows), "prompt state"));
+  Place(config, types, rows, buffer_.data());
   return absl::OkStatus();
 }
 

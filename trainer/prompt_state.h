@@ -37,16 +37,18 @@ class PromptState {
   static constexpr int64_t kBlockTokens = 64;
 
   struct Layer {
-    TensorView input;     // [rows, hidden] f
+    TensorView input;     // [rows, hidden] r
     TensorView attn_out;  // [rows, q_dim] f
     TensorView lse;       // [rows, q_heads] f32
     ops::PagedKv pages;   // [blocks, kBlockTokens, kv_heads, head_dim] f
   };
 
-  static int64_t SizeBytes(const ModelConfig& config, DType dtype, int64_t rows);
+  static int64_t SizeBytes(const ModelConfig& config, const ops::ActivationTypes& types,
+                           int64_t rows);
 
   // Lays the views out for a prompt of `rows` tokens in SizeBytes() from `base` on.
-  void Place(const ModelConfig& config, DType dtype, int64_t rows, void* base);
+  void Place(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
+             void* base);
   // The same in memory of its own. RESOURCE_EXHAUSTED of the device's allocator.
   absl::Status Allocate(const ModelConfig& config, ops::Ops& ops, int64_t rows);
 
@@ -58,7 +60,8 @@ class PromptState {
   TensorView values(int64_t l) const { return FlattenPages(layers_[l].pages.v, num_rows_); }
 
  private:
-  int64_t LayOut(const ModelConfig& config, DType dtype, int64_t rows, void* base);
+  int64_t LayOut(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
+                 void* base);
 
   DeviceBuffer buffer_;
   std::vector<Layer> layers_;

@@ -146,18 +146,18 @@ PolicyTrainer::Pass PolicyTrainer::BuildPass(const RequestPlan& plan,
 void PolicyTrainer::ChooseRetention(std::vector<Pass>& passes) const {
   for (Pass& pass : passes) {
     for (TreeRun& run : pass.batches) {
-      run.retention =
-          Activations::Choose(decoder_.config(), ops_.Info().compute_dtype, run.tree.num_rows(),
-                              run.tree.num_head_rows(), activation_bytes_ - run.offset_bytes);
+      run.retention = Activations::Choose(decoder_.config(), ops_.Info().activation_types(),
+                                          run.tree.num_rows(), run.tree.num_head_rows(),
+                                          activation_bytes_ - run.offset_bytes);
     }
   }
 }
 
 int64_t PolicyTrainer::SizeBytes(const TreeRun& run) const {
   if (run.tree.targets.empty()) return run.offset_bytes;  // runs nothing
-  return run.offset_bytes + Activations::SizeBytes(decoder_.config(), ops_.Info().compute_dtype,
-                                                   run.tree.num_rows(), run.tree.num_head_rows(),
-                                                   run.retention);
+  return run.offset_bytes +
+         Activations::SizeBytes(decoder_.config(), ops_.Info().activation_types(),
+                                run.tree.num_rows(), run.tree.num_head_rows(), run.retention);
 }
 
 absl::Status PolicyTrainer::Reserve(const std::vector<Pass>& passes) {
@@ -173,7 +173,7 @@ absl::Status PolicyTrainer::Reserve(const std::vector<Pass>& passes) {
 }
 
 void PolicyTrainer::PlaceActivations(const TreeRun& run) {
-  activations_.Place(decoder_.config(), ops_.Info().compute_dtype, run.tree.num_rows(),
+  activations_.Place(decoder_.config(), ops_.Info().activation_types(), run.tree.num_rows(),
                      run.tree.num_head_rows(), run.retention,
                      static_cast<char*>(pass_memory_.data()) + run.offset_bytes);
 }

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 #include "kernels/base/tensor_view.h"
 
@@ -24,9 +25,16 @@ template <typename T, int N>
 __device__ inline Pack<T, N> Load(const T* p) {
   return *reinterpret_cast<const Pack<T, N>*>(p);
 }
+// 16 bytes in one instruction: the compiler may split the assignment of a struct.
 template <typename T, int N>
 __device__ inline void Store(T* p, const Pack<T, N>& x) {
-  *reinterpret_cast<Pack<T, N>*>(p) = x;
+  if constexpr (sizeof(x) == 16) {
+    uint4 words;
+    memcpy(&words, &x, 16);
+    __stwb(reinterpret_cast<uint4*>(p), words);
+  } else {
+    *reinterpret_cast<Pack<T, N>*>(p) = x;
+  }
 }
 
 // Start of a row of the outermost dimension.
@@ -52,6 +60,25 @@ template <>
 __device__ inline __half FromFloat<__half>(float x) {
   return __float2half_rn(x);
 }
+
+// N neighbours of a row, moved by accesses of at most 16 bytes each.
+template <typename T, int N>
+struct Strip {
+  static constexpr int kWidest = 16 / static_cast<int>(sizeof(T));
+  static constexpr int kPack = N < kWidest ? N : kWidest;
+  Pack<T, kPack> packs[N / kPack];
+
+  __device__ static Strip Read(const T* p) {
+    Strip strip;
+    for (int i = 0; i < N / kPack; ++i) strip.packs[i] = Load<T, kPack>(p + i * kPack);
+    return strip;
+  }
+  __device__ void Write(T* p) const {
+    for (int i = 0; i < N / kPack; ++i) Store<T, kPack>(p + i * kPack, packs[i]);
+  }
+  __device__ float operator[](int j) const { return ToFloat(packs[j / kPack].v[j % kPack]); }
+  __device__ void Set(int j, float x) { packs[j / kPack].v[j % kPack] = FromFloat<T>(x); }
+};
 
 template <typename T>
 __device__ inline T WarpSum(T x) {

@@ -46,6 +46,7 @@ absl::StatusOr<std::unique_ptr<ops::Ops>> CudaOps::Create(const CudaOptions& opt
       .kind = DeviceKind::kCuda,
       .name = absl::StrCat("cuda ", properties.name, ", sm_", properties.major, properties.minor),
       .compute_dtype = DType::kBF16,
+      .residual_dtype = DType::kF32,
       .total_bytes = static_cast<int64_t>(properties.totalGlobalMem),
       .context_gradients = properties.major == 9};
   return ops;

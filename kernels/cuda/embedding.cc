@@ -13,7 +13,7 @@ absl::Status Embedding(Context& context, const ops::EmbeddingParams& p) {
   RETURN_IF_ERROR(ops::ShapeCheck("embedding")
                       .Tensor("ids", p.ids, DType::kI32, {rows})
                       .Tensor("table", p.table, DType::kBF16, {p.table.dim(0), hidden})
-                      .Tensor("out", p.out, DType::kBF16, {rows, hidden})
+                      .Tensor("out", p.out, DType::kF32, {rows, hidden})
                       .status());
   return context.Check(
       LaunchGatherRows({.src = p.table, .indices = p.ids, .out = p.out}, context.stream()),
@@ -22,10 +22,11 @@ absl::Status Embedding(Context& context, const ops::EmbeddingParams& p) {
 
 absl::Status GatherRows(Context& context, const ops::GatherRowsParams& p) {
   const int64_t n = p.indices.dim(0), hidden = p.src.dim(1);
+  const DType dtype = p.src.dtype == DType::kF32 ? DType::kF32 : DType::kBF16;
   RETURN_IF_ERROR(ops::ShapeCheck("gather_rows")
-                      .Tensor("src", p.src, DType::kBF16, {p.src.dim(0), hidden})
+                      .Tensor("src", p.src, dtype, {p.src.dim(0), hidden})
                       .Tensor("indices", p.indices, DType::kI32, {n})
-                      .Tensor("out", p.out, DType::kBF16, {n, hidden})
+                      .Tensor("out", p.out, dtype, {n, hidden})
                       .status());
   return context.Check(LaunchGatherRows(p, context.stream()), "gather_rows");
 }

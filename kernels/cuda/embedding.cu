@@ -1,6 +1,6 @@
-// Rows of tables: gather (embedding), its transposes. One block per row; an index outside the table
-// gives a row of NaN and is never followed. Bytes: each row once in, once out (+= reads it as
-// well); bound by memory bandwidth.
+// Rows of tables: gather (embedding, which widens), its transposes. One block per row; an index
+// outside the table gives a row of NaN and is never followed. Bytes: each row once in, once out (+=
+// reads it as well); bound by memory bandwidth.
 //
 // EmbeddingBackward: the block of the first row with an id adds all rows with that id, ascending;
 // the blocks of the others leave. Finding them reads ids only: rows^2 * 4 bytes of L2 traffic,
@@ -11,21 +11,31 @@
 namespace coppice::cuda {
 namespace {
 
-template <int N>
-__global__ void GatherRowsKernel(const bf16* src, int64_t src_stride, int64_t src_rows,
-                                 const int32_t* indices, bf16* out, int64_t out_stride,
+template <typename S, typename D, int N>
+__global__ void GatherRowsKernel(const S* src, int64_t src_stride, int64_t src_rows,
+                                 const int32_t* indices, D* out, int64_t out_stride,
                                  int64_t hidden) {
   const int32_t index = indices[blockIdx.x];
-  bf16* to = out + blockIdx.x * out_stride;
+  D* to = out + blockIdx.x * out_stride;
   const bool valid = index >= 0 && index < src_rows;
-  const bf16* from = src + (valid ? index : 0) * src_stride;
+  const S* from = src + (valid ? index : 0) * src_stride;
   for (int64_t i = threadIdx.x * N; i < hidden; i += blockDim.x * N) {
-    Pack<bf16, N> x = Load<bf16, N>(from + i);
-    if (!valid) {
-      for (int j = 0; j < N; ++j) x.v[j] = __float2bfloat16_rn(__int_as_float(0x7fc00000));
-    }
-    Store<bf16, N>(to + i, x);
+    const Strip<S, N> x = Strip<S, N>::Read(from + i);
+    Strip<D, N> y;
+    for (int j = 0; j < N; ++j) y.Set(j, valid ? x[j] : __int_as_float(0x7fc00000));
+    y.Write(to + i);
   }
+}
+
+template <typename S, typename D>
+cudaError_t GatherRows(const ops::GatherRowsParams& p, cudaStream_t stream) {
+  const int64_t n = p.out.shape[0], hidden = p.out.shape[1];
+  const bool wide = Aligned16(p.src) && Aligned16(p.out) && hidden % 8 == 0;
+  const auto kernel = wide ? GatherRowsKernel<S, D, 8> : GatherRowsKernel<S, D, 1>;
+  kernel<<<static_cast<unsigned>(n), RowThreads(wide ? hidden / 8 : hidden), 0, stream>>>(
+      p.src.as<S>(), p.src.stride[0], p.src.shape[0], p.indices.i32(), p.out.as<D>(),
+      p.out.stride[0], hidden);
+  return cudaGetLastError();
 }
 
 template <int N>
@@ -78,14 +88,10 @@ __global__ void EmbeddingBackwardKernel(const int32_t* ids, int64_t rows, const 
 }  // namespace
 
 cudaError_t LaunchGatherRows(const ops::GatherRowsParams& p, cudaStream_t stream) {
-  const int64_t n = p.out.shape[0], hidden = p.out.shape[1];
-  if (n == 0 || hidden == 0) return cudaSuccess;
-  const bool wide = Aligned16(p.src) && Aligned16(p.out);
-  const auto kernel = wide ? GatherRowsKernel<8> : GatherRowsKernel<1>;
-  kernel<<<static_cast<unsigned>(n), RowThreads(wide ? hidden / 8 : hidden), 0, stream>>>(
-      p.src.as<bf16>(), p.src.stride[0], p.src.shape[0], p.indices.i32(), p.out.as<bf16>(),
-      p.out.stride[0], hidden);
-  return cudaGetLastError();
+  if (p.out.num_elements() == 0) return cudaSuccess;
+  if (p.src.dtype == DType::kF32) return GatherRows<float, float>(p, stream);
+  if (p.out.dtype == DType::kF32) return GatherRows<bf16, float>(p, stream);
+  return GatherRows<bf16, bf16>(p, stream);
 }
 
 cudaError_t LaunchScatterAddRows(const ops::ScatterAddRowsParams& p, cudaStream_t stream) {

@@ -8,8 +8,9 @@ namespace coppice::cuda {
 
 absl::Status RmsNorm(Context& context, const ops::RmsNormParams& p) {
   const int64_t rows = p.x.dim(0), hidden = p.x.dim(1);
+  const DType in = p.x.dtype == DType::kBF16 ? DType::kBF16 : DType::kF32;
   RETURN_IF_ERROR(ops::ShapeCheck("rms_norm")
-                      .Tensor("x", p.x, DType::kBF16, {rows, hidden})
+                      .Tensor("x", p.x, in, {rows, hidden})
                       .Tensor("weight", p.weight, DType::kBF16, {hidden})
                       .Tensor("out", p.out, DType::kBF16, {rows, hidden})
                       .Optional("rstd", p.rstd, DType::kF32, {rows})
@@ -21,7 +22,7 @@ absl::Status RmsNormBackward(Context& context, const ops::RmsNormBackwardParams&
   const int64_t rows = p.x.dim(0), hidden = p.x.dim(1);
   constexpr int64_t kMaxHidden = 11 * 1024;  // a row of sums in shared memory
   RETURN_IF_ERROR(ops::ShapeCheck("rms_norm_backward")
-                      .Tensor("x", p.x, DType::kBF16, {rows, hidden})
+                      .Tensor("x", p.x, DType::kF32, {rows, hidden})
                       .Tensor("d_out", p.d_out, DType::kBF16, {rows, hidden})
                       .Tensor("weight", p.weight, DType::kBF16, {hidden})
                       .Tensor("rstd", p.rstd, DType::kF32, {rows})

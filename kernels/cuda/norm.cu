@@ -1,5 +1,6 @@
 // RMSNorm (Zhang & Sennrich 2019): out = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + eps). One
-// block per row, 4 bytes per element; bound by memory bandwidth. Backward: norm_backward.cu.
+// block per row, which it reads once; 6 bytes per element (4 with x in bf16); bound by memory
+// bandwidth. Backward: norm_backward.cu.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launchers.h"
 #include "kernels/cuda/overlap.cuh"
@@ -7,27 +8,83 @@
 namespace coppice::cuda {
 namespace {
 
-template <int N>
-__global__ void RmsNormKernel(const bf16* x, int64_t x_stride, const bf16* weight, float eps,
-                              bf16* out, int64_t out_stride, float* rstd_out, int64_t hidden) {
+struct NormArgs {
+  const void* x = nullptr;
+  int64_t x_stride = 0;
+  const bf16* weight = nullptr;
+  float eps = 0;
+  bf16* out = nullptr;
+  int64_t out_stride = 0;
+  float* rstd = nullptr;  // optional
+  int64_t hidden = 0;
+};
+
+__device__ inline float Rstd(const NormArgs& args, float squares, float* shared) {
+  const float mean = BlockSum(squares, shared) / static_cast<float>(args.hidden);
+  const float rstd = 1.0f / sqrtf(mean + args.eps);
+  if (args.rstd != nullptr && threadIdx.x == 0) args.rstd[blockIdx.x] = rstd;
+  return rstd;
+}
+
+// A thread holds kStrips strips of 8 columns, a block's width apart. REQUIRES: hidden <= kStrips *
+// 8 * blockDim.x, 16-byte rows.
+template <typename X, int kStrips>
+__global__ void RegisterNormKernel(NormArgs args) {
   __shared__ float shared[33];
   LetSuccessorStart();
   WaitForPredecessor();
-  x += blockIdx.x * x_stride;
-  out += blockIdx.x * out_stride;
+  const X* x = static_cast<const X*>(args.x) + blockIdx.x * args.x_stride;
+  Strip<X, 8> row[kStrips];
+  Strip<bf16, 8> weight[kStrips];
   float squares = 0;
-  for (int64_t i = threadIdx.x * N; i < hidden; i += blockDim.x * N) {
-    const Pack<bf16, N> v = Load<bf16, N>(x + i);
-    for (int j = 0; j < N; ++j) squares += ToFloat(v.v[j]) * ToFloat(v.v[j]);
+#pragma unroll
+  for (int r = 0; r < kStrips; ++r) {
+    const int64_t c = (int64_t{r} * blockDim.x + threadIdx.x) * 8;
+    if (c >= args.hidden) continue;
+    row[r] = Strip<X, 8>::Read(x + c);
+    weight[r] = Strip<bf16, 8>::Read(args.weight + c);
+    for (int j = 0; j < 8; ++j) squares += row[r][j] * row[r][j];
   }
-  const float rstd = 1.0f / sqrtf(BlockSum(squares, shared) / static_cast<float>(hidden) + eps);
-  for (int64_t i = threadIdx.x * N; i < hidden; i += blockDim.x * N) {
-    const Pack<bf16, N> v = Load<bf16, N>(x + i), w = Load<bf16, N>(weight + i);
-    Pack<bf16, N> y;
-    for (int j = 0; j < N; ++j) y.v[j] = FromFloat<bf16>(ToFloat(v.v[j]) * rstd * ToFloat(w.v[j]));
-    Store<bf16, N>(out + i, y);
+  const float rstd = Rstd(args, squares, shared);
+#pragma unroll
+  for (int r = 0; r < kStrips; ++r) {
+    const int64_t c = (int64_t{r} * blockDim.x + threadIdx.x) * 8;
+    if (c >= args.hidden) continue;
+    Strip<bf16, 8> y;
+    for (int j = 0; j < 8; ++j) y.Set(j, row[r][j] * rstd * weight[r][j]);
+    y.Write(args.out + blockIdx.x * args.out_stride + c);
   }
-  if (rstd_out != nullptr && threadIdx.x == 0) rstd_out[blockIdx.x] = rstd;
+}
+
+// Any width and alignment.
+template <typename X>
+__global__ void RmsNormKernel(NormArgs args) {
+  __shared__ float shared[33];
+  LetSuccessorStart();
+  WaitForPredecessor();
+  const X* x = static_cast<const X*>(args.x) + blockIdx.x * args.x_stride;
+  bf16* out = args.out + blockIdx.x * args.out_stride;
+  float squares = 0;
+  for (int64_t i = threadIdx.x; i < args.hidden; i += blockDim.x) {
+    squares += ToFloat(x[i]) * ToFloat(x[i]);
+  }
+  const float rstd = Rstd(args, squares, shared);
+  for (int64_t i = threadIdx.x; i < args.hidden; i += blockDim.x) {
+    out[i] = FromFloat<bf16>(ToFloat(x[i]) * rstd * ToFloat(args.weight[i]));
+  }
+}
+
+template <typename X>
+cudaError_t Launch(const NormArgs& args, unsigned rows, bool wide, cudaStream_t stream) {
+  const OverlappedGrid grid = {dim3(rows), RowThreads(wide ? args.hidden / 8 : args.hidden)};
+  const int64_t columns = int64_t{8} * grid.threads;
+  if (wide && args.hidden <= columns) {
+    return LaunchOverlapped<RegisterNormKernel<X, 1>>(grid, stream, args);
+  }
+  if (wide && args.hidden <= 2 * columns) {
+    return LaunchOverlapped<RegisterNormKernel<X, 2>>(grid, stream, args);
+  }
+  return LaunchOverlapped<RmsNormKernel<X>>(grid, stream, args);
 }
 
 }  // namespace
@@ -36,17 +93,16 @@ cudaError_t LaunchRmsNorm(const ops::RmsNormParams& p, cudaStream_t stream) {
   const int64_t rows = p.x.shape[0], hidden = p.x.shape[1];
   if (rows == 0 || hidden == 0) return cudaSuccess;
   const bool wide = Aligned16(p.x) && Aligned16(p.weight) && Aligned16(p.out);
-  const OverlappedGrid grid = {dim3(static_cast<unsigned>(rows)),
-                               RowThreads(wide ? hidden / 8 : hidden)};
-  float* rstd = p.rstd.present() ? p.rstd.f32() : nullptr;
-  if (wide) {
-    return LaunchOverlapped<RmsNormKernel<8>>(grid, stream, p.x.as<bf16>(), p.x.stride[0],
-                                              p.weight.as<bf16>(), p.eps, p.out.as<bf16>(),
-                                              p.out.stride[0], rstd, hidden);
-  }
-  return LaunchOverlapped<RmsNormKernel<1>>(grid, stream, p.x.as<bf16>(), p.x.stride[0],
-                                            p.weight.as<bf16>(), p.eps, p.out.as<bf16>(),
-                                            p.out.stride[0], rstd, hidden);
+  const NormArgs args = {p.x.data,
+                         p.x.stride[0],
+                         p.weight.as<bf16>(),
+                         p.eps,
+                         p.out.as<bf16>(),
+                         p.out.stride[0],
+                         p.rstd.present() ? p.rstd.f32() : nullptr,
+                         hidden};
+  const auto launch = p.x.dtype == DType::kF32 ? Launch<float> : Launch<bf16>;
+  return launch(args, static_cast<unsigned>(rows), wide, stream);
 }
 
 }  // namespace coppice::cuda

@@ -1,7 +1,7 @@
 // Backward of RMSNorm (norm.cu). With g = d_out * weight and xhat = x * rstd:
 //   d_x = rstd * (g - xhat * mean(g * xhat)),  d_weight = sum over rows of d_out * xhat.
 // A block takes a run of rows; a thread keeps its columns' share of d_weight in registers while the
-// next row is on its way. 6 (8 with accumulation) bytes per element; bound by memory bandwidth.
+// next row is on its way. 8 (10 with accumulation) bytes per element; bound by memory bandwidth.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launchers.h"
 
@@ -25,7 +25,8 @@ __device__ inline float RowSum(float x, float (*sums)[kMaxThreads / 32], int hal
 // A thread's columns of one row: runs of 8, a block's width apart.
 template <int kRuns>
 struct RowShare {
-  Pack<bf16, 8> x[kRuns], d_out[kRuns], d_x[kRuns];
+  Strip<float, 8> x[kRuns];
+  Strip<bf16, 8> d_out[kRuns], d_x[kRuns];
   float rstd;
 
   __device__ void Read(const ops::RmsNormBackwardParams& p, int64_t row, int64_t hidden) {
@@ -33,11 +34,12 @@ struct RowShare {
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
       const int64_t c = (int64_t{r} * blockDim.x + threadIdx.x) * 8;
-      x[r] = d_out[r] = d_x[r] = {};
+      x[r] = {};
+      d_out[r] = d_x[r] = {};
       if (c >= hidden) continue;
-      x[r] = Load<bf16, 8>(RowOf<bf16>(p.x, row) + c);
-      d_out[r] = Load<bf16, 8>(RowOf<bf16>(p.d_out, row) + c);
-      if (p.accumulate_d_x) d_x[r] = Load<bf16, 8>(RowOf<bf16>(p.d_x, row) + c);
+      x[r] = Strip<float, 8>::Read(RowOf<float>(p.x, row) + c);
+      d_out[r] = Strip<bf16, 8>::Read(RowOf<bf16>(p.d_out, row) + c);
+      if (p.accumulate_d_x) d_x[r] = Strip<bf16, 8>::Read(RowOf<bf16>(p.d_x, row) + c);
     }
   }
 };
@@ -49,13 +51,13 @@ __global__ void __launch_bounds__(kMaxThreads)
   __shared__ float sums[2][kMaxThreads / 32];
   const int64_t rows = p.x.shape[0], hidden = p.x.shape[1];
   const int64_t end = rows * (blockIdx.x + 1) / gridDim.x;
-  Pack<bf16, 8> weight[kRuns];
+  Strip<bf16, 8> weight[kRuns];
   float d_weight[kRuns][8] = {};
 #pragma unroll
   for (int r = 0; r < kRuns; ++r) {
     const int64_t c = (int64_t{r} * blockDim.x + threadIdx.x) * 8;
     weight[r] = {};
-    if (c < hidden) weight[r] = Load<bf16, 8>(RowOf<bf16>(p.weight, 0) + c);
+    if (c < hidden) weight[r] = Strip<bf16, 8>::Read(RowOf<bf16>(p.weight, 0) + c);
   }
   int64_t row = rows * blockIdx.x / gridDim.x;
   RowShare<kRuns> share;
@@ -67,8 +69,8 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
       for (int j = 0; j < 8; ++j) {
-        const float dx = ToFloat(now.d_out[r].v[j]) * ToFloat(now.x[r].v[j]);
-        dot += dx * ToFloat(weight[r].v[j]);
+        const float dx = now.d_out[r][j] * now.x[r][j];
+        dot += dx * weight[r][j];
         d_weight[r][j] += dx * now.rstd;
       }
     }
@@ -77,13 +79,12 @@ __global__ void __launch_bounds__(kMaxThreads)
     for (int r = 0; r < kRuns; ++r) {
       const int64_t c = (int64_t{r} * blockDim.x + threadIdx.x) * 8;
       if (c >= hidden) continue;
-      Pack<bf16, 8> y;
+      Strip<bf16, 8> y;
       for (int j = 0; j < 8; ++j) {
-        const float g = ToFloat(now.d_out[r].v[j]) * ToFloat(weight[r].v[j]);
-        y.v[j] = FromFloat<bf16>(ToFloat(now.d_x[r].v[j]) +
-                                 now.rstd * (g - ToFloat(now.x[r].v[j]) * mean));
+        const float g = now.d_out[r][j] * weight[r][j];
+        y.Set(j, now.d_x[r][j] + now.rstd * (g - now.x[r][j] * mean));
       }
-      Store<bf16, 8>(RowOf<bf16>(p.d_x, row) + c, y);
+      y.Write(RowOf<bf16>(p.d_x, row) + c);
     }
   }
 #pragma unroll
@@ -103,13 +104,13 @@ __global__ void RmsNormBackwardKernel(ops::RmsNormBackwardParams p, float* parti
   for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) d_weight[i] = 0;
   const int64_t end = rows * (blockIdx.x + 1) / gridDim.x;
   for (int64_t row = rows * blockIdx.x / gridDim.x; row < end; ++row) {
-    const bf16* x = RowOf<bf16>(p.x, row);
+    const float* x = RowOf<float>(p.x, row);
     const bf16* d_out = RowOf<bf16>(p.d_out, row);
     bf16* d_x = RowOf<bf16>(p.d_x, row);
     const float rstd = *RowOf<float>(p.rstd, row);
     float dot = 0;
     for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) {
-      const float dx = ToFloat(d_out[i]) * ToFloat(x[i]);
+      const float dx = ToFloat(d_out[i]) * x[i];
       dot += dx * ToFloat(weight[i]);
       d_weight[i] += dx * rstd;
     }
@@ -117,7 +118,7 @@ __global__ void RmsNormBackwardKernel(ops::RmsNormBackwardParams p, float* parti
     for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) {
       const float before = p.accumulate_d_x ? ToFloat(d_x[i]) : 0.0f;
       const float g = ToFloat(d_out[i]) * ToFloat(weight[i]);
-      d_x[i] = FromFloat<bf16>(before + rstd * (g - ToFloat(x[i]) * mean));
+      d_x[i] = FromFloat<bf16>(before + rstd * (g - x[i] * mean));
     }
   }
   for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) {

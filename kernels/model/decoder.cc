@@ -26,12 +26,13 @@ void LayOutMlpHalf(const ModelConfig& config, DType dtype, int64_t rows, Arena& 
   acts.mlp_act = arena.Matrix(dtype, rows, config.ffn);
 }
 
-Workspace LayOut(const ModelConfig& config, DType dtype, int64_t rows, int64_t head_rows,
-                 void* base) {
+Workspace LayOut(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
+                 int64_t head_rows, void* base) {
+  const DType dtype = types.compute;
   Arena arena(base);
   Workspace w;
   LayerActivations& body = w.body;
-  body.input = arena.Matrix(dtype, rows, config.hidden);
+  body.input = arena.Matrix(types.residual, rows, config.hidden);
   body.attn_in = body.mlp_in = arena.Matrix(dtype, rows, config.hidden);
   body.qkv = arena.Matrix(dtype, rows, config.qkv_dim());
   const QkvHeads heads = SplitQkv(config, body.qkv);
@@ -43,7 +44,7 @@ Workspace LayOut(const ModelConfig& config, DType dtype, int64_t rows, int64_t h
   LayOutMlpHalf(config, dtype, rows, arena, body);
 
   LayerActivations& tail = w.tail;
-  tail.input = arena.Matrix(dtype, head_rows, config.hidden);
+  tail.input = arena.Matrix(types.residual, head_rows, config.hidden);
   tail.mlp_in = w.hidden = arena.Matrix(dtype, head_rows, config.hidden);
   tail.attn_out = arena.Matrix(dtype, head_rows, config.q_dim());
   LayOutMlpHalf(config, dtype, head_rows, arena, tail);
@@ -72,7 +73,8 @@ absl::StatusOr<std::unique_ptr<Decoder>> Decoder::Create(const ModelConfig& conf
 }
 
 int64_t Decoder::WorkspaceBytes(int64_t max_rows, int64_t max_head_rows) const {
-  return LayOut(config_, ops_->Info().compute_dtype, max_rows, max_head_rows, nullptr).size_bytes;
+  return LayOut(config_, ops_->Info().activation_types(), max_rows, max_head_rows, nullptr)
+      .size_bytes;
 }
 
 absl::Status Decoder::QkvForward(const LayerParameters& params, const ops::BatchPlan& plan,
@@ -151,7 +153,7 @@ absl::StatusOr<TensorView> Decoder::Forward(const Parameters& params, const ops:
                                             LayerObserver* observer) const {
   const int64_t rows = plan.batch().num_rows();
   const int64_t head_rows = static_cast<int64_t>(plan.batch().logit_rows.size());
-  Workspace w = LayOut(config_, ops_->Info().compute_dtype, rows, head_rows, workspace.data());
+  Workspace w = LayOut(config_, ops_->Info().activation_types(), rows, head_rows, workspace.data());
   CHECK_LE(w.size_bytes, workspace.size_bytes()) << "decoder workspace";
   if (observer == nullptr) w.body.lse = {};
 

@@ -24,11 +24,11 @@
 
 namespace coppice {
 
-// Everything one layer computes. Views over memory of the caller; f = compute dtype. In inference
-// input, mid and output may be one buffer, attn_in and mlp_in another, and the rstd and lse views
-// absent.
+// Everything one layer computes. Views over memory of the caller; f and r as in
+// kernels/ops/params.h. In inference input, mid and output may be one buffer, attn_in and mlp_in
+// another, and the rstd and lse views absent.
 struct LayerActivations {
-  TensorView input;      // [rows, hidden] f: residual stream entering the layer
+  TensorView input;      // [rows, hidden] r: residual stream entering the layer
   TensorView attn_in;    // [rows, hidden] f: normed
   TensorView attn_rstd;  // [rows] f32
   TensorView qkv;        // [rows, qkv_dim] f: projections before qk-norm and RoPE
@@ -38,13 +38,13 @@ struct LayerActivations {
   TensorView v;  // [rows, kv_heads, head_dim] f: the v columns of qkv
   TensorView attn_out;  // [rows, q_dim] f
   TensorView lse;       // [rows, q_heads] f32
-  TensorView mid;       // [rows, hidden] f: residual stream after attention
+  TensorView mid;       // [rows, hidden] r: residual stream after attention
   TensorView mlp_in;    // [rows, hidden] f: normed
   TensorView mlp_rstd;  // [rows] f32
   TensorView gate_up;   // [rows, 2 * ffn] f
   TensorView mlp_act;   // [rows, ffn] f
   TensorView
-      output;  // [rows, hidden] f: residual stream leaving the layer (the next layer's input)
+      output;  // [rows, hidden] r: residual stream leaving the layer (the next layer's input)
 };
 
 // Query, key and value columns of a merged projection, split into heads: views for LayerActivations

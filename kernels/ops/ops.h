@@ -1,5 +1,6 @@
 // Ops: the table of contents of a transformer, and the only door to a device. cpu::CpuOps is the
-// readable twin and the fp32 reference; cuda::CudaOps runs bf16 with fp32 sums. Chosen once at
+// readable twin and the fp32 reference; cuda::CudaOps runs bf16 with fp32 sums and an fp32 residual
+// stream. Chosen once at
 // start-up by CreateOps.
 //
 // Thread: one caller at a time (the engine thread). Work is queued on one stream; host outputs
@@ -38,15 +39,24 @@ class BatchPlan {
   virtual TensorView logit_rows() const = 0;  // [head_rows] int32, device
 };
 
+// The types f and r of params.h.
+struct ActivationTypes {
+  DType compute = DType::kF32;
+  DType residual = DType::kF32;
+};
+
 struct DeviceInfo {
   DeviceKind kind = DeviceKind::kCpu;
   std::string name;  // "cpu AMD EPYC, 2 threads"
   DType compute_dtype = DType::kF32;
+  DType residual_dtype = DType::kF32;
   int64_t total_bytes = 0;  // memory of the device
   int64_t free_bytes = 0;
   int64_t op_scratch_bytes = 0;  // the most that ops may still take for themselves
   // TreeAttentionBackward takes batches with context and adds to d_context.
   bool context_gradients = false;
+
+  ActivationTypes activation_types() const { return {compute_dtype, residual_dtype}; }
 };
 
 // Marks on the device's own timeline, between the ops that are queued around them. Borrows its Ops.

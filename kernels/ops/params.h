@@ -1,6 +1,7 @@
 // One POD of parameters per op. Names of dimensions: shapes.md. "f" below is the compute type of
-// the backend: f32 on the CPU, bf16 on CUDA (sums in f32). Outputs are overwritten unless a comment
-// says "+=". Gradient contract: parameter gradients +=, activation gradients = (unless noted).
+// the backend: f32 on the CPU, bf16 on CUDA (sums in f32). "r" is the type of its residual stream,
+// which every layer adds to: f32. Outputs are overwritten unless a comment says "+=". Gradient
+// contract: parameter gradients +=, activation gradients = (unless noted).
 // Optional views are absent by default.
 #pragma once
 
@@ -15,7 +16,7 @@ class BatchPlan;
 struct EmbeddingParams {
   TensorView ids;    // [rows] int32, each in [0, vocab)
   TensorView table;  // [vocab, hidden] f
-  TensorView out;    // [rows, hidden] f
+  TensorView out;    // [rows, hidden] r
 };
 struct EmbeddingBackwardParams {
   TensorView ids;      // [rows] int32
@@ -25,9 +26,9 @@ struct EmbeddingBackwardParams {
 
 // out[i] = src[indices[i]]
 struct GatherRowsParams {
-  TensorView src;      // [rows, hidden] f
+  TensorView src;      // [rows, hidden] f or r
   TensorView indices;  // [n] int32
-  TensorView out;      // [n, hidden] f
+  TensorView out;      // [n, hidden], type of src
 };
 // dst[indices[i]] += src[i]; indices are distinct
 struct ScatterAddRowsParams {
@@ -38,15 +39,15 @@ struct ScatterAddRowsParams {
 
 // out = x * rsqrt(mean(x^2) + eps) * weight   (Zhang & Sennrich 2019)
 struct RmsNormParams {
-  TensorView x;       // [rows, hidden] f
+  TensorView x;       // [rows, hidden] r
   TensorView weight;  // [hidden] f
   float eps = 0;
-  TensorView out;   // [rows, hidden] f, may alias x
+  TensorView out;   // [rows, hidden] f, may alias x of the same type
   TensorView rstd;  // optional [rows] f32, for backward
 };
 struct RmsNormBackwardParams {
   TensorView d_out;             // [rows, hidden] f
-  TensorView x;                 // [rows, hidden] f
+  TensorView x;                 // [rows, hidden] r
   TensorView weight;            // [hidden] f
   TensorView rstd;              // [rows] f32
   TensorView d_x;               // [rows, hidden] f
@@ -62,7 +63,7 @@ struct MatMulParams {
   bool trans_b = false;
   TensorView bias;    // optional [n] f
   TensorView addend;  // optional [m, n], dtype of c; may be c itself (c +=)
-  TensorView c;       // [m, n] f, or f32 for weight gradients and logits
+  TensorView c;       // [m, n] f, or f32 for weight gradients, logits and the residual stream
   // b is a model parameter, which only loads and updates write: it may be read ahead of its turn.
   bool b_is_parameter = false;
 };

@@ -10,7 +10,7 @@ std::weak_ptr<KeptPrompt> PromptStates::Add(const std::vector<int32_t>& tokens,
                                             PolicyVersion version) {
   const int64_t rows = static_cast<int64_t>(tokens.size());
   const int64_t bytes =
-      PromptState::SizeBytes(decoder_.config(), decoder_.ops().Info().compute_dtype, rows);
+      PromptState::SizeBytes(decoder_.config(), decoder_.ops().Info().activation_types(), rows);
   if (bytes > budget_bytes_) return {};
   while (size_bytes_ + bytes > budget_bytes_) DropOldest();
   auto prompt = std::make_shared<KeptPrompt>();

@@ -30,6 +30,27 @@ class RowOpsTest : public DeviceTest {
     got.ExpectGuardsIntact(name);
   }
 
+  void ExpectRmsNorm(int64_t rows, int64_t hidden, int64_t gap) {
+    GuardedTensor x({rows, hidden}, gap), weight({hidden}), out({rows, hidden}, 2 * gap);
+    GuardedTensor rstd({rows});
+    x.FillNormal(random_);
+    weight.FillNormal(random_);
+    const Vector want = reference::RmsNorm(x.ToDouble(), weight.ToDouble(), 1e-5f);
+    ops::RmsNormParams params = {.x = x.view(),
+                                 .weight = weight.view(),
+                                 .eps = 1e-5f,
+                                 .out = out.view(),
+                                 .rstd = rstd.view()};
+    ASSERT_TRUE(ops_->RmsNorm(params).ok());
+    EXPECT_LT(RelativeError(out, want), forward_tolerance());
+    out.ExpectGuardsIntact("out");
+    rstd.ExpectGuardsIntact("rstd");
+    params.out = x.view();
+    params.rstd = {};
+    ASSERT_TRUE(ops_->RmsNorm(params).ok());
+    EXPECT_EQ(x.ToFloat(), out.ToFloat()) << "in place";
+  }
+
   std::mt19937_64 random_;
 };
 INSTANTIATE_TEST_SUITE_P(Devices, RowOpsTest, testing::ValuesIn(kDevices));
@@ -63,18 +84,24 @@ TEST_P(RowOpsTest, EmbeddingCopiesRowsAndItsBackwardAddsThem) {
 
 TEST_P(RowOpsTest, GatherAndScatterAreTransposes) {
   std::vector<int32_t> indices = {5, 0, 3, 8};
-  GuardedTensor src({9, 33}, 1), out({4, 33}, 2), dst({9, 33}, 4);
-  src.FillNormal(random_);
-  dst.FillNormal(random_);
-  Vector want = dst.ToDouble();
-  ASSERT_TRUE(ops_->GatherRows({src.view(), Ints(indices), out.view()}).ok());
-  for (int64_t i = 0; i < 4 * 33; ++i) {
-    ASSERT_EQ(out[i], src[indices[i / 33] * 33 + i % 33]);
-    want[indices[i / 33] * 33 + i % 33] += out[i];
+  for (const int64_t hidden : {33, 40, 64}) {
+    GuardedTensor src({9, hidden}, 1), out({4, hidden}, 2), dst({9, hidden}, 4);
+    src.FillNormal(random_);
+    dst.FillNormal(random_);
+    Vector want = dst.ToDouble();
+    ForComputeAndResidualType([&] {
+      out.Fill(0);
+      ASSERT_TRUE(ops_->GatherRows({src.view(), Ints(indices), out.view()}).ok());
+      for (int64_t i = 0; i < 4 * hidden; ++i) {
+        ASSERT_EQ(out[i], src[indices[i / hidden] * hidden + i % hidden]);
+      }
+    });
+    for (int64_t i = 0; i < 4 * hidden; ++i)
+      want[indices[i / hidden] * hidden + i % hidden] += out[i];
+    ASSERT_TRUE(ops_->ScatterAddRows({out.view(), Ints(indices), dst.view()}).ok());
+    EXPECT_LT(RelativeError(dst, want), forward_tolerance());
+    dst.ExpectGuardsIntact("dst");
   }
-  ASSERT_TRUE(ops_->ScatterAddRows({out.view(), Ints(indices), dst.view()}).ok());
-  EXPECT_LT(RelativeError(dst, want), forward_tolerance());
-  dst.ExpectGuardsIntact("dst");
 }
 
 TEST_P(RowOpsTest, IndicesOutOfRangeAreRefused) {
@@ -95,35 +122,27 @@ TEST_P(RowOpsTest, IndicesOutOfRangeAreRefused) {
 
 TEST_P(RowOpsTest, RmsNormMatchesReference) {
   for (const int64_t rows : {0, 1, 31, 32, 33, 65}) {
-    for (const int64_t hidden : {1, 7, 16, 17, 64, 576}) {
-      SCOPED_TRACE(testing::Message() << rows << " x " << hidden);
-      GuardedTensor x({rows, hidden}, 3), weight({hidden}), out({rows, hidden}, 5), rstd({rows});
-      x.FillNormal(random_);
-      weight.FillNormal(random_);
-      const Vector want = reference::RmsNorm(x.ToDouble(), weight.ToDouble(), 1e-5f);
-      ASSERT_TRUE(ops_->RmsNorm({.x = x.view(),
-                                 .weight = weight.view(),
-                                 .eps = 1e-5f,
-                                 .out = out.view(),
-                                 .rstd = rstd.view()})
-                      .ok());
-      EXPECT_LT(RelativeError(out, want), forward_tolerance());
-      out.ExpectGuardsIntact("out");
-      rstd.ExpectGuardsIntact("rstd");
-      ASSERT_TRUE(
-          ops_->RmsNorm({.x = x.view(), .weight = weight.view(), .eps = 1e-5f, .out = x.view()})
-              .ok());
-      EXPECT_EQ(x.ToFloat(), out.ToFloat()) << "in place";
+    for (const int64_t hidden : {1, 7, 16, 17, 64, 576, 5000, 9000}) {
+      for (const int64_t gap : {3, 8}) {
+        SCOPED_TRACE(testing::Message() << rows << " x " << hidden << " gap " << gap);
+        ForComputeAndResidualType([&] { ExpectRmsNorm(rows, hidden, gap); });
+      }
     }
   }
 }
 
 TEST_P(RowOpsTest, RmsNormBackwardMatchesFiniteDifferences) {
-  for (const int64_t rows : {1, 33, 70}) {
+  struct Shape {
+    int64_t rows, hidden, gap;
+  };
+  // The last two as backends with wide loads like them, of one and of two loads a thread.
+  for (const auto& [rows, hidden, gap] :
+       {Shape{1, 37, 1}, {33, 5, 1}, {70, 5, 1}, {5, 64, 8}, {1, 4104, 8}}) {
     for (const bool accumulate : {false, true}) {
-      const int64_t hidden = rows == 1 ? 37 : 5;
-      GuardedTensor x({rows, hidden}, 1), weight({hidden}), out({rows, hidden}), rstd({rows});
-      GuardedTensor d_out({rows, hidden}, 2), d_x({rows, hidden}, 3), d_weight({hidden});
+      SCOPED_TRACE(testing::Message() << rows << " x " << hidden << (accumulate ? " +=" : ""));
+      GuardedTensor x({rows, hidden}, gap), weight({hidden}), out({rows, hidden}), rstd({rows});
+      GuardedTensor d_out({rows, hidden}, 2 * gap), d_x({rows, hidden}, 3 * gap);
+      GuardedTensor d_weight({hidden});
       for (GuardedTensor* t : {&x, &weight, &d_out, &d_x, &d_weight}) t->FillNormal(random_);
       const Vector d_weight_before = d_weight.ToDouble();
       const Vector d_x_before = accumulate ? d_x.ToDouble() : Vector();

@@ -29,10 +29,24 @@ class DeviceTest : public testing::TestWithParam<const char*> {
       GTEST_SKIP() << ops.status();
     ASSERT_TRUE(ops.ok()) << ops.status();
     ops_ = std::move(ops).value();
-    if (on_cuda()) ops_ = std::make_unique<StagedOps>(std::move(ops_));
+    if (!on_cuda()) return;
+    auto staged = std::make_unique<StagedOps>(std::move(ops_));
+    staged_ = staged.get();
+    ops_ = std::move(staged);
   }
   void TearDown() override { GuardedTensor::normal_bits = GuardedTensor::kAllBits; }
 
+  // Runs `test` for every type that an op takes where params.h says "f or r".
+  template <typename Test>
+  void ForComputeAndResidualType(const Test& test) {
+    const ops::DeviceInfo info = ops_->Info();
+    for (const DType dtype : {info.compute_dtype, info.residual_dtype}) {
+      SCOPED_TRACE(Name(dtype));
+      if (staged_ != nullptr) staged_->set_residual_dtype(dtype);
+      test();
+      if (info.compute_dtype == info.residual_dtype) return;
+    }
+  }
   bool on_cuda() const { return std::string(GetParam()) == "cuda"; }
   double forward_tolerance() const {
     return on_cuda() ? tolerance::kBf16Forward : tolerance::kOpForward;
@@ -42,6 +56,9 @@ class DeviceTest : public testing::TestWithParam<const char*> {
   }
 
   std::unique_ptr<ops::Ops> ops_;
+
+ private:
+  StagedOps* staged_ = nullptr;  // ops_, on a device
 };
 
 }  // namespace coppice

@@ -146,7 +146,7 @@ absl::Status StagedOps::Copy(TensorView src, TensorView dst) {
 absl::Status StagedOps::Embedding(const ops::EmbeddingParams& params) {
   ops::EmbeddingParams p = params;
   Staging s(*ops_);
-  s.In(p.ids).In(p.table).Out(p.out);
+  s.In(p.ids).In(p.table).OutAs(p.out, residual_dtype_);
   return s.Finish(ops_->Embedding(p));
 }
 absl::Status StagedOps::EmbeddingBackward(const ops::EmbeddingBackwardParams& params) {
@@ -158,7 +158,7 @@ absl::Status StagedOps::EmbeddingBackward(const ops::EmbeddingBackwardParams& pa
 absl::Status StagedOps::GatherRows(const ops::GatherRowsParams& params) {
   ops::GatherRowsParams p = params;
   Staging s(*ops_);
-  s.In(p.src).In(p.indices).Out(p.out);
+  s.InAs(p.src, residual_dtype_).In(p.indices).OutAs(p.out, residual_dtype_);
   return s.Finish(ops_->GatherRows(p));
 }
 absl::Status StagedOps::ScatterAddRows(const ops::ScatterAddRowsParams& params) {
@@ -170,14 +170,14 @@ absl::Status StagedOps::ScatterAddRows(const ops::ScatterAddRowsParams& params) 
 absl::Status StagedOps::RmsNorm(const ops::RmsNormParams& params) {
   ops::RmsNormParams p = params;
   Staging s(*ops_);
-  s.In(p.x).In(p.weight).Out(p.out).OutAs(p.rstd, DType::kF32);
+  s.InAs(p.x, residual_dtype_).In(p.weight).Out(p.out).OutAs(p.rstd, DType::kF32);
   return s.Finish(ops_->RmsNorm(p));
 }
 absl::Status StagedOps::RmsNormBackward(const ops::RmsNormBackwardParams& params) {
   ops::RmsNormBackwardParams p = params;
   Staging s(*ops_);
   s.In(p.d_out)
-      .In(p.x)
+      .InAs(p.x, residual_dtype_)
       .In(p.weight)
       .InAs(p.rstd, DType::kF32)
       .Out(p.d_x)
@@ -186,7 +186,8 @@ absl::Status StagedOps::RmsNormBackward(const ops::RmsNormBackwardParams& params
 }
 absl::Status StagedOps::MatMul(const ops::MatMulParams& params) {
   ops::MatMulParams p = params;
-  const DType c = p.trans_a && !p.bias.present() ? DType::kF32 : ops_->Info().compute_dtype;
+  const bool f32 = (p.trans_a || p.addend.present()) && !p.bias.present();
+  const DType c = f32 ? DType::kF32 : ops_->Info().compute_dtype;
   Staging s(*ops_);
   s.In(p.a).In(p.b).In(p.bias).InAs(p.addend, c).OutAs(p.c, c);
   return s.Finish(ops_->MatMul(p));

@@ -13,9 +13,12 @@ namespace coppice {
 
 class StagedOps final : public ops::Ops {
  public:
-  explicit StagedOps(std::unique_ptr<ops::Ops> device) : ops_(std::move(device)) {}
+  explicit StagedOps(std::unique_ptr<ops::Ops> device)
+      : ops_(std::move(device)), residual_dtype_(ops_->Info().residual_dtype) {}
 
   ops::DeviceInfo Info() const override { return ops_->Info(); }
+  // The type on the device of what params.h calls r; by default that of its residual stream.
+  void set_residual_dtype(DType dtype) { residual_dtype_ = dtype; }
   absl::StatusOr<DeviceBuffer> Allocate(int64_t size_bytes, absl::string_view label) override {
     return ops_->Allocate(size_bytes, label);
   }
@@ -34,7 +37,9 @@ class StagedOps final : public ops::Ops {
   absl::Status Embedding(const ops::EmbeddingParams& p) override;
   absl::Status GatherRows(const ops::GatherRowsParams& p) override;
   absl::Status RmsNorm(const ops::RmsNormParams& p) override;
-  absl::Status MatMul(const ops::MatMulParams& p) override;  // c in f32 with trans_a and no bias
+  // c in f32 as models have it: with trans_a (weight gradients) or an addend (the residual stream);
+  // not with a bias.
+  absl::Status MatMul(const ops::MatMulParams& p) override;
   absl::Status QkNormRope(const ops::QkNormRopeParams& p) override;
   absl::Status TreeAttention(const ops::TreeAttentionParams& p) override;
   absl::Status SwiGlu(const ops::SwiGluParams& p) override;
@@ -58,6 +63,7 @@ class StagedOps final : public ops::Ops {
 
  private:
   std::unique_ptr<ops::Ops> ops_;
+  DType residual_dtype_;
 };
 
 }  // namespace coppice

@@ -6,6 +6,7 @@ namespace coppice {
 namespace {
 
 constexpr int64_t kRows = 96, kHeadRows = 33;
+constexpr ops::ActivationTypes kTypes = {DType::kBF16, DType::kF32};
 
 ModelConfig SixLayers(bool qk_norm) {
   ModelConfig c;
@@ -22,11 +23,11 @@ ModelConfig SixLayers(bool qk_norm) {
 }
 
 int64_t Size(const ModelConfig& config, const Retention& retention) {
-  return Activations::SizeBytes(config, DType::kBF16, kRows, kHeadRows, retention);
+  return Activations::SizeBytes(config, kTypes, kRows, kHeadRows, retention);
 }
 
 Retention Choose(const ModelConfig& config, int64_t budget_bytes) {
-  return Activations::Choose(config, DType::kBF16, kRows, kHeadRows, budget_bytes);
+  return Activations::Choose(config, kTypes, kRows, kHeadRows, budget_bytes);
 }
 
 // Every table from the least to the most: n better layers at each level, then the next level.

@@ -159,9 +159,10 @@ TEST(BranchTest, RunsThePromptOnce) {
 
 TEST(BranchTest, FitsTheBudgetOfActivations) {
   const ModelConfig config = TinyConfig(Architecture::kQwen3, true);
-  const int64_t whole = Activations::SizeBytes(config, DType::kF32, 84, 65, Retain::kInputs);
-  const int64_t kept =
-      PromptState::SizeBytes(config, DType::kF32, 20) + PromptGradients::SizeBytes(config, 20);
+  const int64_t whole =
+      Activations::SizeBytes(config, ops::ActivationTypes(), 84, 65, Retain::kInputs);
+  const int64_t kept = PromptState::SizeBytes(config, ops::ActivationTypes(), 20) +
+                       PromptGradients::SizeBytes(config, 20);
   const int64_t budget = kept + whole / 2;
   ASSERT_LT(budget, whole);
   TinyPolicy policy(config, 1, {.activation_bytes = budget});
@@ -173,10 +174,10 @@ TEST(BranchTest, FitsTheBudgetOfActivations) {
 // Whole trees, cut groups and kept prompts take turns within one budget, which the device enforces.
 TEST(BranchTest, NeverHoldsMoreThanTheBudget) {
   const ModelConfig config = TinyConfig(Architecture::kQwen3, true);
-  const int64_t held =
-      PromptState::SizeBytes(config, DType::kF32, 20) + PromptGradients::SizeBytes(config, 20);
+  const int64_t held = PromptState::SizeBytes(config, ops::ActivationTypes(), 20) +
+                       PromptGradients::SizeBytes(config, 20);
   const int64_t budget =
-      held + Activations::SizeBytes(config, DType::kF32, 84, 65, Retain::kInputs) / 2;
+      held + Activations::SizeBytes(config, ops::ActivationTypes(), 84, 65, Retain::kInputs) / 2;
   const ForwardBackwardRequest wide = WideRequest();  // too large for one pass
   ForwardBackwardRequest small = wide;
   small.groups[0].samples.resize(2);

@@ -265,7 +265,8 @@ TEST_P(CudaGradientTest, TwoRunsAndEveryLevelOfMemoryGiveEqualBits) {
   const std::vector<float> once = cuda->Gradients(request_, /*share=*/true);
   EXPECT_EQ(cuda->Gradients(request_, /*share=*/true), once);
   // Hardly anything is kept: rows of at most 1,024 tokens, the least level of memory.
-  const int64_t least = Activations::SizeBytes(config_, DType::kBF16, 1024, 1024, Retain::kInputs);
+  const int64_t least =
+      Activations::SizeBytes(config_, {DType::kBF16, DType::kF32}, 1024, 1024, Retain::kInputs);
   EXPECT_EQ(cuda->Gradients(request_, /*share=*/true, least), once);
 }
 

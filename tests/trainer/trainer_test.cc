@@ -156,10 +156,10 @@ TEST(TrainerTest, RecomputingLessOrMoreGivesTheSameBits) {
     const ForwardBackwardResult want = all.trainer().ForwardBackward(request).value();
     EXPECT_EQ(want.metrics.at("recompute"), 0);
     const auto size = [&](Retention retention) {
-      return Activations::SizeBytes(config, DType::kF32, rows, head_rows, retention);
+      return Activations::SizeBytes(config, ops::ActivationTypes(), rows, head_rows, retention);
     };
     const int64_t least =
-        Activations::SizeBytes(config, DType::kF32, rows + 8, rows + 8, Retain::kInputs);
+        Activations::SizeBytes(config, ops::ActivationTypes(), rows + 8, rows + 8, Retain::kInputs);
     const std::pair<int64_t, double> cases[] = {
         {size({Retain::kProjections, 3}), 1}, {size(Retain::kProjections), 1},
         {size({Retain::kLean, 2}), 2},        {size(Retain::kLean), 2},

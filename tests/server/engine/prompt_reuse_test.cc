@@ -16,7 +16,7 @@ constexpr int64_t kPrompt = 40;
 EngineOptions Keeping(int64_t prompts) {
   EngineOptions options;
   options.prompt_state_bytes =
-      prompts * PromptState::SizeBytes(TinyEngineModel(), DType::kF32, kPrompt);
+      prompts * PromptState::SizeBytes(TinyEngineModel(), ops::ActivationTypes(), kPrompt);
   return options;
 }
 
