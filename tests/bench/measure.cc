@@ -64,6 +64,7 @@ void Print(const Options& options, const Result& result) {
     line["peer"] = result.peer;
     line["peer_seconds"] = result.peer_seconds;
   }
+  for (const auto& [name, count] : result.counts) line["counts"][name] = count;
   for (const auto& [phase, seconds] : result.phases) line["phases"][phase] = seconds;
   std::cout << line.dump() << std::endl;
 }

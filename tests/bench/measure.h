@@ -37,6 +37,7 @@ struct Result {
   std::string pass;  // which part of the work, e.g. forward or backward; empty = all of it
   // Seconds by phase, printed after everything else; empty = none.
   std::vector<std::pair<std::string, double>> phases;
+  std::vector<std::pair<std::string, int64_t>> counts;  // tokens, bytes; empty = none
 };
 void Print(const Options& options, const Result& result);
 

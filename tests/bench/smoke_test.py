@@ -24,7 +24,7 @@ class CoppiceBench(unittest.TestCase):
         lines = self.lines_of(bench, *TINY, *arguments)
         self.assertEqual([line["shape"].get("pass") for line in lines], passes)
         for line in lines:
-            self.assertEqual(list(line), KEYS)
+            self.assertEqual([key for key in line if key != "counts"], KEYS)
             self.assertEqual(line["bench"], bench)
             self.assertEqual(line["shape"]["prompt"], 40)
             self.assertGreater(line["seconds"], 0)
@@ -42,6 +42,13 @@ class CoppiceBench(unittest.TestCase):
     def test_train_step_in_both_modes(self):
         self.check("train_step", ["forward_backward", "adamw"])
         self.check("train_step", ["forward_backward", "adamw"], "--mode", "flat")
+
+    def test_train_step_counts_what_it_runs(self):
+        for mode, tokens, prompt_tokens in (("shared", 44, 40), ("flat", 84, 80), ("kept", 4, 0)):
+            counts = self.lines_of("train_step", *TINY, "--mode", mode)[0]["counts"]
+            self.assertEqual((counts["tokens_run"], counts["prompt_tokens_run"]), (tokens, prompt_tokens), mode)
+            self.assertEqual(counts["recompute"], 0)
+            self.assertGreater(counts["activation_bytes"], 0)
 
     def test_train_step_by_phases(self):
         line = self.lines_of("train_step", *TINY, "--phases=1")[0]

@@ -1,11 +1,12 @@
 // train_step: forward, loss and backward over one prompt with its responses, then AdamW. With
-// --mode=kept from what a prefill has kept of the prompt, which then is not run forward. Bounds:
+// --mode=kept from what a prefill has kept of the prompt, which then is not run forward; with
+// --mode=flat every sample apart. `counts` says what ran and the most memory in use. Bounds:
 // the library's own time for the GEMMs of forward and backward over the rows that the mode runs;
 // the bytes of the update at the measured bandwidth of memory.
 #include <algorithm>
 #include <cmath>
-#include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/base/clock.h"
@@ -23,25 +24,35 @@ namespace {
 
 const SteadyClock kClock;
 
+// One group; flat: each sample is a group of its own.
 ForwardBackwardRequest MakeRequest(const Options& options, const BenchModel& bench) {
-  TrainGroup group;
-  group.prompt = bench.RandomTokens(options.prompt, options.seed);
+  ForwardBackwardRequest request;
   for (int64_t i = 0; i < options.group; ++i) {
     TrainSample sample;
     sample.tokens = bench.RandomTokens(options.response, options.seed + 1 + i);
     sample.advantages = {i % 2 == 0 ? 1.0f : -0.5f};
-    group.samples.push_back(std::move(sample));
+    if (i == 0 || options.mode == Mode::kFlat) {
+      request.groups.emplace_back();
+      request.groups.back().prompt = bench.RandomTokens(options.prompt, options.seed);
+    }
+    request.groups.back().samples.push_back(std::move(sample));
   }
-  ForwardBackwardRequest request;
-  request.groups = {std::move(group)};
   request.return_logprobs = false;
   return request;
+}
+
+// Shared: the whole group in one pass. Flat: as many sequences as a pass of usual size holds, at
+// least one, so that what shared keeps of activations flat need not recompute.
+int64_t RowsOfAPass(const Options& options) {
+  constexpr int64_t kFlatRows = 16384;
+  const int64_t sequence = options.prompt + options.response;
+  return options.mode == Mode::kFlat ? std::max(sequence, kFlatRows) : options.group * sequence;
 }
 
 absl::StatusOr<std::unique_ptr<Trainer>> MakeTrainer(const Options& options, BenchModel& bench) {
   Trainer::Options trainer_options;
   trainer_options.share_prefixes = options.mode != Mode::kFlat;
-  trainer_options.max_rows = options.group * (options.prompt + options.response);  // one pass
+  trainer_options.max_rows = RowsOfAPass(options);
   return Trainer::Create(trainer_options, bench.model(), bench.decoder(), kClock);
 }
 
@@ -115,6 +126,25 @@ absl::Status AddPhases(ops::ProfiledOps& profiled, const Stage& forward_backward
   return absl::OkStatus();
 }
 
+// What a step ran and held.
+std::vector<std::pair<std::string, int64_t>> Counts(const Options& options,
+                                                    const ForwardBackwardResult& done,
+                                                    const ops::DeviceInfo& device) {
+  const int64_t prompts = options.mode == Mode::kFlat ? options.group : 1;
+  const auto metric = [&](const char* name) { return static_cast<int64_t>(done.metrics.at(name)); };
+  std::vector<std::pair<std::string, int64_t>> counts = {
+      {"tokens_run", done.tokens.unique - done.tokens.prompt_forward_skipped},
+      {"prompt_tokens_run", prompts * options.prompt - done.tokens.prompt_forward_skipped},
+      {"passes", metric("passes")},
+      {"recompute", metric("recompute")},
+      {"activation_bytes", metric("activation_bytes")}};
+  // Buffers only grow: what the device lacks now is the most that it lacked.
+  if (device.kind == DeviceKind::kCuda) {
+    counts.emplace_back("peak_bytes", device.total_bytes - device.free_bytes);
+  }
+  return counts;
+}
+
 }  // namespace
 
 absl::Status RunTrainStep(const Options& options) {
@@ -125,12 +155,9 @@ absl::Status RunTrainStep(const Options& options) {
   ForwardBackwardRequest request = MakeRequest(options, *bench);
   ASSIGN_OR_RETURN(std::shared_ptr<KeptPrompt> kept, KeepIfAsked(options, *bench, request));
   const AdamConfig adam{.learning_rate = 1e-6f};
-  std::map<std::string, double> metrics;
-  double skipped = 0;
+  ForwardBackwardResult done;
   const Stage forward_backward = [&]() -> absl::Status {
-    ASSIGN_OR_RETURN(const ForwardBackwardResult done, trainer->ForwardBackward(request));
-    metrics = done.metrics;
-    skipped = static_cast<double>(done.tokens.prompt_forward_skipped);
+    ASSIGN_OR_RETURN(done, trainer->ForwardBackward(request));
     return absl::OkStatus();
   };
   const Stage update = [&]() -> absl::Status {
@@ -146,10 +173,8 @@ absl::Status RunTrainStep(const Options& options) {
       .bench = "train_step", .seconds = seconds[0], .device = device, .pass = "forward_backward"};
   if (options.phases) {
     RETURN_IF_ERROR(AddPhases(*bench->profiled_ops(), forward_backward, gradients));
-    gradients.phases.emplace_back("activation_bytes", metrics["activation_bytes"]);
-    gradients.phases.emplace_back("recompute", metrics["recompute"]);
-    gradients.phases.emplace_back("prompt_forward_skipped", skipped);
   }
+  gradients.counts = Counts(options, done, bench->ops().Info());
   trainer.reset();  // bounds need its memory
   request.groups[0].kept_prompt.reset();
   kept.reset();
