@@ -35,11 +35,11 @@ constexpr Spec kSpecs[] = {
      [](const ModelConfig& c) { return c.q_dim(); }},
     {&LayerActivations::lse, Half::kAttention, Retain::kLean,
      [](const ModelConfig& c) { return c.q_heads; }, Kind::kF32},
-    {&LayerActivations::mid, Half::kMlp, Retain::kLean,
+    {&LayerActivations::mid, Half::kMlp, Retain::kProjections,
      [](const ModelConfig& c) { return c.hidden; }, Kind::kResidual},
     {&LayerActivations::mlp_in, Half::kMlp, Retain::kAll,
      [](const ModelConfig& c) { return c.hidden; }},
-    {&LayerActivations::mlp_rstd, Half::kMlp, Retain::kLean,
+    {&LayerActivations::mlp_rstd, Half::kMlp, Retain::kProjections,
      [](const ModelConfig&) { return int64_t{1}; }, Kind::kF32},
     {&LayerActivations::gate_up, Half::kMlp, Retain::kProjections,
      [](const ModelConfig& c) { return 2 * c.ffn; }},
@@ -81,7 +81,7 @@ class Layout {
       if (spec.half == Half::kMlp) tail.*spec.field = Take(spec, rows);
     }
     tail.mlp_act = mlp_act_.Rows(0, rows);
-    tail.output = arena_.Matrix(types_.residual, rows, config_.hidden);
+    tail.output = tail.input;  // which nobody reads after mid
   }
 
  private:

@@ -6,7 +6,7 @@
 // and is recomputed layer by layer:
 //   kAll          everything but the SwiGLU output, which its backward gives again
 //   kProjections  not the norms, nor q and k after theirs (elementwise, cheap to recompute)
-//   kLean         not gate and up either: one product more
+//   kLean         nothing of the second half: two products more
 //   kInputs       only the layer's input: one more forward pass of compute for the least memory
 //   kPrompt       nothing: what backward starts from lies in a PromptState (UsePrompt)
 //   kNothing      scoring: no backward follows

@@ -156,21 +156,19 @@ absl::Status Rematerialize(const Decoder& decoder, const LayerParameters& params
   if (retain == Retain::kAll) return absl::OkStatus();
   if (retain == Retain::kInputs) {
     RETURN_IF_ERROR(decoder.AttentionForward(params, plan, context, acts));
-    return decoder.MlpHiddenForward(params, acts);
+    return decoder.GateUpForward(params, acts);
   }
   if (retain == Retain::kPrompt) {
     RETURN_IF_ERROR(decoder.QkvForward(params, plan, {}, acts));
-    return decoder.MlpHiddenForward(params, acts);
+    return decoder.GateUpForward(params, acts);
   }
   const float eps = decoder.config().rms_eps;
   ops::Ops& ops = decoder.ops();
   RETURN_IF_ERROR(
       ops.RmsNorm({.x = acts.input, .weight = params.attn_norm, .eps = eps, .out = acts.attn_in}));
   if (decoder.config().qk_norm) RETURN_IF_ERROR(decoder.RotateForward(params, plan, {}, acts));
-  RETURN_IF_ERROR(
-      ops.RmsNorm({.x = acts.mid, .weight = params.mlp_norm, .eps = eps, .out = acts.mlp_in}));
-  if (retain == Retain::kProjections) return absl::OkStatus();
-  return ops.MatMul({.a = acts.mlp_in, .b = params.gate_up, .trans_b = true, .c = acts.gate_up});
+  if (retain == Retain::kLean) return decoder.GateUpForward(params, acts);
+  return ops.RmsNorm({.x = acts.mid, .weight = params.mlp_norm, .eps = eps, .out = acts.mlp_in});
 }
 
 // Norms, biases and the embedding are always added to: before the first pass they must be zero.

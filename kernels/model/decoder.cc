@@ -119,27 +119,38 @@ absl::Status Decoder::AttentionForward(const LayerParameters& params, const ops:
                               .lse = acts.lse});
 }
 
-absl::Status Decoder::MlpHiddenForward(const LayerParameters& params,
-                                       const LayerActivations& acts) const {
-  RETURN_IF_ERROR(ops_->MatMul({.a = acts.attn_out,
-                                .b = params.o,
-                                .trans_b = true,
-                                .addend = acts.input,
-                                .c = acts.mid,
-                                .b_is_parameter = true}));
-  return ops_->NormSwiGlu({.norm = {.x = acts.mid,
-                                    .weight = params.mlp_norm,
-                                    .eps = config_.rms_eps,
-                                    .out = acts.mlp_in,
-                                    .rstd = acts.mlp_rstd},
-                           .b = params.gate_up,
-                           .gate_up = acts.gate_up,
-                           .out = acts.mlp_act});
+absl::Status Decoder::MidForward(const LayerParameters& params,
+                                 const LayerActivations& acts) const {
+  return ops_->MatMul({.a = acts.attn_out,
+                       .b = params.o,
+                       .trans_b = true,
+                       .addend = acts.input,
+                       .c = acts.mid,
+                       .b_is_parameter = true});
+}
+
+ops::RmsNormParams Decoder::MlpNorm(const LayerParameters& params,
+                                    const LayerActivations& acts) const {
+  return {.x = acts.mid,
+          .weight = params.mlp_norm,
+          .eps = config_.rms_eps,
+          .out = acts.mlp_in,
+          .rstd = acts.mlp_rstd};
+}
+
+absl::Status Decoder::GateUpForward(const LayerParameters& params,
+                                    const LayerActivations& acts) const {
+  RETURN_IF_ERROR(MidForward(params, acts));
+  return ops_->NormMatMul({.norm = MlpNorm(params, acts), .b = params.gate_up, .c = acts.gate_up});
 }
 
 absl::Status Decoder::MlpForward(const LayerParameters& params,
                                  const LayerActivations& acts) const {
-  RETURN_IF_ERROR(MlpHiddenForward(params, acts));
+  RETURN_IF_ERROR(MidForward(params, acts));
+  RETURN_IF_ERROR(ops_->NormSwiGlu({.norm = MlpNorm(params, acts),
+                                    .b = params.gate_up,
+                                    .gate_up = acts.gate_up,
+                                    .out = acts.mlp_act}));
   return ops_->MatMul({.a = acts.mlp_act,
                        .b = params.down,
                        .trans_b = true,

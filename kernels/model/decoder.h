@@ -89,8 +89,8 @@ class Decoder {
                              const ops::PagedKv& kv, const LayerActivations& acts) const;
   // Second half, from input and attn_out on; any subset of the rows.
   absl::Status MlpForward(const LayerParameters& params, const LayerActivations& acts) const;
-  // The second half up to mlp_act: all that backward needs of it.
-  absl::Status MlpHiddenForward(const LayerParameters& params, const LayerActivations& acts) const;
+  // The second half up to gate_up: all that backward needs of it.
+  absl::Status GateUpForward(const LayerParameters& params, const LayerActivations& acts) const;
 
   // Embedding, all layers, final norm of the plan's logit_rows -> hidden [head_rows, hidden] f,
   // inside `workspace`. REQUIRES: workspace.size_bytes() >= WorkspaceBytes(rows, head_rows).
@@ -104,6 +104,10 @@ class Decoder {
 
  private:
   Decoder(const ModelConfig& config, ops::Ops& ops) : config_(config), ops_(&ops) {}
+
+  // mid = input + attn_out Wo
+  absl::Status MidForward(const LayerParameters& params, const LayerActivations& acts) const;
+  ops::RmsNormParams MlpNorm(const LayerParameters& params, const LayerActivations& acts) const;
 
   ModelConfig config_;
   ops::Ops* ops_;
