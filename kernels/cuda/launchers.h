@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/vocab_matmul.h"
 #include "kernels/ops/params.h"
 
 namespace coppice::cuda {
@@ -69,8 +70,11 @@ struct HeadChunk {
       nullptr;  // [rows + 1]; values index `targets` and what goes with it
   const int32_t* targets = nullptr;
 };
-cudaError_t LaunchHeadStats(const HeadChunk& chunk, float* logprobs, float* entropy, float* lse,
-                            cudaStream_t stream);
+struct HeadStats {
+  float* logprobs = nullptr;                 // per target
+  float *entropy = nullptr, *lse = nullptr;  // [rows]
+};
+cudaError_t LaunchHeadStats(const HeadChunk& chunk, const HeadStats& out, cudaStream_t stream);
 // Replaces each row of logits by its gradient in bf16, in the first half of the row: [rows, vocab]
 // with 2 * ld elements a row. target_logits: scratch, one float per target.
 struct HeadGradientArgs {
@@ -81,6 +85,12 @@ struct HeadGradientArgs {
 };
 cudaError_t LaunchHeadGradient(const HeadChunk& chunk, const HeadGradientArgs& args,
                                cudaStream_t stream);
+// Around vocab_matmul.h: statistics of tiles to those of rows, with z of the targets in
+// out.logprobs before; what LaunchVocabGradient needs of each row (target_logits is not used).
+cudaError_t LaunchFoldVocabStats(const VocabMatMulArgs& args, const VocabPartials& partials,
+                                 const HeadStats& out, cudaStream_t stream);
+cudaError_t LaunchVocabRowGradients(const VocabMatMulArgs& args, const HeadGradientArgs& gradient,
+                                    VocabRowGradient* rows, cudaStream_t stream);
 
 // sampling.cu
 struct SampleOutput {

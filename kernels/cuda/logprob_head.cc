@@ -1,21 +1,25 @@
-// The language-model head with log-probs, a chunk of rows at a time, so that the logits (f32) of a
-// chunk fit kLogitBytes of scratch. Forward: GEMM, one pass of statistics. Backward: the GEMM
-// again, the gradient in place in bf16, two GEMMs.
+// The language-model head with log-probs, a chunk of rows at a time, so that what is kept of a
+// chunk fits kChunkBytes of scratch. On sm_90 the product folds its logits while they are in
+// registers (vocab_matmul.h): forward keeps the statistics of its tiles, backward the gradient in
+// bf16. Elsewhere, and where shapes do not suit: a GEMM leaves f32 logits, one pass takes their
+// statistics, or puts the gradient in their place. Backward ends with two GEMMs either way.
 #include <algorithm>
-#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/cuda/context.h"
 #include "kernels/cuda/families.h"
 #include "kernels/cuda/launchers.h"
+#include "kernels/cuda/vocab_matmul.h"
 #include "kernels/ops/shape_check.h"
 
 namespace coppice::cuda {
 namespace {
 
-constexpr int64_t kLogitBytes = int64_t{2560} << 20;
-constexpr int64_t kMaxRows = 4096;
+constexpr int64_t kChunkBytes = int64_t{2560} << 20;
+// Rows of a chunk at most, by what is kept of them.
+constexpr int64_t kMaxLogitRows = 4096, kMaxGradientRows = 8192, kMaxStatsRows = 32768;
+constexpr int64_t kRowAlignment = 256;  // of chunks: whole tiles of the product
 
 absl::Status CheckTargets(absl::string_view op, const TensorView& indptr, const TensorView& targets,
                           int64_t head_rows, int64_t vocab) {
@@ -27,47 +31,82 @@ absl::Status CheckTargets(absl::string_view op, const TensorView& indptr, const 
   }
   check.That(begin[head_rows] == targets.dim(0), "target_indptr",
              absl::StrCat(targets.dim(0), " at its end"), begin[head_rows]);
-  for (int64_t t = 0; t < targets.dim(0); ++t) {
-    const int32_t id = targets.i32()[t];
-    check.That(id >= 0 && id < vocab, "targets", absl::StrCat("an id in [0, ", vocab, ")"), id);
-  }
+  const int32_t *ids = targets.i32(), *end = ids + targets.dim(0);
+  const int32_t* bad = std::find_if(ids, end, [&](int32_t id) { return id < 0 || id >= vocab; });
+  if (bad != end) check.That(false, "targets", absl::StrCat("an id in [0, ", vocab, ")"), *bad);
   return check.status();
 }
 
-// Scratch of one call. Host arrays travel in `floats` and `ints`; per-row and per-target outputs
-// come back.
+bool IsWide(const TensorView& t) {
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.dim(1) > 0 && t.dim(1) % 8 == 0 &&
+         t.stride[0] % 8 == 0;
+}
+// Whether the product that folds its logits takes these.
+bool Folds(const Context& context, const TensorView& hidden, const TensorView& weight) {
+  constexpr int64_t kMaxVocab = int64_t{1} << 30;
+  return context.compute_capability() == 90 && IsWide(hidden) && IsWide(weight) &&
+         weight.dim(0) < kMaxVocab;
+}
+
+// What one call works on, and what it keeps of a row of a chunk.
+struct Sizes {
+  int64_t rows, targets, vocab;
+  int64_t row_bytes, max_rows;
+
+  int64_t chunk_rows() const {
+    int64_t fitting = std::min(kChunkBytes / row_bytes, max_rows);
+    if (fitting > kRowAlignment) fitting -= fitting % kRowAlignment;
+    return std::clamp<int64_t>(rows, 1, std::max<int64_t>(fitting, 1));
+  }
+};
+int64_t RowElements(int64_t vocab) { return (vocab + 7) / 8 * 8; }
+Sizes SizesOf(const ops::LogProbHeadParams& p, bool folds) {
+  const int64_t vocab = p.weight.dim(0);
+  return {.rows = p.hidden.dim(0),
+          .targets = p.targets.dim(0),
+          .vocab = vocab,
+          .row_bytes = folds ? NumVocabTiles(vocab) * 12 : RowElements(vocab) * 4,
+          .max_rows = folds ? kMaxStatsRows : kMaxLogitRows};
+}
+Sizes SizesOf(const ops::LogProbHeadBackwardParams& p, bool folds) {
+  const int64_t vocab = p.weight.dim(0);
+  return {.rows = p.hidden.dim(0),
+          .targets = p.targets.dim(0),
+          .vocab = vocab,
+          .row_bytes = RowElements(vocab) * (folds ? 2 : 4),
+          .max_rows = folds ? kMaxGradientRows : kMaxLogitRows};
+}
+
+// Scratch of one call: what is kept of a chunk, then device copies of arrays in host memory.
 struct Memory {
-  float* logits = nullptr;  // [chunk_rows, ld]
+  char* chunk = nullptr;
   int32_t* indptr = nullptr;
   int32_t* targets = nullptr;
   float *logprobs = nullptr, *entropy = nullptr, *lse = nullptr, *d_entropy = nullptr;
   float* target_logits = nullptr;
-  int64_t chunk_rows = 0, ld = 0;
+  VocabRowGradient* row_gradients = nullptr;  // of a chunk
 };
 
-Memory LayOut(int64_t head_rows, int64_t num_targets, int64_t vocab, ScratchCursor& cursor) {
+Memory LayOut(const Sizes& sizes, ScratchCursor& cursor) {
   Memory m;
-  m.ld = (vocab + 7) / 8 * 8;
-  m.chunk_rows = std::clamp<int64_t>(kLogitBytes / (m.ld * 4), 1,
-                                     std::min(kMaxRows, std::max<int64_t>(head_rows, 1)));
-  m.logits = cursor.Take<float>(m.chunk_rows * m.ld);
-  m.indptr = cursor.Take<int32_t>(head_rows + 1);
-  m.targets = cursor.Take<int32_t>(num_targets);
-  m.logprobs = cursor.Take<float>(num_targets);
-  m.entropy = cursor.Take<float>(head_rows);
-  m.lse = cursor.Take<float>(head_rows);
-  m.d_entropy = cursor.Take<float>(head_rows);
-  m.target_logits = cursor.Take<float>(num_targets);
+  m.chunk = cursor.Take<char>(sizes.chunk_rows() * sizes.row_bytes);
+  m.indptr = cursor.Take<int32_t>(sizes.rows + 1);
+  m.targets = cursor.Take<int32_t>(sizes.targets);
+  m.logprobs = cursor.Take<float>(sizes.targets);
+  m.entropy = cursor.Take<float>(sizes.rows);
+  m.lse = cursor.Take<float>(sizes.rows);
+  m.d_entropy = cursor.Take<float>(sizes.rows);
+  m.target_logits = cursor.Take<float>(sizes.targets);
+  m.row_gradients = cursor.Take<VocabRowGradient>(sizes.chunk_rows());
   return m;
 }
 
-absl::StatusOr<Memory> Prepare(Context& context, int64_t head_rows, int64_t num_targets,
-                               int64_t vocab) {
+absl::StatusOr<Memory> Prepare(Context& context, const Sizes& sizes) {
   ScratchCursor counter(nullptr);
-  LayOut(head_rows, num_targets, vocab, counter);
+  LayOut(sizes, counter);
   ASSIGN_OR_RETURN(char* base, context.Scratch(counter.size_bytes()));
   ScratchCursor cursor(base);
-  return LayOut(head_rows, num_targets, vocab, cursor);
+  return LayOut(sizes, cursor);
 }
 
 template <typename T>
@@ -85,26 +124,94 @@ absl::Status ToHost(Context& context, const T* device, const TensorView& host) {
                        "head download");
 }
 
-// Calls fn(chunk, first row) with the chunk's logits in place.
-template <typename Fn>
-absl::Status ForChunks(Context& context, const TensorView& hidden, const TensorView& weight,
-                       float temperature, const Memory& memory, const Fn& fn) {
-  const int64_t head_rows = hidden.dim(0), vocab = weight.dim(0);
-  for (int64_t row = 0; row < head_rows; row += memory.chunk_rows) {
-    const HeadChunk chunk = {.logits = memory.logits,
-                             .rows = std::min(memory.chunk_rows, head_rows - row),
-                             .vocab = vocab,
-                             .ld = memory.ld,
-                             .scale = 1.0f / temperature,
-                             .target_indptr = memory.indptr + row,
-                             .targets = memory.targets};
-    TensorView logits = View2D(chunk.logits, DType::kF32, chunk.rows, memory.ld).Cols(0, vocab);
-    RETURN_IF_ERROR(MatMul(
-        context,
-        {.a = hidden.Rows(row, row + chunk.rows), .b = weight, .trans_b = true, .c = logits}));
-    RETURN_IF_ERROR(fn(chunk, row));
+// Rows of one chunk: [first, first + hidden.dim(0)) of the call's.
+struct Rows {
+  TensorView hidden, weight;
+  int64_t first;
+  float scale;
+};
+
+// Calls fn(rows) chunk by chunk. `p`: the parameters of either pass.
+template <class Params, typename Fn>
+absl::Status ForChunks(const Params& p, const Sizes& sizes, const Fn& fn) {
+  for (int64_t row = 0; row < sizes.rows; row += sizes.chunk_rows()) {
+    const int64_t end = std::min(sizes.rows, row + sizes.chunk_rows());
+    RETURN_IF_ERROR(fn(Rows{p.hidden.Rows(row, end), p.weight, row, 1.0f / p.temperature}));
   }
   return absl::OkStatus();
+}
+
+VocabMatMulArgs ArgsOf(const Rows& rows, const Memory& memory) {
+  return {.hidden = rows.hidden.data,
+          .hidden_stride = rows.hidden.stride[0],
+          .weight = rows.weight.data,
+          .weight_stride = rows.weight.stride[0],
+          .rows = rows.hidden.dim(0),
+          .vocab = rows.weight.dim(0),
+          .k = rows.hidden.dim(1),
+          .scale = rows.scale,
+          .target_indptr = memory.indptr + rows.first,
+          .targets = memory.targets};
+}
+
+// Logits of the rows, in f32.
+absl::StatusOr<HeadChunk> ComputeLogits(Context& context, const Rows& rows, const Memory& memory) {
+  const int64_t num_rows = rows.hidden.dim(0), vocab = rows.weight.dim(0);
+  const HeadChunk chunk = {.logits = reinterpret_cast<float*>(memory.chunk),
+                           .rows = num_rows,
+                           .vocab = vocab,
+                           .ld = RowElements(vocab),
+                           .scale = rows.scale,
+                           .target_indptr = memory.indptr + rows.first,
+                           .targets = memory.targets};
+  const TensorView logits = View2D(chunk.logits, DType::kF32, num_rows, chunk.ld).Cols(0, vocab);
+  RETURN_IF_ERROR(
+      MatMul(context, {.a = rows.hidden, .b = rows.weight, .trans_b = true, .c = logits}));
+  return chunk;
+}
+
+absl::Status Statistics(Context& context, const Rows& rows, const Memory& memory, bool folds) {
+  const HeadStats out = {.logprobs = memory.logprobs,
+                         .entropy = memory.entropy + rows.first,
+                         .lse = memory.lse + rows.first};
+  if (!folds) {
+    ASSIGN_OR_RETURN(const HeadChunk chunk, ComputeLogits(context, rows, memory));
+    return context.Check(LaunchHeadStats(chunk, out, context.stream()), "head statistics");
+  }
+  const VocabMatMulArgs args = ArgsOf(rows, memory);
+  const int64_t count = NumVocabTiles(args.vocab) * args.rows;
+  auto* values = reinterpret_cast<float*>(memory.chunk);
+  const VocabPartials partials = {values, values + count, values + 2 * count};
+  RETURN_IF_ERROR(context.Check(LaunchVocabStats(args, partials, memory.logprobs, context.stream()),
+                                "head product"));
+  return context.Check(LaunchFoldVocabStats(args, partials, out, context.stream()),
+                       "head statistics");
+}
+
+// The gradient of the rows' logits, in bf16.
+absl::StatusOr<TensorView> Gradient(Context& context, const Rows& rows, const Memory& memory,
+                                    bool has_d_entropy, bool folds) {
+  const HeadGradientArgs gradient = {
+      .lse = memory.lse + rows.first,
+      .entropy = memory.entropy + rows.first,
+      .d_logprobs = memory.logprobs,
+      .d_entropy = has_d_entropy ? memory.d_entropy + rows.first : nullptr,
+      .target_logits = memory.target_logits};
+  const int64_t num_rows = rows.hidden.dim(0), vocab = rows.weight.dim(0), ld = RowElements(vocab);
+  if (!folds) {
+    ASSIGN_OR_RETURN(const HeadChunk chunk, ComputeLogits(context, rows, memory));
+    RETURN_IF_ERROR(
+        context.Check(LaunchHeadGradient(chunk, gradient, context.stream()), "head gradient"));
+    return View2D(memory.chunk, DType::kBF16, num_rows, 2 * ld).Cols(0, vocab);
+  }
+  const VocabMatMulArgs args = ArgsOf(rows, memory);
+  RETURN_IF_ERROR(
+      context.Check(LaunchVocabRowGradients(args, gradient, memory.row_gradients, context.stream()),
+                    "head gradient"));
+  RETURN_IF_ERROR(context.Check(LaunchVocabGradient(args, memory.row_gradients, memory.logprobs,
+                                                    memory.chunk, context.stream()),
+                                "head product"));
+  return View2D(memory.chunk, DType::kBF16, num_rows, ld).Cols(0, vocab);
 }
 
 }  // namespace
@@ -126,15 +233,13 @@ absl::Status LogProbHead(Context& context, const ops::LogProbHeadParams& p) {
                       .status());
   RETURN_IF_ERROR(CheckTargets(kOp, p.target_indptr, p.targets, head_rows, vocab));
   if (head_rows == 0) return absl::OkStatus();
-  ASSIGN_OR_RETURN(const Memory memory, Prepare(context, head_rows, num_targets, vocab));
+  const bool folds = Folds(context, p.hidden, p.weight);
+  const Sizes sizes = SizesOf(p, folds);
+  ASSIGN_OR_RETURN(const Memory memory, Prepare(context, sizes));
   RETURN_IF_ERROR(ToDevice(context, p.target_indptr, memory.indptr));
   RETURN_IF_ERROR(ToDevice(context, p.targets, memory.targets));
   RETURN_IF_ERROR(ForChunks(
-      context, p.hidden, p.weight, p.temperature, memory, [&](const HeadChunk& chunk, int64_t row) {
-        return context.Check(LaunchHeadStats(chunk, memory.logprobs, memory.entropy + row,
-                                             memory.lse + row, context.stream()),
-                             kOp);
-      }));
+      p, sizes, [&](const Rows& rows) { return Statistics(context, rows, memory, folds); }));
   RETURN_IF_ERROR(ToHost(context, memory.logprobs, p.logprobs));
   RETURN_IF_ERROR(ToHost(context, memory.entropy, p.entropy));
   RETURN_IF_ERROR(ToHost(context, memory.lse, p.lse));
@@ -161,33 +266,28 @@ absl::Status LogProbHeadBackward(Context& context, const ops::LogProbHeadBackwar
                       .status());
   RETURN_IF_ERROR(CheckTargets(kOp, p.target_indptr, p.targets, head_rows, vocab));
   if (head_rows == 0) return absl::OkStatus();
-  ASSIGN_OR_RETURN(const Memory memory, Prepare(context, head_rows, num_targets, vocab));
+  const bool folds = Folds(context, p.hidden, p.weight);
+  const Sizes sizes = SizesOf(p, folds);
+  ASSIGN_OR_RETURN(const Memory memory, Prepare(context, sizes));
   RETURN_IF_ERROR(ToDevice(context, p.target_indptr, memory.indptr));
   RETURN_IF_ERROR(ToDevice(context, p.targets, memory.targets));
   RETURN_IF_ERROR(ToDevice(context, p.lse, memory.lse));
   RETURN_IF_ERROR(ToDevice(context, p.entropy, memory.entropy));
   RETURN_IF_ERROR(ToDevice(context, p.d_logprobs, memory.logprobs));
   if (p.d_entropy.present()) RETURN_IF_ERROR(ToDevice(context, p.d_entropy, memory.d_entropy));
-  return ForChunks(
-      context, p.hidden, p.weight, p.temperature, memory, [&](const HeadChunk& chunk, int64_t row) {
-        const HeadGradientArgs gradient = {
-            .lse = memory.lse + row,
-            .entropy = memory.entropy + row,
-            .d_logprobs = memory.logprobs,
-            .d_entropy = p.d_entropy.present() ? memory.d_entropy + row : nullptr,
-            .target_logits = memory.target_logits};
-        RETURN_IF_ERROR(context.Check(LaunchHeadGradient(chunk, gradient, context.stream()), kOp));
-        const TensorView d_logits =
-            View2D(chunk.logits, DType::kBF16, chunk.rows, 2 * chunk.ld).Cols(0, vocab);
-        RETURN_IF_ERROR(MatMul(
-            context, {.a = d_logits, .b = p.weight, .c = p.d_hidden.Rows(row, row + chunk.rows)}));
-        return MatMul(context,
-                      {.a = d_logits,
-                       .b = p.hidden.Rows(row, row + chunk.rows),
-                       .trans_a = true,
-                       .addend = row > 0 || p.accumulate_d_weight ? p.d_weight : TensorView{},
-                       .c = p.d_weight});
-      });
+  return ForChunks(p, sizes, [&](const Rows& rows) -> absl::Status {
+    ASSIGN_OR_RETURN(const TensorView d_logits,
+                     Gradient(context, rows, memory, p.d_entropy.present(), folds));
+    const int64_t end = rows.first + rows.hidden.dim(0);
+    RETURN_IF_ERROR(
+        MatMul(context, {.a = d_logits, .b = p.weight, .c = p.d_hidden.Rows(rows.first, end)}));
+    const bool add = rows.first > 0 || p.accumulate_d_weight;
+    return MatMul(context, {.a = d_logits,
+                            .b = rows.hidden,
+                            .trans_a = true,
+                            .addend = add ? p.d_weight : TensorView{},
+                            .c = p.d_weight});
+  });
 }
 
 }  // namespace coppice::cuda

@@ -1,9 +1,11 @@
-// Softmax over the vocabulary for a chunk of rows whose logits (f32, before the temperature) a GEMM
-// has left in memory. One block per row. With z = logits * scale:
-//   lse = log sum exp z, entropy = lse - sum p z, logprob[t] = z[target t] - lse      (one online
-//   pass; 4 bytes an element) dL/dlogit_j = scale (sum_t c_t (1[j = target t] - p_j) - e p_j (log
-//   p_j + entropy))   (4 bytes in, 2 out)
-// Both bound by memory bandwidth, or by L2 where the chunk stays there.
+// Softmax over the vocabulary. With z = logits * scale:
+//   lse = log sum exp z, entropy = lse - sum p z, logprob[t] = z[target t] - lse
+//   dL/dlogit_j = scale (sum_t c_t (1[j = target t] - p_j) - e p_j (log p_j + entropy))
+// Beside LaunchVocabStats and LaunchVocabGradient, which hold the logits in registers: statistics
+// of tiles to those of rows (12 bytes a row and tile), and what a row's gradient needs. For a chunk
+// of rows whose logits (f32, before the temperature) a GEMM has left in memory: one online pass (4
+// bytes an element) and the gradient (4 bytes in, 2 out), a block per row. All bound by memory
+// bandwidth, or by L2 where the chunk stays there.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launchers.h"
 
@@ -11,6 +13,7 @@ namespace coppice::cuda {
 namespace {
 
 constexpr int kThreads = 512;
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // sum = sum exp(z - max), weighted = sum exp(z - max) (z - max).
 struct Stats {
@@ -46,6 +49,30 @@ struct Stats {
   }
 };
 
+// In shared memory.
+template <int N>
+struct StatsArray {
+  float max[N], sum[N], weighted[N];
+
+  __device__ void Set(int i, const Stats& s) {
+    max[i] = s.max;
+    sum[i] = s.sum;
+    weighted[i] = s.weighted;
+  }
+  // All of first, first + step, ... in this order.
+  __device__ Stats MergeFrom(int first, int step) const {
+    Stats all;
+    for (int i = first; i < N; i += step) {
+      Stats other;
+      other.max = max[i];
+      other.sum = sum[i];
+      other.weighted = weighted[i];
+      all.Merge(other);
+    }
+    return all;
+  }
+};
+
 __device__ inline Stats WarpMerge(Stats s) {
   for (int d = 16; d > 0; d /= 2) {
     Stats other;
@@ -59,27 +86,71 @@ __device__ inline Stats WarpMerge(Stats s) {
 
 // Statistics of the block, for every thread.
 __device__ inline Stats BlockMerge(Stats s) {
-  __shared__ float shared[3][kThreads / 32];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  __shared__ StatsArray<kThreads / 32> warps;
   s = WarpMerge(s);
-  if (lane == 0) {
-    shared[0][warp] = s.max;
-    shared[1][warp] = s.sum;
-    shared[2][warp] = s.weighted;
-  }
+  if (threadIdx.x % 32 == 0) warps.Set(threadIdx.x / 32, s);
   __syncthreads();
-  Stats all;
-  for (int w = 0; w < kThreads / 32; ++w) {
-    Stats other;
-    other.max = shared[0][w];
-    other.sum = shared[1][w];
-    other.weighted = shared[2][w];
-    all.Merge(other);
-  }
-  return all;
+  return warps.MergeFrom(0, 1);
 }
 
-__global__ void HeadStatsKernel(HeadChunk chunk, float* logprobs, float* entropy, float* lse) {
+// Writes what is known of a row; returns its lse.
+__device__ inline float StoreRow(const Stats& stats, const HeadStats& out, int64_t row) {
+  const float log_sum = logf(stats.sum), lse = stats.max + log_sum;
+  out.lse[row] = lse;
+  out.entropy[row] = log_sum - stats.weighted / stats.sum;
+  return lse;
+}
+
+constexpr int kFoldRows = 32, kFoldParts = 8;
+
+// A block folds kFoldRows rows, a warp a run of tiles of all of them; then the warps' parts, in
+// order.
+__global__ void __launch_bounds__(kFoldRows* kFoldParts)
+    FoldVocabStatsKernel(VocabMatMulArgs args, VocabPartials partials, HeadStats out) {
+  __shared__ StatsArray<kFoldParts * kFoldRows> parts;
+  __shared__ float row_lse[kFoldRows];
+  const int lane = threadIdx.x % kFoldRows, part = threadIdx.x / kFoldRows;
+  const int64_t row = int64_t{blockIdx.x} * kFoldRows + lane,
+                tiles = CeilDiv(args.vocab, kVocabTile);
+  if (row < args.rows) {
+    Stats stats;
+#pragma unroll 4
+    for (int64_t i = tiles * part / kFoldParts; i < tiles * (part + 1) / kFoldParts; ++i) {
+      Stats tile;
+      tile.max = partials.max[i * args.rows + row];
+      tile.sum = partials.sum[i * args.rows + row];
+      tile.weighted = partials.weighted[i * args.rows + row];
+      stats.Merge(tile);
+    }
+    parts.Set(threadIdx.x, stats);
+  }
+  __syncthreads();
+  if (part == 0 && row < args.rows) {
+    row_lse[lane] = StoreRow(parts.MergeFrom(lane, kFoldRows), out, row);
+  }
+  __syncthreads();
+  if (row >= args.rows) return;
+  const int32_t end = args.target_indptr[row + 1];
+  for (int32_t t = args.target_indptr[row] + part; t < end; t += kFoldParts) {
+    out.logprobs[t] -= row_lse[lane];
+  }
+}
+
+__global__ void VocabRowGradientsKernel(VocabMatMulArgs args, HeadGradientArgs a,
+                                        VocabRowGradient* rows) {
+  const int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (row >= args.rows) return;
+  float coefficient = 0;
+  for (int32_t t = args.target_indptr[row]; t < args.target_indptr[row + 1]; ++t) {
+    coefficient += a.d_logprobs[t];
+  }
+  const float d_entropy = a.d_entropy == nullptr ? 0 : a.d_entropy[row];
+  rows[row] = {.lse_log2 = a.lse[row] * kLog2e,
+               .level = args.scale * (coefficient + d_entropy * a.entropy[row]),
+               .slope = args.scale * d_entropy * kLn2};
+}
+
+__global__ void HeadStatsKernel(HeadChunk chunk, HeadStats out) {
   const int64_t row = blockIdx.x;
   const float* logits = chunk.logits + row * chunk.ld;
   Stats stats;
@@ -98,14 +169,11 @@ __global__ void HeadStatsKernel(HeadChunk chunk, float* logprobs, float* entropy
     stats.Add(z);
   }
   stats = BlockMerge(stats);
-  const float log_sum = logf(stats.sum), row_lse = stats.max + log_sum;
-  if (threadIdx.x == 0) {
-    lse[row] = row_lse;
-    entropy[row] = log_sum - stats.weighted / stats.sum;
-  }
+  const float lse = stats.max + logf(stats.sum);
+  if (threadIdx.x == 0) StoreRow(stats, out, row);
   for (int32_t t = chunk.target_indptr[row] + threadIdx.x; t < chunk.target_indptr[row + 1];
        t += kThreads) {
-    logprobs[t] = logits[chunk.targets[t]] * chunk.scale - row_lse;
+    out.logprobs[t] = logits[chunk.targets[t]] * chunk.scale - lse;
   }
 }
 
@@ -166,11 +234,24 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t LaunchHeadStats(const HeadChunk& chunk, float* logprobs, float* entropy, float* lse,
-                            cudaStream_t stream) {
+cudaError_t LaunchFoldVocabStats(const VocabMatMulArgs& args, const VocabPartials& partials,
+                                 const HeadStats& out, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(CeilDiv(args.rows, kFoldRows));
+  FoldVocabStatsKernel<<<blocks, kFoldRows * kFoldParts, 0, stream>>>(args, partials, out);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchVocabRowGradients(const VocabMatMulArgs& args, const HeadGradientArgs& gradient,
+                                    VocabRowGradient* rows, cudaStream_t stream) {
+  constexpr int kBlock = 128;
+  const auto blocks = static_cast<unsigned>(CeilDiv(args.rows, kBlock));
+  VocabRowGradientsKernel<<<blocks, kBlock, 0, stream>>>(args, gradient, rows);
+  return cudaGetLastError();
+}
+
+cudaError_t LaunchHeadStats(const HeadChunk& chunk, const HeadStats& out, cudaStream_t stream) {
   if (chunk.rows == 0) return cudaSuccess;
-  HeadStatsKernel<<<static_cast<unsigned>(chunk.rows), kThreads, 0, stream>>>(chunk, logprobs,
-                                                                              entropy, lse);
+  HeadStatsKernel<<<static_cast<unsigned>(chunk.rows), kThreads, 0, stream>>>(chunk, out);
   return cudaGetLastError();
 }
 

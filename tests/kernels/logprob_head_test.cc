@@ -17,14 +17,14 @@ TensorView Ints(std::vector<int32_t>& v) {
   return View1D(v.data(), DType::kI32, static_cast<int64_t>(v.size()));
 }
 
-// Rows with no, one and several targets.
+// Rows with no, one and several targets. Whole 16-byte pieces of bf16 stay whole in their rows.
 struct HeadProblem {
   HeadProblem(int64_t head_rows, int64_t width, int64_t vocab_size, std::mt19937_64& random)
       : rows(head_rows),
         n(width),
         vocab(vocab_size),
-        hidden({rows, n}, 3),
-        weight({vocab, n}, 1),
+        hidden({rows, n}, n % 8 == 0 ? 8 : 3),
+        weight({vocab, n}, n % 8 == 0 ? 16 : 1),
         indptr(Indptr(rows)),
         targets(indptr.back()),
         logprobs({static_cast<int64_t>(targets.size())}),
@@ -85,15 +85,54 @@ TEST_P(LogProbHeadTest, ForwardMatchesReferenceAroundTileSizes) {
   }
 }
 
+// Widths of whole 16-byte pieces may take a product that folds its logits: around its tiles of
+// rows, tokens and columns, more tiles than a device takes at once, more rows than go together.
+TEST_P(LogProbHeadTest, ForwardMatchesReferenceAtWholePieces) {
+  struct Size {
+    int64_t rows, n, vocab;
+  };
+  std::mt19937_64 random(6);
+  for (const Size& s : {Size{1, 8, 1}, Size{1, 64, 255}, Size{127, 72, 256}, Size{128, 128, 257},
+                        Size{129, 8, 600}, Size{256, 56, 511}, Size{257, 16, 512},
+                        Size{3, 456, 700}, Size{300, 72, 9000}, Size{2100, 8, 300}}) {
+    SCOPED_TRACE(testing::Message() << s.rows << " rows of " << s.n << ", vocab " << s.vocab);
+    HeadProblem p(s.rows, s.n, s.vocab, random);
+    const absl::Status status = p.Forward(*ops_, 1.3f);
+    ASSERT_TRUE(status.ok()) << status;
+    const reference::HeadResult want = p.Reference(p.hidden.ToDouble(), p.weight.ToDouble(), 1.3f);
+    EXPECT_LT(RelativeError(p.logprobs, want.logprobs, 1), forward_tolerance());
+    EXPECT_LT(RelativeError(p.entropy, want.entropy, 1), forward_tolerance());
+    EXPECT_LT(RelativeError(p.lse, want.lse, 1), forward_tolerance());
+    p.logprobs.ExpectGuardsIntact("logprobs");
+  }
+}
+
+// At widths of whole pieces on every device.
+TEST_P(LogProbHeadTest, RowsDoNotDependOnTheirBatch) {
+  std::mt19937_64 random(7);
+  HeadProblem all(300, 72, 1100, random);
+  ASSERT_TRUE(all.Forward(*ops_, 1).ok());
+  for (const int64_t row : {0, 77, 128, 299}) {
+    HeadProblem one(1, 72, 1100, random);
+    for (int64_t i = 0; i < one.n; ++i) one.hidden[i] = all.hidden[row * all.n + i];
+    for (int64_t i = 0; i < one.vocab * one.n; ++i) one.weight[i] = all.weight[i];
+    ASSERT_TRUE(one.Forward(*ops_, 1).ok());
+    EXPECT_EQ(one.lse[0], all.lse[row]);
+    EXPECT_EQ(one.entropy[0], all.entropy[row]);
+  }
+}
+
 TEST_P(LogProbHeadTest, PeakedLogitsStayFinite) {
   std::mt19937_64 random(2);
-  HeadProblem p(3, 4, 100, random);
-  for (int64_t i = 0; i < 12; ++i) p.hidden[i] *= 1024;
-  ASSERT_TRUE(p.Forward(*ops_, 1).ok());
-  const reference::HeadResult want = p.Reference(p.hidden.ToDouble(), p.weight.ToDouble(), 1);
-  EXPECT_LT(RelativeError(p.logprobs, want.logprobs, 1), forward_tolerance());
-  EXPECT_LT(RelativeError(p.lse, want.lse, 1), forward_tolerance());
-  EXPECT_LT(RelativeError(p.entropy, want.entropy, 1), backward_tolerance());
+  for (const int64_t n : {4, 8}) {
+    HeadProblem p(3, n, 100, random);
+    for (int64_t i = 0; i < 3 * n; ++i) p.hidden[i] *= 1024;
+    ASSERT_TRUE(p.Forward(*ops_, 1).ok());
+    const reference::HeadResult want = p.Reference(p.hidden.ToDouble(), p.weight.ToDouble(), 1);
+    EXPECT_LT(RelativeError(p.logprobs, want.logprobs, 1), forward_tolerance());
+    EXPECT_LT(RelativeError(p.lse, want.lse, 1), forward_tolerance());
+    EXPECT_LT(RelativeError(p.entropy, want.entropy, 1), backward_tolerance());
+  }
 }
 
 TEST_P(LogProbHeadTest, BackwardMatchesFiniteDifferences) {
@@ -101,7 +140,7 @@ TEST_P(LogProbHeadTest, BackwardMatchesFiniteDifferences) {
   struct Size {
     int64_t rows, n, vocab;
   };
-  for (const Size& s : {Size{1, 3, 7}, Size{5, 4, 40}, Size{9, 2, 19}}) {
+  for (const Size& s : {Size{1, 3, 7}, Size{5, 4, 40}, Size{9, 2, 19}, Size{5, 8, 40}}) {
     for (const bool with_entropy : {false, true}) {
       for (const float temperature : {1.0f, 0.6f}) {
         HeadProblem p(s.rows, s.n, s.vocab, random);
@@ -143,27 +182,15 @@ TEST_P(LogProbHeadTest, BackwardMatchesFiniteDifferences) {
   }
 }
 
-// Several tiles of rows and of tokens: against the formula in double precision.
-TEST_P(LogProbHeadTest, BackwardMatchesReferenceOverSeveralTiles) {
-  std::mt19937_64 random(4);
-  HeadProblem p(300, 3, 4500, random);
-  ASSERT_TRUE(p.Forward(*ops_, 1).ok());
+// Backward against the formula in double precision, first added to what is there, then written over
+// it.
+void ExpectBackwardMatches(HeadProblem& p, ops::Ops& ops, double tolerance,
+                           std::mt19937_64& random) {
+  ASSERT_TRUE(p.Forward(ops, 1).ok());
   GuardedTensor d_logprobs({p.logprobs.size()}), d_entropy({p.rows});
   GuardedTensor d_hidden({p.rows, p.n}), d_weight({p.vocab, p.n});
   d_logprobs.FillNormal(random);
   d_entropy.FillNormal(random);
-  ASSERT_TRUE(ops_->LogProbHeadBackward({.hidden = p.hidden.view(),
-                                         .weight = p.weight.view(),
-                                         .target_indptr = Ints(p.indptr),
-                                         .targets = Ints(p.targets),
-                                         .temperature = 1,
-                                         .lse = p.lse.view(),
-                                         .entropy = p.entropy.view(),
-                                         .d_logprobs = d_logprobs.view(),
-                                         .d_entropy = d_entropy.view(),
-                                         .d_hidden = d_hidden.view(),
-                                         .d_weight = d_weight.view()})
-                  .ok());
   const reference::HeadResult r = p.Reference(p.hidden.ToDouble(), p.weight.ToDouble(), 1);
   Vector want_hidden(p.rows * p.n), want_weight(p.vocab * p.n);
   for (int64_t row = 0; row < p.rows; ++row) {
@@ -182,11 +209,8 @@ TEST_P(LogProbHeadTest, BackwardMatchesReferenceOverSeveralTiles) {
       }
     }
   }
-  EXPECT_LT(RelativeError(d_hidden, want_hidden), backward_tolerance());
-  EXPECT_LT(RelativeError(d_weight, want_weight), backward_tolerance());
-
-  // Written over what is there.
-  ASSERT_TRUE(ops_->LogProbHeadBackward({.hidden = p.hidden.view(),
+  for (const bool accumulate : {true, false}) {
+    ASSERT_TRUE(ops.LogProbHeadBackward({.hidden = p.hidden.view(),
                                          .weight = p.weight.view(),
                                          .target_indptr = Ints(p.indptr),
                                          .targets = Ints(p.targets),
@@ -197,9 +221,21 @@ TEST_P(LogProbHeadTest, BackwardMatchesReferenceOverSeveralTiles) {
                                          .d_entropy = d_entropy.view(),
                                          .d_hidden = d_hidden.view(),
                                          .d_weight = d_weight.view(),
-                                         .accumulate_d_weight = false})
-                  .ok());
-  EXPECT_LT(RelativeError(d_weight, want_weight), backward_tolerance());
+                                         .accumulate_d_weight = accumulate})
+                    .ok());
+    EXPECT_LT(RelativeError(d_hidden, want_hidden), tolerance);
+    EXPECT_LT(RelativeError(d_weight, want_weight), tolerance);
+  }
+}
+
+TEST_P(LogProbHeadTest, BackwardMatchesReferenceOverSeveralTiles) {
+  std::mt19937_64 random(4);
+  HeadProblem narrow(300, 3, 4500, random), pieces(300, 72, 1100, random),
+      many_rows(2100, 8, 300, random), odd_vocab(130, 136, 513, random);
+  for (HeadProblem* p : {&narrow, &pieces, &many_rows, &odd_vocab}) {
+    SCOPED_TRACE(testing::Message() << p->rows << " rows of " << p->n << ", vocab " << p->vocab);
+    ExpectBackwardMatches(*p, *ops_, backward_tolerance(), random);
+  }
 }
 
 TEST_P(LogProbHeadTest, BadTargetsAreRefused) {
