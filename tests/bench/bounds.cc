@@ -11,14 +11,16 @@
 #include "kernels/base/status_macros.h"
 #include "kernels/model/parameters.h"
 #include "tests/bench/measure.h"
+#include "tests/bench/random_tensor.h"
 
 namespace coppice::bench {
 namespace {
 
 // The machine is warm from the timed runs, but a GPU's power limit takes a while to lower its clock
 // for the load at hand.
-absl::StatusOr<double> Seconds(const std::function<absl::Status()>& run) {
-  return MedianSeconds(5, run, absl::Milliseconds(100));
+absl::StatusOr<double> Seconds(const std::function<absl::Status()>& run,
+                               absl::Duration warm_up = absl::Milliseconds(100)) {
+  return MedianSeconds(5, run, warm_up);
 }
 
 bool IsCpu(const ops::Ops& ops) { return ops.Info().kind == DeviceKind::kCpu; }
@@ -57,10 +59,13 @@ absl::StatusOr<double> OpsSeconds(ops::Ops& ops, const GemmShape& s) {
       .trans_a = s.trans_a,
       .trans_b = s.trans_b,
       .c = View2D(c.data(), out, s.m, s.n)};
-  return Seconds([&]() -> absl::Status {
+  RETURN_IF_ERROR(FillRandom(ops, params.a, 1, /*seed=*/1));
+  RETURN_IF_ERROR(FillRandom(ops, params.b, 1, /*seed=*/2));
+  const auto run = [&]() -> absl::Status {
     RETURN_IF_ERROR(ops.MatMul(params));
     return ops.Synchronize();
-  });
+  };
+  return Seconds(run, absl::Milliseconds(300));
 }
 
 uint64_t SumOfWords(const std::vector<uint64_t>& data, int threads) {

@@ -9,6 +9,7 @@
 #include "tests/bench/benches.h"
 #include "tests/bench/bounds.h"
 #include "tests/bench/measure.h"
+#include "tests/bench/random_tensor.h"
 #include "tests/support/tolerances.h"
 #include "trainer/host_view.h"
 
@@ -51,30 +52,12 @@ class Head {
   }
 
  private:
-  absl::Status Fill(TensorView t, float scale, uint64_t seed);
-
   ops::Ops* ops_ = nullptr;
   DeviceBuffer buffers_[4];
   TensorView hidden_, weight_, d_hidden_, d_weight_;
   std::vector<int32_t> indptr_, targets_;
   std::vector<float> logprobs_, entropy_, lse_, d_logprobs_;
 };
-
-absl::Status Head::Fill(TensorView t, float scale, uint64_t seed) {
-  std::mt19937_64 random(seed);
-  std::uniform_real_distribution<float> uniform(-1.7f * scale, 1.7f * scale);
-  const int64_t columns = t.dim(1), block_rows = std::min<int64_t>(t.dim(0), 4096);
-  std::vector<float> block(block_rows * columns);
-  for (float& x : block) x = uniform(random);
-  ASSIGN_OR_RETURN(const DeviceBuffer staged, ops_->Allocate(block.size() * 4, "bench block"));
-  const TensorView rows = View2D(staged.data(), DType::kF32, block_rows, columns);
-  RETURN_IF_ERROR(ops_->Upload(block.data(), rows));
-  for (int64_t r = 0; r < t.dim(0); r += block_rows) {
-    const int64_t end = std::min(t.dim(0), r + block_rows);
-    RETURN_IF_ERROR(ops_->Copy(rows.Rows(0, end - r), t.Rows(r, end)));
-  }
-  return ops_->Synchronize();
-}
 
 absl::StatusOr<Head> Head::Create(const ModelConfig& config, int64_t rows, uint64_t seed,
                                   ops::Ops& ops) {
@@ -90,8 +73,9 @@ absl::StatusOr<Head> Head::Create(const ModelConfig& config, int64_t rows, uint6
   head.weight_ = View2D(head.buffers_[1].data(), dtype, vocab, hidden);
   head.d_hidden_ = View2D(head.buffers_[2].data(), dtype, rows, hidden);
   head.d_weight_ = View2D(head.buffers_[3].data(), DType::kF32, vocab, hidden);
-  RETURN_IF_ERROR(head.Fill(head.hidden_, 1, seed));
-  RETURN_IF_ERROR(head.Fill(head.weight_, 1 / std::sqrt(static_cast<float>(hidden)), seed + 1));
+  RETURN_IF_ERROR(FillRandom(ops, head.hidden_, 1, seed));
+  RETURN_IF_ERROR(
+      FillRandom(ops, head.weight_, 1 / std::sqrt(static_cast<float>(hidden)), seed + 1));
   std::mt19937_64 random(seed + 2);
   head.indptr_.push_back(0);
   for (int64_t r = 0; r < rows; ++r) {
