@@ -70,10 +70,12 @@ bool FitsSkinny(const Context& context, const ops::MatMulParams& p) {
          (!p.bias.present() || IsPaired(p.bias)) && (!p.addend.present() || IsPaired(p.addend));
 }
 bool FitsSkinny(const Context& context, const ops::NormMatMulParams& p) {
-  return Fits(context, p.norm, p.b, p.c) && (!p.bias.present() || IsPaired(p.bias));
+  return p.norm.x.dim(0) <= kMaxSkinnyNormedRows && Fits(context, p.norm, p.b, p.c) &&
+         (!p.bias.present() || IsPaired(p.bias));
 }
 bool FitsSkinny(const Context& context, const ops::NormSwiGluParams& p) {
-  return Fits(context, p.norm, p.b, p.out) && p.b.dim(0) % 2 == 0;
+  const bool normed = p.norm.x.dim(0) <= kMaxSkinnyNormedRows || IsWide(p.norm.out, DType::kBF16);
+  return normed && Fits(context, p.norm, p.b, p.out) && p.b.dim(0) % 2 == 0;
 }
 
 absl::Status SkinnyMatMul(Context& context, const ops::MatMulParams& p) {
@@ -108,7 +110,14 @@ absl::Status SkinnyNormSwiGlu(Context& context, const ops::NormSwiGluParams& p) 
                       .Tensor("b", p.b, DType::kBF16, {2 * ffn, hidden})
                       .Tensor("out", p.out, DType::kBF16, {rows, ffn})
                       .status());
-  SkinnyArgs args = ArgsOf(p.norm, p.b, p.out);
+  SkinnyArgs args;
+  if (rows <= kMaxSkinnyNormedRows) {
+    args = ArgsOf(p.norm, p.b, p.out);
+  } else {
+    RETURN_IF_ERROR(RmsNorm(context, p.norm));
+    args = ArgsOf(p.norm.out, p.b, p.out);
+    args.w_is_parameter = true;
+  }
   args.swiglu = true;
   return Run(context, args);
 }
