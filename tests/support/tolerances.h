@@ -58,8 +58,7 @@ inline constexpr double kNearTieFraction = 0.05;
 inline constexpr double kBf16Attention = 1e-2;
 
 // Log-probs of a real model in bf16 against fp32 with the same weights, mean of the absolute
-// difference: what an importance ratio bears. Not reached yet: measured 1.8e-2 with weights rounded
-// too, of which they make 5e-3.
+// difference: what an importance ratio bears. Measured 8.4e-3.
 inline constexpr double kDeviceLogProb = 1e-2;
 // Two candidates whose log-probs may each be off by that.
 inline constexpr double kNearTie = 2e-2;
@@ -74,7 +73,8 @@ inline constexpr double kBf16Gradient = 1e-2;
 // err as much: measured 0.9 to 2.8e-2 for both.
 inline constexpr double kBf16GradientOfLargeWeights = 4e-2;
 // Such an error of a shared tree over that of separate sequences, all tensors together: both round
-// the same quantities, other bits of them.
+// the same quantities, other bits of them. Of one request 1.00 on average, deviation 0.042 (96
+// measured); of three together four of theirs.
 inline constexpr double kSharedOverFlat = 1.1;
 
 // Chi-square tests: the probability that a correct sampler fails. Seeds are fixed, so a pass stays
