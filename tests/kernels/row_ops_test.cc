@@ -201,14 +201,16 @@ TEST_P(RowOpsTest, SwiGluSaturatesWithoutNan) {
   EXPECT_EQ(out[3], 200);
 }
 
+// Gaps between rows are multiples of `gap`.
 struct RopeProblem {
-  RopeProblem(ops::Ops& ops, std::mt19937_64& random, int64_t head_dim, bool norms)
-      : batch(RandomBatch(random, {.max_node_rows = 30})),
+  RopeProblem(ops::Ops& ops, std::mt19937_64& random, int64_t head_dim, bool norms, int64_t gap,
+              const RandomBatchOptions& options)
+      : batch(RandomBatch(random, options)),
         dim(head_dim),
         rope({400, head_dim}, 0),
-        q({batch.num_rows(), 4, dim}, 3),
-        k({batch.num_rows(), 2, dim}, 1),
-        v({batch.num_rows(), 2, dim}, 5),
+        q({batch.num_rows(), 4, dim}, 3 * gap),
+        k({batch.num_rows(), 2, dim}, gap),
+        v({batch.num_rows(), 2, dim}, 5 * gap),
         q_norm({dim}),
         k_norm({dim}),
         with_norms(norms) {
@@ -239,13 +241,19 @@ struct RopeProblem {
   std::unique_ptr<ops::BatchPlan> plan;
 };
 
+// Head dims, and gaps that a 16-byte access can step over or not.
+constexpr std::pair<int64_t, int64_t> kRopeShapes[] = {
+    {2, 1}, {6, 1}, {34, 1}, {64, 1}, {64, 8}, {128, 8}, {256, 8},
+};
+
 TEST_P(RowOpsTest, QkNormRopeMatchesReferenceAndStoresKeysAndValues) {
-  for (const int64_t dim : {2, 6, 32, 64, 128}) {
+  for (const auto& [dim, gap] : kRopeShapes) {
     for (const bool norms : {false, true}) {
-      SCOPED_TRACE(testing::Message() << "head_dim " << dim << " norms " << norms);
-      RopeProblem p(*ops_, random_, dim, norms);
+      SCOPED_TRACE(testing::Message()
+                   << "head_dim " << dim << " gap " << gap << " norms " << norms);
+      RopeProblem p(*ops_, random_, dim, norms, gap, {.max_node_rows = 30});
       const int64_t rows = p.batch.num_rows();
-      GuardedTensor q_out({rows, 4, dim}, 2), k_out({rows, 2, dim}, 7);
+      GuardedTensor q_out({rows, 4, dim}, 2 * gap), k_out({rows, 2, dim}, 7 * gap);
       GuardedTensor page_k({rows, 4, 2, dim}), page_v({rows, 4, 2, dim});
       ASSERT_TRUE(ops_->QkNormRope({.plan = p.plan.get(),
                                     .q_in = p.q.view(),
@@ -279,14 +287,17 @@ TEST_P(RowOpsTest, QkNormRopeMatchesReferenceAndStoresKeysAndValues) {
 }
 
 TEST_P(RowOpsTest, QkNormRopeBackwardMatchesFiniteDifferences) {
-  for (const int64_t dim : {2, 6, 34}) {
+  for (const auto& [dim, gap] : kRopeShapes) {
     for (const bool norms : {false, true}) {
-      SCOPED_TRACE(testing::Message() << "head_dim " << dim << " norms " << norms);
-      RopeProblem p(*ops_, random_, dim, norms);
+      SCOPED_TRACE(testing::Message()
+                   << "head_dim " << dim << " gap " << gap << " norms " << norms);
+      RandomBatchOptions rows_of = {.max_node_rows = 30};
+      if (dim >= 64) rows_of = {.max_segments = 1, .max_nodes = 2, .max_node_rows = 2};
+      RopeProblem p(*ops_, random_, dim, norms, gap, rows_of);
       const int64_t rows = p.batch.num_rows();
-      GuardedTensor d_q({rows, 4, dim}, 1), d_k({rows, 2, dim}, 2);
-      GuardedTensor d_q_in({rows, 4, dim}, 3), d_k_in({rows, 2, dim}, 4), d_q_norm({dim}),
-          d_k_norm({dim});
+      GuardedTensor d_q({rows, 4, dim}, gap), d_k({rows, 2, dim}, 2 * gap);
+      GuardedTensor d_q_in({rows, 4, dim}, 3 * gap), d_k_in({rows, 2, dim}, 4 * gap),
+          d_q_norm({dim}), d_k_norm({dim});
       for (GuardedTensor* t : {&d_q, &d_k, &d_q_norm, &d_k_norm}) t->FillNormal(random_);
       const Vector q_norm_before = d_q_norm.ToDouble(), k_norm_before = d_k_norm.ToDouble();
       ops::QkNormRopeBackwardParams params = {.plan = p.plan.get(),
@@ -317,7 +328,7 @@ TEST_P(RowOpsTest, QkNormRopeBackwardMatchesFiniteDifferences) {
             [&](const Vector& t) { return reference::Dot(p.Reference(xs, t, heads), ds); }, ns,
             d_norm, before, "d_norm");
       };
-      if (rows > 40) continue;  // the differences cost rows^2
+      if (rows * dim > 1500) continue;  // the differences cost its square
       check(p.q, p.q_norm, 4, d_q, d_q_in, d_q_norm, q_norm_before);
       check(p.k, p.k_norm, 2, d_k, d_k_in, d_k_norm, k_norm_before);
       const std::vector<float> apart = d_q_in.ToFloat();
