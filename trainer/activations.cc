@@ -49,22 +49,26 @@ constexpr Spec kSpecs[] = {
 class Layout {
  public:
   Layout(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows, Arena& arena)
-      : config_(config), types_(types), rows_(rows), arena_(arena) {
-    mlp_act_ = arena.Matrix(types.compute, rows, config.ffn);
-  }
+      : config_(config), types_(types), rows_(rows), arena_(arena) {}
 
+  // Buffers for all layers of what those with `least` do not keep. Before Fill of the same half.
+  void Share(Half half, Retain least) {
+    for (size_t i = 0; i < std::size(kSpecs); ++i) {
+      if (kSpecs[i].half == half && least < kSpecs[i].from) shared_[i] = Take(kSpecs[i], rows_);
+    }
+    if (half == Half::kMlp) {
+      mlp_act_ = arena_.Matrix(types_.compute, rows_, config_.ffn);
+    } else if (config_.qk_norm && least < Retain::kAll) {
+      shared_qk_ = TakeQk();
+    }
+  }
   TensorView mlp_act() const { return mlp_act_; }
 
   void Fill(Half half, Retain retain, LayerActivations& acts) {
     for (size_t i = 0; i < std::size(kSpecs); ++i) {
       if (kSpecs[i].half != half) continue;
       TensorView& view = acts.*kSpecs[i].field;
-      if (retain >= kSpecs[i].from) {
-        view = Take(kSpecs[i], rows_);
-      } else {
-        if (!shared_[i].present()) shared_[i] = Take(kSpecs[i], rows_);
-        view = shared_[i];
-      }
+      view = retain >= kSpecs[i].from ? Take(kSpecs[i], rows_) : shared_[i];
     }
     if (half == Half::kAttention) {
       FillHeads(retain, acts);
@@ -103,12 +107,13 @@ class Layout {
     acts.k = heads.k;
     acts.v = heads.v;
     if (!config_.qk_norm) return;
-    const int64_t columns = config_.q_dim() + config_.kv_dim();
-    const bool keep = retain == Retain::kAll;
-    if (!keep && !shared_qk_.present()) shared_qk_ = arena_.Matrix(types_.compute, rows_, columns);
-    const TensorView normed = keep ? arena_.Matrix(types_.compute, rows_, columns) : shared_qk_;
+    const TensorView normed = retain == Retain::kAll ? TakeQk() : shared_qk_;
     acts.q = normed.Cols(0, config_.q_dim()).SplitHeads(config_.q_heads, config_.head_dim);
-    acts.k = normed.Cols(config_.q_dim(), columns).SplitHeads(config_.kv_heads, config_.head_dim);
+    acts.k =
+        normed.Cols(config_.q_dim(), normed.dim(1)).SplitHeads(config_.kv_heads, config_.head_dim);
+  }
+  TensorView TakeQk() {
+    return arena_.Matrix(types_.compute, rows_, config_.q_dim() + config_.kv_dim());
   }
 
   const ModelConfig& config_;
@@ -119,19 +124,6 @@ class Layout {
   TensorView shared_qk_;
   TensorView mlp_act_;
 };
-
-ActivationGradients LayOutGradients(const ModelConfig& config, DType dtype, int64_t rows,
-                                    int64_t head_rows, TensorView mlp_act, Arena& arena) {
-  ActivationGradients g;
-  g.residual = arena.Matrix(dtype, rows, config.hidden);
-  g.normed = arena.Matrix(dtype, rows, config.hidden);
-  g.attn_out = arena.Matrix(dtype, rows, config.q_dim());
-  g.qkv = arena.Matrix(dtype, rows, config.qkv_dim());
-  g.mlp_act = mlp_act;
-  g.tail_residual = arena.Matrix(dtype, head_rows, config.hidden);
-  g.tail_attn_out = arena.Matrix(dtype, head_rows, config.q_dim());
-  return g;
-}
 
 const char* Name(Retain retain) {
   constexpr const char* kNames[] = {"nothing", "prompt", "inputs", "lean", "projections", "all"};
@@ -145,37 +137,62 @@ std::string Retention::ToString(int64_t num_layers) const {
   return num_better == 0 ? rest : absl::StrCat(Name(of(0)), "=", num_better, " ", rest);
 }
 
+// First what is read again below a layer's attention, then what is not, then the layers from the
+// last one on, each with its second half first: so a workspace is one piece.
 int64_t Activations::LayOut(const ModelConfig& config, const ops::ActivationTypes& types,
-                            int64_t rows, int64_t head_rows, Retention retention, void* base) {
+                            int64_t rows, int64_t head_rows, Retention retention,
+                            int64_t spare_bytes, void* base) {
   Arena arena(base);
   Layout layout(config, types, rows, arena);
   const int64_t last = config.num_layers - 1;
-  layers_.assign(config.num_layers, {});
-  for (int64_t l = 0; l <= last; ++l) {
-    layout.Fill(Half::kAttention, retention.of(l), layers_[l]);
-    if (l < last) layout.Fill(Half::kMlp, retention.of(l), layers_[l]);
-    if (l > 0) layers_[l - 1].output = layers_[l].input;
+  const bool backward = retention.level != Retain::kNothing;
+  const DType f = types.compute;
+  gradients_ = {};
+  if (backward) {
+    gradients_.residual = arena.Matrix(f, rows, config.hidden);
+    gradients_.attn_out = arena.Matrix(f, rows, config.q_dim());
+    gradients_.qkv = arena.Matrix(f, rows, config.qkv_dim());
   }
+  layout.Share(Half::kAttention, retention.of(last));
+
+  const int64_t free_begin = arena.size_bytes();
+  const TensorView spare = arena.Vector(DType::kU8, spare_bytes);
+  layout.Share(Half::kMlp, last > 0 ? retention.of(last - 1) : Retain::kAll);
   tail_ = {};
   layout.FillTail(head_rows, tail_);
-  hidden_ = arena.Matrix(types.compute, head_rows, config.hidden);
+  hidden_ = arena.Matrix(f, head_rows, config.hidden);
   hidden_rstd_ = arena.Vector(DType::kF32, head_rows);
-  gradients_ = {};
-  if (retention.level != Retain::kNothing) {
-    gradients_ = LayOutGradients(config, types.compute, rows, head_rows, layout.mlp_act(), arena);
+  if (backward) {
+    gradients_.normed = arena.Matrix(f, rows, config.hidden);
+    gradients_.mlp_act = layout.mlp_act();
+    gradients_.tail_residual = arena.Matrix(f, head_rows, config.hidden);
+    gradients_.tail_attn_out = arena.Matrix(f, head_rows, config.q_dim());
+  }
+  layers_.assign(config.num_layers, {});
+  workspaces_.assign(config.num_layers, {});
+  for (int64_t l = last; l >= 0; --l) {
+    if (l < last) layout.Fill(Half::kMlp, retention.of(l), layers_[l]);
+    workspaces_[l] = View1D(spare.data, DType::kU8, arena.size_bytes() - free_begin);
+    layout.Fill(Half::kAttention, retention.of(l), layers_[l]);
+    if (l < last) layers_[l].output = layers_[l + 1].input;
   }
   return arena.size_bytes();
 }
 
 int64_t Activations::SizeBytes(const ModelConfig& config, const ops::ActivationTypes& types,
-                               int64_t rows, int64_t head_rows, Retention retention) {
-  return Activations().LayOut(config, types, rows, head_rows, retention, nullptr);
+                               int64_t rows, int64_t head_rows, Retention retention,
+                               int64_t workspace_bytes) {
+  Activations counted;
+  const int64_t bytes = counted.LayOut(config, types, rows, head_rows, retention, 0, nullptr);
+  const int64_t least = counted.workspaces_.back().num_bytes();
+  return bytes + std::max<int64_t>(0, workspace_bytes - least);
 }
 
 Retention Activations::Choose(const ModelConfig& config, const ops::ActivationTypes& types,
-                              int64_t rows, int64_t head_rows, int64_t budget_bytes) {
+                              int64_t rows, int64_t head_rows, int64_t budget_bytes,
+                              int64_t workspace_bytes) {
   const auto fits = [&](const Retention& retention) {
-    return SizeBytes(config, types, rows, head_rows, retention) <= budget_bytes;
+    return SizeBytes(config, types, rows, head_rows, retention, workspace_bytes) <= budget_bytes;
   };
   Retention best(Retain::kAll);
   while (best.level > Retain::kInputs && !fits(best)) {
@@ -197,9 +214,11 @@ int64_t Activations::MaxRows(const ModelConfig& config, const ops::ActivationTyp
 }
 
 void Activations::Place(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
-                        int64_t head_rows, Retention retention, void* base) {
+                        int64_t head_rows, Retention retention, int64_t size_bytes, void* base) {
   retention_ = retention;
-  LayOut(config, types, rows, head_rows, retention, base);
+  const int64_t spare = size_bytes - SizeBytes(config, types, rows, head_rows, retention);
+  LayOut(config, types, rows, head_rows, retention, spare / Arena::kAlignment * Arena::kAlignment,
+         base);
 }
 
 void Activations::UsePrompt(const PromptState& state) {

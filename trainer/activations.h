@@ -59,20 +59,23 @@ struct ActivationGradients {
 
 class Activations {
  public:
-  // Bytes of a pass over `rows` rows with `head_rows` head rows.
+  // Bytes of a pass over `rows` rows with `head_rows` head rows, each layer's workspace of at least
+  // `workspace_bytes`.
   static int64_t SizeBytes(const ModelConfig& config, const ops::ActivationTypes& types,
-                           int64_t rows, int64_t head_rows, Retention retention);
+                           int64_t rows, int64_t head_rows, Retention retention,
+                           int64_t workspace_bytes = 0);
   // The most that fits `budget_bytes`, kInputs if nothing does. O(layers^2).
   static Retention Choose(const ModelConfig& config, const ops::ActivationTypes& types,
-                          int64_t rows, int64_t head_rows, int64_t budget_bytes);
+                          int64_t rows, int64_t head_rows, int64_t budget_bytes,
+                          int64_t workspace_bytes = 0);
   // Rows that a pass may have within `budget_bytes` with kInputs, head rows included.
   static int64_t MaxRows(const ModelConfig& config, const ops::ActivationTypes& types,
                          int64_t budget_bytes);
 
-  // Lays the views out for one pass in SizeBytes() from `base` on. Views of former passes become
-  // invalid.
+  // Lays the views out for one pass in `size_bytes` from `base` on: what SizeBytes() leaves of them
+  // joins the workspaces. Views of former passes become invalid.
   void Place(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
-             int64_t head_rows, Retention retention, void* base);
+             int64_t head_rows, Retention retention, int64_t size_bytes, void* base);
 
   // Every layer's input, attn_out and lse become those of `state`, until the next Place.
   // REQUIRES: Place(kPrompt) for its number of rows.
@@ -86,11 +89,14 @@ class Activations {
   TensorView hidden() const { return hidden_; }  // [head_rows, hidden] f: after the final norm
   TensorView hidden_rstd() const { return hidden_rstd_; }              // [head_rows] f32
   const ActivationGradients& gradients() const { return gradients_; }  // absent with kNothing
+  // [bytes] u8: what nobody reads any more when layer l's backward comes to its attention: spare
+  // bytes, buffers of the second half, all of the layers behind.
+  TensorView workspace(int64_t l) const { return workspaces_[l]; }
 
  private:
   // Returns the bytes used from `base` on; null only counts.
   int64_t LayOut(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
-                 int64_t head_rows, Retention retention, void* base);
+                 int64_t head_rows, Retention retention, int64_t spare_bytes, void* base);
 
   Retention retention_;
   std::vector<LayerActivations> layers_;
@@ -98,6 +104,7 @@ class Activations {
   TensorView hidden_;
   TensorView hidden_rstd_;
   ActivationGradients gradients_;
+  std::vector<TensorView> workspaces_;
 };
 
 }  // namespace coppice

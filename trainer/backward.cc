@@ -84,11 +84,12 @@ absl::Status AddFromBranches(ops::Ops& ops, const ops::BatchPlan& plan, TensorVi
   return ops.ScatterAddRows({.src = rounded, .indices = plan.positions(), .dst = d});
 }
 
-// d_attn_out -> d_qkv, through attention, RoPE and the per-head norms. Consumes d_attn_out.
+// d.attn_out -> d.qkv, through attention, RoPE and the per-head norms. Consumes d.attn_out.
 absl::Status QkvBackward(const Decoder& decoder, const LayerParameters& params,
                          const ops::BatchPlan& plan, const LayerActivations& acts,
-                         const LayerParameters& grads, const LayerLink& link, TensorView d_attn_out,
-                         TensorView d_qkv) {
+                         const LayerParameters& grads, const LayerLink& link,
+                         const ActivationGradients& buffers, TensorView workspace) {
+  const TensorView d_attn_out = buffers.attn_out, d_qkv = buffers.qkv;
   const ModelConfig& config = decoder.config();
   const QkvHeads d = SplitQkv(config, d_qkv);
   RETURN_IF_ERROR(decoder.ops().TreeAttentionBackward(
@@ -104,7 +105,8 @@ absl::Status QkvBackward(const Decoder& decoder, const LayerParameters& params,
        .d_q = d.q,
        .d_k = d.k,
        .d_v = d.v,
-       .d_context = link.d_context}));
+       .d_context = link.d_context,
+       .workspace = workspace}));
   const TensorView rounded = d_attn_out.Cols(0, config.kv_dim());
   const int64_t k_end = config.q_dim() + config.kv_dim();
   RETURN_IF_ERROR(AddFromBranches(decoder.ops(), plan, link.d_keys, rounded,
@@ -131,10 +133,10 @@ absl::Status QkvBackward(const Decoder& decoder, const LayerParameters& params,
 absl::Status AttentionBackward(const Decoder& decoder, const LayerParameters& params,
                                const ops::BatchPlan& plan, const LayerActivations& acts,
                                const GradientSink& sink, const LayerLink& link,
-                               const ActivationGradients& d) {
+                               const ActivationGradients& d, TensorView workspace) {
   const LayerParameters& grads = sink.grads;
   ops::Ops& ops = decoder.ops();
-  RETURN_IF_ERROR(QkvBackward(decoder, params, plan, acts, grads, link, d.attn_out, d.qkv));
+  RETURN_IF_ERROR(QkvBackward(decoder, params, plan, acts, grads, link, d, workspace));
   if (params.qkv_bias.present()) {
     RETURN_IF_ERROR(ops.SumRows({.x = d.qkv, .out = grads.qkv_bias}));
   }
@@ -255,7 +257,8 @@ absl::Status BackwardTree(const Decoder& decoder, const Parameters& params,
     } else if (acts.retention().level == Retain::kPrompt) {
       RETURN_IF_ERROR(decoder.QkvForward(weights, plan, {}, layer));
     }  // else nobody overwrote what its first half left in the shared buffers
-    RETURN_IF_ERROR(AttentionBackward(decoder, weights, plan, layer, sink, layer_link, d));
+    RETURN_IF_ERROR(
+        AttentionBackward(decoder, weights, plan, layer, sink, layer_link, d, acts.workspace(l)));
   }
   return ops.EmbeddingBackward(
       {.ids = plan.tokens(), .d_out = d.residual, .d_table = grads.embedding});

@@ -93,7 +93,13 @@ class PolicyTrainer final : public Trainer {
   void ChooseRetention(std::vector<Pass>& passes) const;
   // Makes room for the largest pass; nothing that runs later takes memory for activations.
   absl::Status Reserve(const std::vector<Pass>& passes);
-  int64_t SizeBytes(const TreeRun& run) const;  // of the pass while it runs
+  // Of the pass while it runs.
+  int64_t SizeBytes(const TreeRun& run, int64_t workspace_bytes) const;
+  // Of attention's backward: what it takes at least and what it can use.
+  struct WorkspaceBytes {
+    int64_t least, most;
+  };
+  WorkspaceBytes WorkspaceOf(const TreeRun& run) const;
   void PlaceActivations(const TreeRun& run);
   absl::Status RunPass(const ForwardBackwardRequest& request, const RequestPlan& plan,
                        const PlannedPass& planned, Pass pass, PhaseTimer& phases, Totals& totals,

@@ -19,6 +19,20 @@ int64_t NumFlatRows(const RequestPlan& plan) {
   return rows;
 }
 
+// Of a score in bf16 for every head and every pair of rows that sees each other, in tiles of 128 x
+// 128, whose corners so many pairs a row cover.
+int64_t AttentionScoreBytes(const ModelConfig& config, const ops::TokenBatch& batch) {
+  constexpr int64_t kCornerPairs = 512;
+  int64_t pairs = batch.num_rows() * kCornerPairs;
+  for (int64_t i = 0; i < batch.num_rows(); ++i) pairs += batch.subtree_end[i] - i;
+  for (const ops::Segment& s : batch.segments) {
+    for (int32_t n = s.context_node; n >= 0; n = batch.context_nodes[n].parent) {
+      pairs += int64_t{s.row_end - s.row_begin} * batch.context_nodes[n].num_tokens;
+    }
+  }
+  return pairs * config.q_heads * SizeOf(DType::kBF16);
+}
+
 double MeanEntropy(const SamplePath& path) {
   double sum = 0;
   for (const float e : path.entropy) sum += e;
@@ -146,25 +160,46 @@ PolicyTrainer::Pass PolicyTrainer::BuildPass(const RequestPlan& plan,
 void PolicyTrainer::ChooseRetention(std::vector<Pass>& passes) const {
   for (Pass& pass : passes) {
     for (TreeRun& run : pass.batches) {
-      run.retention = Activations::Choose(decoder_.config(), ops_.Info().activation_types(),
-                                          run.tree.num_rows(), run.tree.num_head_rows(),
-                                          activation_bytes_ - run.offset_bytes);
+      const auto choose = [&](int64_t workspace_bytes) {
+        return Activations::Choose(decoder_.config(), ops_.Info().activation_types(),
+                                   run.tree.num_rows(), run.tree.num_head_rows(),
+                                   activation_bytes_ - run.offset_bytes, workspace_bytes);
+      };
+      const WorkspaceBytes workspace = WorkspaceOf(run);
+      run.retention = choose(workspace.least);
+      if (run.retention.level < Retain::kProjections) continue;
+      // Beyond these only elementwise work is saved: less than attention saves in that memory.
+      const Retention rest = choose(workspace.most);
+      run.retention = rest.level < Retain::kProjections ? Retain::kProjections : rest;
     }
   }
 }
 
-int64_t PolicyTrainer::SizeBytes(const TreeRun& run) const {
+PolicyTrainer::WorkspaceBytes PolicyTrainer::WorkspaceOf(const TreeRun& run) const {
+  const ops::DeviceInfo device = ops_.Info();
+  const int64_t scores = AttentionScoreBytes(decoder_.config(), run.tree.batch);
+  const int64_t least = std::min(scores / 4, device.least_workspace_bytes);
+  return {.least = least, .most = std::max(least, std::min(scores, device.most_workspace_bytes))};
+}
+
+int64_t PolicyTrainer::SizeBytes(const TreeRun& run, int64_t workspace_bytes) const {
   if (run.tree.targets.empty()) return run.offset_bytes;  // runs nothing
-  return run.offset_bytes +
-         Activations::SizeBytes(decoder_.config(), ops_.Info().activation_types(),
-                                run.tree.num_rows(), run.tree.num_head_rows(), run.retention);
+  const int64_t wanted = run.retention.level == Retain::kNothing ? 0 : workspace_bytes;
+  return run.offset_bytes + Activations::SizeBytes(decoder_.config(),
+                                                   ops_.Info().activation_types(),
+                                                   run.tree.num_rows(), run.tree.num_head_rows(),
+                                                   run.retention, wanted);
 }
 
 absl::Status PolicyTrainer::Reserve(const std::vector<Pass>& passes) {
   int64_t size_bytes = 0;
+  const auto add = [&](const TreeRun& run) {
+    const int64_t useful = SizeBytes(run, WorkspaceOf(run).most);
+    size_bytes = std::max({size_bytes, SizeBytes(run, 0), std::min(useful, activation_bytes_)});
+  };
   for (const Pass& pass : passes) {
-    if (pass.prompt.has_value()) size_bytes = std::max(size_bytes, SizeBytes(*pass.prompt));
-    for (const TreeRun& run : pass.batches) size_bytes = std::max(size_bytes, SizeBytes(run));
+    if (pass.prompt.has_value()) add(*pass.prompt);
+    for (const TreeRun& run : pass.batches) add(run);
   }
   if (size_bytes <= pass_memory_.size_bytes()) return absl::OkStatus();
   pass_memory_ = DeviceBuffer();  // free first: old and new need not exist together
@@ -175,6 +210,7 @@ absl::Status PolicyTrainer::Reserve(const std::vector<Pass>& passes) {
 void PolicyTrainer::PlaceActivations(const TreeRun& run) {
   activations_.Place(decoder_.config(), ops_.Info().activation_types(), run.tree.num_rows(),
                      run.tree.num_head_rows(), run.retention,
+                     pass_memory_.size_bytes() - run.offset_bytes,
                      static_cast<char*>(pass_memory_.data()) + run.offset_bytes);
 }
 

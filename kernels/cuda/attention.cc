@@ -11,9 +11,6 @@
 namespace coppice::cuda {
 namespace {
 
-constexpr int64_t kBackwardBudgetBytes = int64_t{8}
-                                         << 30;  // for dS kept between the passes of backward
-
 // Heads of a row side by side, rows at 16-byte boundaries: what the kernels want of q, k, v, out
 // and their gradients.
 void CheckRows(ops::ShapeCheck& check, absl::string_view name, const TensorView& t, int64_t rows,
@@ -92,6 +89,26 @@ absl::Status Launched(Context& context, cudaError_t error, absl::string_view op,
                    "; use --device=cpu"));
 }
 
+// Whether dS is kept follows from the shape alone: it makes a difference of rounding. How many
+// heads of it at a time is up to the memory there is, and makes none.
+absl::Status TakeBackwardScratch(Context& context, const TensorView& workspace,
+                                 TreeAttentionBackwardArgs& args) {
+  const auto wanted = [&](int64_t budget_bytes) {
+    return TreeAttentionBackwardScratchBytes(args.schedule, args.shape, budget_bytes);
+  };
+  const int64_t least_bytes =
+      TreeAttentionBackwardLeastBytes(args.schedule, args.shape, kStoredScoresBytes);
+  const bool stores = least_bytes > wanted(0);
+  const int64_t lent_bytes = workspace.present() ? workspace.num_bytes() : 0;
+  args.scratch_bytes = stores ? wanted(std::max(lent_bytes, least_bytes)) : least_bytes;
+  if (args.scratch_bytes <= lent_bytes) {
+    args.scratch = workspace.data;
+    return absl::OkStatus();
+  }
+  ASSIGN_OR_RETURN(args.scratch, context.Scratch(args.scratch_bytes));
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::Status TreeAttention(Context& context, const ops::TreeAttentionParams& p) {
@@ -130,7 +147,10 @@ absl::Status TreeAttentionBackward(Context& context, const ops::TreeAttentionBac
   }
   CheckRows(check, "d_k", p.d_k, shape.rows, shape.kv_heads, shape.head_dim);
   CheckRows(check, "d_v", p.d_v, shape.rows, shape.kv_heads, shape.head_dim);
-  check.Dense("lse", p.lse, DType::kF32, {shape.rows, shape.q_heads});
+  check.Dense("lse", p.lse, DType::kF32, {shape.rows, shape.q_heads})
+      .Optional("workspace", p.workspace, DType::kU8, {p.workspace.dim(0)})
+      .That(reinterpret_cast<uintptr_t>(p.workspace.data) % 256 == 0, "workspace",
+            "memory at a 256-byte boundary", 0);
   if (CudaPlan(p.plan).max_context_block() >= 0 && p.d_context.k.present()) {
     for (const auto& [name, t] :
          {std::pair("d_context.k", &p.d_context.k), {"d_context.v", &p.d_context.v}}) {
@@ -160,9 +180,7 @@ absl::Status TreeAttentionBackward(Context& context, const ops::TreeAttentionBac
     args.context = Pages(p.context, *p.plan);
     args.d_context = {p.d_context.k.f32(), p.d_context.v.f32()};
   }
-  const int64_t budget = std::max(context.scratch_bytes(), kBackwardBudgetBytes);
-  args.scratch_bytes = TreeAttentionBackwardScratchBytes(args.schedule, shape, budget);
-  ASSIGN_OR_RETURN(args.scratch, context.Scratch(args.scratch_bytes));
+  RETURN_IF_ERROR(TakeBackwardScratch(context, p.workspace, args));
   return Launched(context, LaunchTreeAttentionBackward(args, context.stream()), kOp, shape);
 }
 

@@ -13,6 +13,9 @@
 
 namespace coppice::cuda {
 
+// What TreeAttentionBackward takes at most for scores if it is lent no workspace.
+inline constexpr int64_t kStoredScoresBytes = int64_t{9} << 30;
+
 // memory.cc
 absl::Status Copy(Context& context, TensorView src, TensorView dst);
 absl::Status CopyBlocks(Context& context, const ops::CopyBlocksParams& p);

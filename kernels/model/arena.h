@@ -11,6 +11,8 @@ namespace coppice {
 
 class Arena {
  public:
+  static constexpr int64_t kAlignment = 256;
+
   explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
 
   TensorView Vector(DType dtype, int64_t n) { return View1D(Take(n * SizeOf(dtype)), dtype, n); }
@@ -22,7 +24,7 @@ class Arena {
  private:
   void* Take(int64_t bytes) {
     void* data = base_ == nullptr ? nullptr : base_ + size_bytes_;
-    size_bytes_ += (bytes + 255) / 256 * 256;
+    size_bytes_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
     return data;
   }
 

@@ -145,6 +145,7 @@ struct TreeAttentionBackwardParams {
   TensorView d_k;     // [rows, kv_heads, head_dim] f
   TensorView d_v;     // [rows, kv_heads, head_dim] f
   PagedKv d_context;  // optional, shaped like context, f32, +=: gradients of cached keys and values
+  TensorView workspace;  // optional [bytes] u8: memory to use at will, where the op's own is less
 };
 
 // out = silu(gate) * up   (Shazeer 2020)

@@ -1,11 +1,13 @@
 // FailingOps: a device that breaks. Forwards everything to another Ops until told to fail; from
 // then on PlanBatch, the first call of every batch, returns INTERNAL, and keeps doing so. Memory
-// and uploads can be made to fail by themselves.
+// and uploads can be made to fail by themselves. What is lent as workspace is spoilt.
 #pragma once
 
 #include <atomic>
+#include <cstring>
 #include <limits>
 #include <memory>
+#include <tuple>
 #include <utility>
 
 #include "kernels/ops/ops.h"
@@ -26,12 +28,20 @@ class FailingOps : public ops::Ops {
   void LimitAllocations(int64_t budget_bytes) { limit_bytes_ = *held_bytes_ + budget_bytes; }
   void FailUploadsAfter(int uploads) { uploads_left_ = uploads; }  // INTERNAL after so many more
 
+  void WantWorkspace(int64_t least_bytes, int64_t most_bytes) {
+    workspace_bytes_ = {least_bytes, most_bytes};
+  }
+
   absl::StatusOr<std::unique_ptr<ops::BatchPlan>> PlanBatch(const ops::TokenBatch& batch) override {
     if (failing_) return absl::InternalError("device: lost");
     return inner_->PlanBatch(batch);
   }
 
-  ops::DeviceInfo Info() const override { return inner_->Info(); }
+  ops::DeviceInfo Info() const override {
+    ops::DeviceInfo info = inner_->Info();
+    std::tie(info.least_workspace_bytes, info.most_workspace_bytes) = workspace_bytes_;
+    return info;
+  }
   absl::StatusOr<DeviceBuffer> Allocate(int64_t size_bytes, absl::string_view label) override {
     if (out_of_memory_) return absl::ResourceExhaustedError("device: out of memory");
     if (*held_bytes_ + size_bytes > limit_bytes_) {
@@ -83,12 +93,17 @@ class FailingOps : public ops::Ops {
   COPPICE_FORWARD(RmsNormBackward)
   COPPICE_FORWARD(SumRows)
   COPPICE_FORWARD(QkNormRopeBackward)
-  COPPICE_FORWARD(TreeAttentionBackward)
   COPPICE_FORWARD(SwiGluBackward)
   COPPICE_FORWARD(LogProbHeadBackward)
   COPPICE_FORWARD(CopyBlocks)
   COPPICE_FORWARD(AdamW)
 #undef COPPICE_FORWARD
+  absl::Status TreeAttentionBackward(const ops::TreeAttentionBackwardParams& p) override {
+    constexpr int kNan = 0xff;  // of every byte
+    if (p.workspace.num_elements() > 0)
+      std::memset(p.workspace.data, kNan, p.workspace.num_bytes());
+    return inner_->TreeAttentionBackward(p);
+  }
 
  private:
   std::unique_ptr<ops::Ops> inner_;
@@ -97,6 +112,7 @@ class FailingOps : public ops::Ops {
   // Shared with the buffers, which may outlive this.
   std::shared_ptr<std::atomic<int64_t>> held_bytes_ = std::make_shared<std::atomic<int64_t>>(0);
   int64_t limit_bytes_ = std::numeric_limits<int64_t>::max();
+  std::pair<int64_t, int64_t> workspace_bytes_ = {0, 0};  // least and most
   int64_t uploads_left_ = std::numeric_limits<int64_t>::max();
 };
 

@@ -176,6 +176,41 @@ TEST(TrainerTest, RecomputingLessOrMoreGivesTheSameBits) {
   }
 }
 
+// What only elementwise work needs gives way, products do not.
+TEST(TrainerTest, LendsAttentionTheMemoryThatIsLeft) {
+  ForwardBackwardRequest request;
+  request.groups = {{.prompt = std::vector<int32_t>(60, 3),
+                     .samples = {{.tokens = {10, 5}, .advantages = {1}},
+                                 {.tokens = {20, 5}, .advantages = {-1}}}}};
+  ModelConfig config = TinyConfig(Architecture::kQwen3, false);
+  config.num_layers = 6;
+  TinyPolicy all(config);
+  const ForwardBackwardResult want = all.trainer().ForwardBackward(request).value();
+  const auto size = [&](Retention retention, int64_t workspace = 0) {
+    return Activations::SizeBytes(config, ops::ActivationTypes(), 62, 3, retention, workspace);
+  };
+  constexpr int64_t kPlenty = int64_t{1} << 30;
+  const int64_t scores = 4 * 2 * (62 * 512 + 60 * 61 / 2 + 60 * 2 + 2);  // of 4 heads
+  struct Case {
+    int64_t least, budget, recompute, held;
+  };
+  const Case cases[] = {
+      {0, kPlenty, 0, size(Retain::kAll, scores)},
+      {0, size(Retain::kAll), 1, size(Retain::kAll)},
+      {0, size({Retain::kLean, 3}), 2, size({Retain::kLean, 3})},
+      {kPlenty, size({Retain::kLean, 3}, scores / 4), 2, size({Retain::kLean, 3}, scores / 4)},
+      {kPlenty, size(Retain::kLean), 3, size(Retain::kLean)}};
+  for (const Case& c : cases) {
+    TinyPolicy some(config, 1, {.activation_bytes = c.budget});
+    some.ops().WantWorkspace(c.least, kPlenty);
+    const auto got = some.trainer().ForwardBackward(request);
+    ASSERT_TRUE(got.ok()) << got.status();
+    EXPECT_EQ(got->metrics.at("recompute"), c.recompute);
+    EXPECT_EQ(got->metrics.at("activation_bytes"), c.held);
+    EXPECT_EQ(some.Gradients(), all.Gradients());
+  }
+}
+
 TEST(TrainerTest, ScoreAndForwardBackwardAgreeBitForBit) {
   for (uint64_t seed = 0; seed < 10; ++seed) {
     Random random(seed);

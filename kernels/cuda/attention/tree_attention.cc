@@ -108,10 +108,15 @@ int64_t TreeAttentionBackwardScratchBytes(const AttentionSchedule& schedule,
   const int64_t fit = std::min<int64_t>((budget_bytes - fixed) / per_head, shape.kv_heads);
   const int64_t rounds = (shape.kv_heads + fit - 1) / fit;
   const int64_t heads = (shape.kv_heads + rounds - 1) / rounds;
-  // Few heads a round leave multiprocessors idle when the longest key tile outlasts an even share.
-  const int64_t work = heads * schedule.num_images;
-  if (rounds > 1 && work < int64_t{schedule.longest_key_work} * Multiprocessors()) return fixed;
   return fixed + heads * per_head;
+}
+
+int64_t TreeAttentionBackwardLeastBytes(const AttentionSchedule& schedule,
+                                        const AttentionShape& shape, int64_t limit_bytes) {
+  const int64_t quarter = (shape.kv_heads + 3) / 4;
+  const int64_t fixed = BackwardScratch(Scratch(nullptr), schedule, shape).used;
+  const int64_t bytes = fixed + quarter * DsBytesPerKvHead(schedule, shape);
+  return TreeAttentionBackwardScratchBytes(schedule, shape, std::min(bytes, limit_bytes));
 }
 
 cudaError_t LaunchTreeAttentionBackward(const TreeAttentionBackwardArgs& args,

@@ -80,12 +80,16 @@ bool HasStackedKernels(int32_t head_dim, int compute_capability);
 int64_t TreeAttentionScratchBytes(const AttentionSchedule& schedule, const AttentionShape& shape);
 cudaError_t LaunchTreeAttention(const TreeAttentionArgs& args, cudaStream_t stream);
 
-// With at least `budget_bytes` the kernels keep dS between the passes of dK/dV and dQ, in as many
-// rounds over KV heads as it takes (32 KiB per 128 x 128 tile pair and query head); where not even
-// one KV head fits, or rounds would leave multiprocessors idle, dQ recomputes S and dP. Results are
-// the same in both to rounding, and bit for bit for every number of rounds.
+// Within `budget_bytes` the kernels keep dS between the passes of dK/dV and dQ, in as many rounds
+// over KV heads as it takes (32 KiB per 128 x 128 tile pair and query head); where not even one KV
+// head fits, dQ recomputes S and dP. Results are the same in both to rounding, and bit for bit for
+// every number of rounds.
 int64_t TreeAttentionBackwardScratchBytes(const AttentionSchedule& schedule,
                                           const AttentionShape& shape, int64_t budget_bytes);
+// The same for a quarter of the KV heads, or as many as `limit_bytes` holds: rounds of fewer leave
+// multiprocessors idle.
+int64_t TreeAttentionBackwardLeastBytes(const AttentionSchedule& schedule,
+                                        const AttentionShape& shape, int64_t limit_bytes);
 cudaError_t LaunchTreeAttentionBackward(const TreeAttentionBackwardArgs& args, cudaStream_t stream);
 
 }  // namespace coppice::cuda
