@@ -23,14 +23,14 @@ constexpr int64_t kRowAlignment = 256;  // of chunks: whole tiles of the product
 
 absl::Status CheckTargets(absl::string_view op, const TensorView& indptr, const TensorView& targets,
                           int64_t head_rows, int64_t vocab) {
-  const int32_t* begin = indptr.i32();
+  const int32_t *begin = indptr.i32(), *last = begin + head_rows;
   ops::ShapeCheck check(op);
-  check.That(begin[0] == 0, "target_indptr", "0 at its start", begin[0]);
-  for (int64_t r = 0; r < head_rows; ++r) {
-    check.That(begin[r] <= begin[r + 1], "target_indptr", "ascending values", begin[r + 1]);
+  check.That(*begin == 0, "target_indptr", "0 at its start", *begin);
+  const int32_t* unsorted = std::is_sorted_until(begin, last + 1);
+  if (unsorted <= last) check.That(false, "target_indptr", "ascending values", *unsorted);
+  if (*last != targets.dim(0)) {
+    check.That(false, "target_indptr", absl::StrCat(targets.dim(0), " at its end"), *last);
   }
-  check.That(begin[head_rows] == targets.dim(0), "target_indptr",
-             absl::StrCat(targets.dim(0), " at its end"), begin[head_rows]);
   const int32_t *ids = targets.i32(), *end = ids + targets.dim(0);
   const int32_t* bad = std::find_if(ids, end, [&](int32_t id) { return id < 0 || id >= vocab; });
   if (bad != end) check.That(false, "targets", absl::StrCat("an id in [0, ", vocab, ")"), *bad);
@@ -85,6 +85,7 @@ struct Memory {
   float *logprobs = nullptr, *entropy = nullptr, *lse = nullptr, *d_entropy = nullptr;
   float* target_logits = nullptr;
   VocabRowGradient* row_gradients = nullptr;  // of a chunk
+  int* counter = nullptr;
 };
 
 Memory LayOut(const Sizes& sizes, ScratchCursor& cursor) {
@@ -98,6 +99,7 @@ Memory LayOut(const Sizes& sizes, ScratchCursor& cursor) {
   m.d_entropy = cursor.Take<float>(sizes.rows);
   m.target_logits = cursor.Take<float>(sizes.targets);
   m.row_gradients = cursor.Take<VocabRowGradient>(sizes.chunk_rows());
+  m.counter = cursor.Take<int>(1);
   return m;
 }
 
@@ -151,7 +153,8 @@ VocabMatMulArgs ArgsOf(const Rows& rows, const Memory& memory) {
           .k = rows.hidden.dim(1),
           .scale = rows.scale,
           .target_indptr = memory.indptr + rows.first,
-          .targets = memory.targets};
+          .targets = memory.targets,
+          .counter = memory.counter};
 }
 
 // Logits of the rows, in f32.

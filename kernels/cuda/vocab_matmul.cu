@@ -6,11 +6,11 @@
 // warpgroups of 64 rows each:
 //   acc[64, 256] += hidden weight^T      4 x m64n256k16 a step, one step in flight
 // The second warpgroup starts kLag steps late and so stays behind: while one folds its tile, the
-// other has the tensor cores to itself, and neither waits. Per item and block 2 k columns bytes
-// times (128 + 128) for 2 * 128 * 256 k FLOP: 128 FLOP per byte of L2. Items go through the
-// vocabulary kRowPairs x 256 rows at a time: those rows stay in L2, the weights come from memory
-// once for all of them. Bound by tensor cores; the statistics write 12 bytes a row and tile, the
-// gradient 2 an element.
+// other has the tensor cores to itself. Per item and block (128 + 128) * 2 k bytes for
+// 2 * 128 * 256 k FLOP: 128 FLOP per byte of L2. Items go through the vocabulary kRowPairs x 256
+// rows at a time: those rows stay in L2, and the weights come from memory once for all of them.
+// Bound by tensor cores, on a card at its power limit; the statistics write 12 bytes a row and
+// tile, the gradient 2 an element.
 #include <algorithm>
 
 #include "kernels/cuda/attention/hopper.cuh"
@@ -24,8 +24,9 @@ constexpr int kBlocks = 2;  // of a cluster
 constexpr int kRows = 128;  // of a block
 constexpr int kTokens = static_cast<int>(kVocabTile);
 constexpr int kStages = 4;
+constexpr int kItemStages = 2;
 constexpr int kLag = 2;
-constexpr int kRowPairs = 8;
+constexpr int kRowPairs = 12;
 constexpr int kConsumerWarps = 8;
 constexpr int kThreads = 384;
 constexpr int kStagedColumns = 128;                  // of d_logits at a time
@@ -35,7 +36,7 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 struct VocabParameters {
   CUtensorMap hidden, weight, d_logits;
   VocabMatMulArgs args;
-  int row_pairs, tiles, k_blocks;
+  int row_pairs, tiles, k_blocks, items;
   // Statistics.
   VocabPartials partials;
   float* target_z;
@@ -48,6 +49,9 @@ struct VocabShared {
   alignas(1024) Bf16 hidden[kStages][kRows * kPanel];
   alignas(1024) Bf16 weight[kStages][kTokens * kPanel];
   Barrier full[kStages], empty[kStages];
+  int item[kItemStages];
+  Barrier item_full[kItemStages];
+  Barrier item_empty[kItemStages];  // the first block's counts for all
 };
 struct VocabSharedStaged : VocabShared {
   alignas(1024) Bf16 staged[2][64 * kStagedColumns];  // of a warpgroup
@@ -72,6 +76,29 @@ __device__ __forceinline__ void ArriveAt(Barrier& barrier, int rank) {
       "mbarrier.arrive.shared::cluster.b64 _, [at];\n}" ::"r"(SharedAddress(&barrier.word)),
       "r"(rank)
       : "memory");
+}
+// Writes `value` into block `rank`'s copy of `to`, and tells its `full`.
+__device__ __forceinline__ void SendTo(int rank, int& to, Barrier& full, int value) {
+  asm volatile(
+      "{\n.reg .b32 at, told;\nmapa.shared::cluster.u32 at, %0, %3;\n"
+      "mapa.shared::cluster.u32 told, %1, %3;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [at], %2, [told];\n}" ::"r"(
+          SharedAddress(&to)),
+      "r"(SharedAddress(&full.word)), "r"(value), "r"(rank)
+      : "memory");
+}
+// Waits for SendTo, and returns what it brought.
+__device__ __forceinline__ int Receive(const int& from, Barrier& full, uint32_t parity) {
+  int value;
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
+      "@!done bra again;\n"
+      "ld.shared.b32 %0, [%3];\n}"
+      : "=r"(value)
+      : "r"(SharedAddress(&full.word)), "r"(parity), "r"(SharedAddress(&from))
+      : "memory");
+  return value;
 }
 // LoadBox into both blocks, each told by its own barrier.
 __device__ __forceinline__ void LoadBoxForAll(void* to, const CUtensorMap& map, int column, int row,
@@ -114,20 +141,27 @@ __device__ __forceinline__ Item ItemAt(const VocabParameters& p, int item) {
   return {(first + inside % pairs) * kBlocks * kRows + ClusterRank() * kRows, inside / pairs};
 }
 
-// Calls fn(item) for all items of this cluster.
-template <class Fn>
-__device__ __forceinline__ void ForItems(const VocabParameters& p, const Fn& fn) {
-  const int items = p.row_pairs * p.tiles;
-  for (int i = blockIdx.x / kBlocks; i < items; i += gridDim.x / kBlocks) fn(ItemAt(p, i));
-}
-
-// One thread.
+// One thread. The first block's takes items from a counter, the next one while this one loads, and
+// sends them to all threads of the cluster: who is ahead takes more, so that all stay close
+// together in the vocabulary.
 __device__ void Produce(const VocabParameters& p, VocabShared& s) {
   constexpr int kShare = kTokens / kBlocks;
   constexpr int kStageBytes = (kRows + kTokens) * kPanel * 2;
   const int rank = ClusterRank();
+  Ring<kItemStages> items;
   Ring<kStages> ring;
-  ForItems(p, [&](const Item& item) {
+  for (int next = rank == 0 ? atomicAdd(p.args.counter, 1) : 0;; items.Advance()) {
+    Barrier& full = s.item_full[items.stage];
+    full.ArriveExpecting(sizeof(int));
+    if (rank == 0) {
+      s.item_empty[items.stage].Wait(items.phase ^ 1);
+      for (int to = 0; to < kBlocks; ++to) SendTo(to, s.item[items.stage], full, next);
+      next = atomicAdd(p.args.counter, 1);
+    }
+    const int index = Receive(s.item[items.stage], full, items.phase);
+    if (index >= p.items) break;
+    ArriveAt(s.item_empty[items.stage], 0);
+    const Item item = ItemAt(p, index);
     for (int block = 0; block < p.k_blocks; ++block, ring.Advance()) {
       const int stage = ring.stage, column = block * kPanel;
       s.empty[stage].Wait(ring.phase ^ 1);
@@ -136,7 +170,7 @@ __device__ void Produce(const VocabParameters& p, VocabShared& s) {
       LoadBoxForAll(s.weight[stage] + rank * kShare * kPanel, p.weight, column,
                     item.tile * kTokens + rank * kShare, s.full[stage]);
     }
-  });
+  }
 }
 
 // This thread's two rows, `first` and 8 below, and what goes with them.
@@ -313,11 +347,16 @@ __device__ __forceinline__ void Multiply(const VocabParameters& p, VocabShared& 
 
 template <bool kGradient, class Shared>
 __device__ void Consume(const VocabParameters& p, Shared& s, int group) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  Ring<kItemStages> items;
   Ring<kStages> ring;
   bool announce = group == 0;
   if (group == 1) NamedSync(kLagBarrier, 256);
-  ForItems(p, [&](const Item& item) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  for (;; items.Advance()) {
+    const int index = Receive(s.item[items.stage], s.item_full[items.stage], items.phase);
+    if (index >= p.items) break;
+    ArriveAt(s.item_empty[items.stage], 0);
+    const Item item = ItemAt(p, index);
     const Targets targets(p.args, item.row + group * 64 + warp * 16 + lane / 4);
     float acc[128];
     Multiply(p, s, group, ring, acc, announce);
@@ -326,7 +365,8 @@ __device__ void Consume(const VocabParameters& p, Shared& s, int group) {
     } else {
       FoldTile(p, item, targets, acc);
     }
-  });
+  }
+  if (announce) NamedArrive(kLagBarrier, 256);
   if (kGradient && threadIdx.x % 128 == 0) WaitStoresRead();
 }
 
@@ -339,6 +379,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kStages; ++i) {
       s.full[i].Init(1);
       s.empty[i].Init(kBlocks * kConsumerWarps);
+    }
+    for (int i = 0; i < kItemStages; ++i) {
+      s.item_full[i].Init(1);
+      s.item_empty[i].Init(kBlocks * (1 + 32 * kConsumerWarps));
     }
     FenceBarrierInit();
   }
@@ -363,6 +407,7 @@ cudaError_t MakeParameters(const VocabMatMulArgs& a, VocabParameters& p) {
   p.row_pairs = static_cast<int>((a.rows + kBlocks * kRows - 1) / (kBlocks * kRows));
   p.tiles = static_cast<int>(NumVocabTiles(a.vocab));
   p.k_blocks = static_cast<int>((a.k + kPanel - 1) / kPanel);
+  p.items = p.row_pairs * p.tiles;
   return cudaSuccess;
 }
 
@@ -383,7 +428,8 @@ cudaError_t Launch(void (*kernel)(VocabParameters), const VocabParameters& p, cu
   config.numAttrs = 1;
   int clusters = 0;
   if (auto e = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) return e;
-  config.gridDim = std::max(1, std::min(clusters, p.row_pairs * p.tiles)) * kBlocks;
+  config.gridDim = std::max(1, std::min(clusters, p.items)) * kBlocks;
+  if (auto e = cudaMemsetAsync(p.args.counter, 0, sizeof(int), stream)) return e;
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 

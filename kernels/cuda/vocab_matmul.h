@@ -22,6 +22,7 @@ struct VocabMatMulArgs {
   float scale = 1;
   const int32_t* target_indptr = nullptr;  // [rows + 1]; values index `targets` and their arrays
   const int32_t* targets = nullptr;
+  int* counter = nullptr;  // scratch: who does what
 };
 
 // Of one row over the tokens of a tile; each [tiles, rows].
