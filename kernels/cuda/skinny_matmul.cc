@@ -14,7 +14,6 @@ bool IsMatrix(const TensorView& t, DType dtype) {
 bool AlignedTo(const TensorView& t, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(t.data) % bytes == 0;
 }
-bool IsFloating(const TensorView& t) { return t.dtype == DType::kBF16 || t.dtype == DType::kF32; }
 // Rows that 16-byte copies may walk.
 bool IsWide(const TensorView& t, DType dtype) {
   return IsMatrix(t, dtype) && AlignedTo(t, 16) && t.dim(1) % 8 == 0 && t.stride[0] % 8 == 0;
@@ -25,23 +24,22 @@ bool IsPaired(const TensorView& t) {
          (t.rank == 1 || t.stride[0] % 2 == 0);
 }
 
-bool Fits(const Context& context, const TensorView& x, const TensorView& w, const TensorView& c) {
-  constexpr int64_t kMaxColumns = int64_t{1} << 30;
+// Whatever brings x.
+bool Fits(const Context& context, int64_t rows, const TensorView& w, const TensorView& c) {
+  constexpr int64_t kMaxColumns = int64_t{1} << 21;  // tiles are a grid's second dimension
   const bool suits = context.compute_capability() == 90 && !context.deterministic();
-  return suits && IsWide(x, x.dtype) && IsWide(w, DType::kBF16) && x.dim(0) >= 1 &&
-         x.dim(0) <= kMaxSkinnyRows && w.dim(0) < kMaxColumns && w.dim(1) > 0 && c.rank == 2 &&
-         IsPaired(c);
+  return suits && rows >= 1 && rows <= kMaxSkinnyRows && IsWide(w, DType::kBF16) &&
+         w.dim(0) < kMaxColumns && w.dim(1) > 0 && c.rank == 2 && IsPaired(c);
 }
-bool Fits(const Context& context, const ops::RmsNormParams& norm, const TensorView& w,
-          const TensorView& c) {
-  return IsFloating(norm.x) && !norm.rstd.present() && Fits(context, norm.x, w, c) &&
-         AlignedTo(norm.weight, 16);
+// Whether the product may norm x itself. Backward wants the normed rows, so not where it follows.
+bool FitsNorm(const ops::RmsNormParams& norm) {
+  return !norm.rstd.present() && IsWide(norm.x, DType::kF32) &&
+         norm.x.dim(0) <= kMaxSkinnyNormedRows && AlignedTo(norm.weight, 16);
 }
 
 SkinnyArgs ArgsOf(const TensorView& x, const TensorView& w, const TensorView& c) {
   return {.x = x.data,
           .x_stride = x.stride[0],
-          .x_is_f32 = x.dtype == DType::kF32,
           .w = w.data,
           .w_stride = w.stride[0],
           .c = c.data,
@@ -53,7 +51,6 @@ SkinnyArgs ArgsOf(const TensorView& x, const TensorView& w, const TensorView& c)
 }
 SkinnyArgs ArgsOf(const ops::RmsNormParams& norm, const TensorView& w, const TensorView& c) {
   SkinnyArgs args = ArgsOf(norm.x, w, c);
-  args.w_is_parameter = true;
   args.norm = norm.weight.data;
   args.eps = norm.eps;
   return args;
@@ -66,16 +63,18 @@ absl::Status Run(Context& context, const SkinnyArgs& args) {
 }  // namespace
 
 bool FitsSkinny(const Context& context, const ops::MatMulParams& p) {
-  return p.trans_b && !p.trans_a && p.a.dtype == DType::kBF16 && Fits(context, p.a, p.b, p.c) &&
-         (!p.bias.present() || IsPaired(p.bias)) && (!p.addend.present() || IsPaired(p.addend));
+  return p.trans_b && !p.trans_a && IsWide(p.a, DType::kBF16) &&
+         Fits(context, p.a.dim(0), p.b, p.c) && (!p.bias.present() || IsPaired(p.bias)) &&
+         (!p.addend.present() || IsPaired(p.addend));
 }
 bool FitsSkinny(const Context& context, const ops::NormMatMulParams& p) {
-  return p.norm.x.dim(0) <= kMaxSkinnyNormedRows && Fits(context, p.norm, p.b, p.c) &&
+  return FitsNorm(p.norm) && Fits(context, p.norm.x.dim(0), p.b, p.c) &&
          (!p.bias.present() || IsPaired(p.bias));
 }
 bool FitsSkinny(const Context& context, const ops::NormSwiGluParams& p) {
-  const bool normed = p.norm.x.dim(0) <= kMaxSkinnyNormedRows || IsWide(p.norm.out, DType::kBF16);
-  return normed && Fits(context, p.norm, p.b, p.out) && p.b.dim(0) % 2 == 0;
+  const bool has_rows =
+      FitsNorm(p.norm) || (!p.norm.rstd.present() && IsWide(p.norm.out, DType::kBF16));
+  return has_rows && Fits(context, p.norm.x.dim(0), p.b, p.out) && p.b.dim(0) % 2 == 0;
 }
 
 absl::Status SkinnyMatMul(Context& context, const ops::MatMulParams& p) {
@@ -91,13 +90,14 @@ absl::Status SkinnyNormMatMul(Context& context, const ops::NormMatMulParams& p) 
   const int64_t rows = p.norm.x.dim(0), hidden = p.norm.x.dim(1), n = p.b.dim(0);
   const DType out = p.c.dtype == DType::kF32 ? DType::kF32 : DType::kBF16;
   RETURN_IF_ERROR(ops::ShapeCheck("norm_matmul")
-                      .Tensor("x", p.norm.x, p.norm.x.dtype, {rows, hidden})
+                      .Tensor("x", p.norm.x, DType::kF32, {rows, hidden})
                       .Tensor("weight", p.norm.weight, DType::kBF16, {hidden})
                       .Tensor("b", p.b, DType::kBF16, {n, hidden})
                       .Optional("bias", p.bias, DType::kBF16, {n})
                       .Tensor("c", p.c, out, {rows, n})
                       .status());
   SkinnyArgs args = ArgsOf(p.norm, p.b, p.c);
+  args.w_is_parameter = true;
   args.bias = p.bias.data;
   return Run(context, args);
 }
@@ -105,19 +105,18 @@ absl::Status SkinnyNormMatMul(Context& context, const ops::NormMatMulParams& p) 
 absl::Status SkinnyNormSwiGlu(Context& context, const ops::NormSwiGluParams& p) {
   const int64_t rows = p.norm.x.dim(0), hidden = p.norm.x.dim(1), ffn = p.out.dim(1);
   RETURN_IF_ERROR(ops::ShapeCheck("norm_swiglu")
-                      .Tensor("x", p.norm.x, p.norm.x.dtype, {rows, hidden})
                       .Tensor("weight", p.norm.weight, DType::kBF16, {hidden})
                       .Tensor("b", p.b, DType::kBF16, {2 * ffn, hidden})
                       .Tensor("out", p.out, DType::kBF16, {rows, ffn})
                       .status());
   SkinnyArgs args;
-  if (rows <= kMaxSkinnyNormedRows) {
+  if (FitsNorm(p.norm)) {
     args = ArgsOf(p.norm, p.b, p.out);
   } else {
     RETURN_IF_ERROR(RmsNorm(context, p.norm));
     args = ArgsOf(p.norm.out, p.b, p.out);
-    args.w_is_parameter = true;
   }
+  args.w_is_parameter = true;
   args.swiglu = true;
   return Run(context, args);
 }

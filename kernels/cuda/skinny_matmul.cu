@@ -14,6 +14,10 @@
 namespace coppice::cuda {
 namespace {
 
+// The next kernel starts when this many of a block's weight copies are still to be issued: sooner,
+// its copies would come before them; later, memory would idle while the last sums are added.
+constexpr int kCopiesBehind = 3;
+
 template <typename Shape>
 __device__ void LoadWeights(const SkinnyParameters& p, SkinnyShared<Shape>& s) {
   Ring<Shape::kStages> ring;
@@ -25,7 +29,8 @@ __device__ void LoadWeights(const SkinnyParameters& p, SkinnyShared<Shape>& s) {
 #pragma unroll
     for (int panel = 0; panel < Shape::kPanels; ++panel)
       LoadBox(s.w[ring.stage] + panel * kPanelRows * kColumns * 2, p.w, b * kColumns, 0,
-              blockIdx.y * p.tile_stride + panel * p.panel_stride, s.w_full[ring.stage]);
+              blockIdx.y * kPanelRows + panel * p.panel_stride, s.w_full[ring.stage]);
+    if (b + 1 + kCopiesBehind >= blocks.end) LetSuccessorStart();
   }
 }
 
@@ -67,7 +72,7 @@ __device__ __forceinline__ void MultiplyColumns(const SkinnyParameters& p, Skinn
   Pin(sum);
 }
 // The same for x * norm.
-template <typename X, typename Shape>
+template <typename Shape>
 __device__ __forceinline__ void MultiplyNormedColumns(
     const SkinnyParameters& p, SkinnyShared<Shape>& s,
     float (&sum)[Shape::kPanels][Shape::kTokens / 2]) {
@@ -78,7 +83,7 @@ __device__ __forceinline__ void MultiplyNormedColumns(
     const int stage = (b - blocks.begin) % Shape::kXStages;
     if (stage == 0) {
       NamedSync(1, kMultipliers);  // the stages have been read
-      BringNormedTokens<X>(p.args, s, b, blocks.end, squares);
+      BringNormedTokens(p.args, s, b, blocks.end, squares);
       NamedSync(1, kMultipliers);
     }
     MultiplyBlock(s, w_ring, s.x[stage], sum);
@@ -121,12 +126,11 @@ struct Target {
   int token, column;
   bool inside;
 
-  // Of a unit's half h in a panel. Lanes 4 apart hold neighbouring columns: each takes both of one
-  // token.
-  __device__ Target(const SkinnyParameters& p, int unit, int h, int panel_column) {
+  // Of a unit's half h. Lanes 4 apart hold neighbouring columns: each takes both of one token.
+  __device__ Target(const SkinnyParameters& p, int unit, int h) {
     const int lane = threadIdx.x % 32;
     token = unit / 4 * 8 + lane % 4 * 2 + lane / 4 % 2;
-    column = panel_column + unit % 4 * 16 + lane / 8 * 2 + 8 * h;
+    column = blockIdx.y * kPanelRows + unit % 4 * 16 + lane / 8 * 2 + 8 * h;
     inside = token < p.args.rows && column < p.out_columns;
   }
   // What is added to the product.
@@ -196,37 +200,66 @@ __device__ __forceinline__ void AddRanks(const SkinnyArgs& a, SkinnyShared<Shape
   }
 }
 
-// Adds up this block's units and stores them.
-template <bool kSwiGlu, typename Shape>
-__device__ void StoreSums(const SkinnyParameters& p, SkinnyShared<Shape>& s) {
-  using U = Units<Shape::kTokens>;
-  constexpr int kStored = kSwiGlu ? 1 : Shape::kPanels;
-  const int begin = U::Begin(ClusterRank(), ClusterSize());
-  const int end = U::Begin(ClusterRank() + 1, ClusterSize());
-  for (int unit = begin + threadIdx.x / 32; unit < end; unit += kMultipliers / 32) {
-    float2 base[kStored][2];
+// What is added to a unit's columns of c.
+template <typename Shape>
+struct Base {
+  float2 x[2];
+
+  __device__ __forceinline__ void Read(const SkinnyParameters& p, int unit) {
 #pragma unroll
-    for (int i = 0; i < 2 * kStored; ++i) {
-      const int column = (blockIdx.y * kStored + i / 2) * kPanelRows;
-      base[i / 2][i % 2] = Target(p, unit, i % 2, column).Base(p.args);
-    }
-    s.sums_full.Wait(0);
-    float4 sum[Shape::kPanels];
-    AddRanks(p.args, s, unit, unit - begin, sum);
-    if constexpr (kSwiGlu) {
-      const float4 gate = sum[0], up = sum[1];
-      sum[0] = {Silu(gate.x) * up.x, Silu(gate.y) * up.y, Silu(gate.z) * up.z, Silu(gate.w) * up.w};
-    }
-#pragma unroll
-    for (int i = 0; i < 2 * kStored; ++i) {
-      const float4& x = sum[i / 2];
-      float2 y = i % 2 == 0 ? Exchange(x.x, x.y) : Exchange(x.z, x.w);
-      y.x += base[i / 2][i % 2].x, y.y += base[i / 2][i % 2].y;
-      const int column = (blockIdx.y * kStored + i / 2) * kPanelRows;
-      Target(p, unit, i % 2, column).Store(p.args, y);
+    for (int h = 0; h < 2; ++h) {
+      x[h] = {0.f, 0.f};
+      if (!Shape::kSwiGlu && unit < Units<Shape::kTokens>::kCount)
+        x[h] = Target(p, unit, h).Base(p.args);
     }
   }
-  s.sums_full.Wait(0);  // shared memory lives until all that is sent here has come
+};
+
+template <typename Shape>
+__device__ __forceinline__ void StoreUnit(const SkinnyParameters& p, SkinnyShared<Shape>& s,
+                                          int unit, int place, const Base<Shape>& base) {
+  float4 sum[Shape::kPanels];
+  AddRanks(p.args, s, unit, place, sum);
+  float4& x = sum[0];
+  if constexpr (Shape::kSwiGlu) {
+    const float4& up = sum[1];
+    x = {Silu(x.x) * up.x, Silu(x.y) * up.y, Silu(x.z) * up.z, Silu(x.w) * up.w};
+  }
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float2 y = h == 0 ? Exchange(x.x, x.y) : Exchange(x.z, x.w);
+    Target(p, unit, h).Store(p.args, {y.x + base.x[h].x, y.y + base.x[h].y});
+  }
+}
+
+// A warp's units of those that its block adds up: every fourth.
+template <typename Shape>
+struct OwnUnits {
+  int begin, end, first;
+  __device__ OwnUnits()
+      : begin(Units<Shape::kTokens>::Begin(ClusterRank(), ClusterSize())),
+        end(Units<Shape::kTokens>::Begin(ClusterRank() + 1, ClusterSize())),
+        first(begin + threadIdx.x / 32) {}
+};
+
+// Adds up this warp's units and stores them; `base`, of the first of them, was read before the sums
+// were there.
+template <typename Shape>
+__device__ void StoreSums(const SkinnyParameters& p, SkinnyShared<Shape>& s,
+                          const Base<Shape> (&base)[Shape::kEarlyUnits]) {
+  constexpr int kWarps = kMultipliers / 32;
+  const OwnUnits<Shape> own;
+  s.sums_full.Wait(0);  // also for those without units: shared memory lives until all has come
+#pragma unroll
+  for (int i = 0; i < Shape::kEarlyUnits; ++i) {
+    const int unit = own.first + kWarps * i;
+    if (unit < own.end) StoreUnit(p, s, unit, unit - own.begin, base[i]);
+  }
+  for (int unit = own.first + kWarps * Shape::kEarlyUnits; unit < own.end; unit += kWarps) {
+    Base<Shape> late;
+    late.Read(p, unit);
+    StoreUnit(p, s, unit, unit - own.begin, late);
+  }
 }
 
 template <typename Shape>
@@ -243,14 +276,11 @@ __device__ void InitBarriers(SkinnyShared<Shape>& s) {
   s.sums_full.ArriveExpecting(ranks == 1 ? 0 : bytes);
 }
 
-template <typename X, bool kSwiGlu, int kTokens, int kPanels>
-__global__ void __launch_bounds__(SkinnyShape<X, kTokens, kPanels>::kThreads,
-                                  SkinnyShape<X, kTokens, kPanels>::kResident)
+template <typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kResident)
     SkinnyMatMulKernel(const __grid_constant__ SkinnyParameters p) {
-  using Shape = SkinnyShape<X, kTokens, kPanels>;
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& s = *reinterpret_cast<SkinnyShared<Shape>*>(raw);
-  LetSuccessorStart();
   if (threadIdx.x == 0) InitBarriers(s);
   __syncthreads();
   ClusterArrive();  // what others send may come
@@ -265,9 +295,13 @@ __global__ void __launch_bounds__(SkinnyShape<X, kTokens, kPanels>::kThreads,
     }
     return;
   }
-  float sum[kPanels][kTokens / 2] = {};
+  Base<Shape> base[Shape::kEarlyUnits];
+#pragma unroll
+  for (int i = 0; i < Shape::kEarlyUnits; ++i)
+    base[i].Read(p, OwnUnits<Shape>().first + kMultipliers / 32 * i);
+  float sum[Shape::kPanels][Shape::kTokens / 2] = {};
   if constexpr (Shape::kNormed) {
-    MultiplyNormedColumns<X>(p, s, sum);
+    MultiplyNormedColumns(p, s, sum);
   } else {
     MultiplyColumns(p, s, sum);
     ClusterWait();
@@ -277,7 +311,7 @@ __global__ void __launch_bounds__(SkinnyShape<X, kTokens, kPanels>::kThreads,
     ClusterWait();
   }
   SendSums(s, sum);
-  StoreSums<kSwiGlu>(p, s);
+  StoreSums(p, s, base);
 }
 
 // Blocks of a cluster: enough that the device's memory is kept busy, as few as possible.
@@ -288,51 +322,40 @@ int ClusterBlocks(int tiles, int k_blocks) {
   return wanted < most ? wanted : most;
 }
 
-template <typename X, bool kSwiGlu, int kTokens, int kPanels>
+template <typename Shape>
 cudaError_t Launch(const SkinnyArgs& a, cudaStream_t stream) {
-  using Shape = SkinnyShape<X, kTokens, kPanels>;
   static_assert(Shape::kResident * (sizeof(SkinnyShared<Shape>) + 1024) <= 227 << 10);
   SkinnyParameters p = {};
   p.args = a;
-  p.out_columns = static_cast<int>(kSwiGlu ? a.n / 2 : a.n);
-  p.tile_stride = kSwiGlu ? kPanelRows : kPanels * kPanelRows;
-  p.panel_stride = kSwiGlu ? p.out_columns : kPanelRows;
+  p.out_columns = static_cast<int>(Shape::kSwiGlu ? a.n / 2 : a.n);
+  p.panel_stride = Shape::kSwiGlu ? p.out_columns : kPanelRows;
   p.k_blocks = static_cast<int>((a.k + kColumns - 1) / kColumns);
   const MapShape w = {a.w, a.n, a.w_stride, 1, static_cast<int32_t>(a.k)};
   if (const cudaError_t e = MakeMap(p.w, w, kPanelRows)) return e;
   if constexpr (!Shape::kNormed) {
     const MapShape x = {a.x, a.rows, a.x_stride, 1, static_cast<int32_t>(a.k)};
-    if (const cudaError_t e = MakeMap(p.x, x, kTokens)) return e;
+    if (const cudaError_t e = MakeMap(p.x, x, Shape::kTokens)) return e;
   }
-  const int tiles = (p.out_columns + p.tile_stride - 1) / p.tile_stride;
+  const int tiles = (p.out_columns + kPanelRows - 1) / kPanelRows;
   const int blocks = ClusterBlocks(tiles, p.k_blocks);
   const OverlappedGrid grid = {dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(tiles)),
                                Shape::kThreads, sizeof(SkinnyShared<Shape>), blocks};
-  return LaunchOverlapped<SkinnyMatMulKernel<X, kSwiGlu, kTokens, kPanels>>(grid, stream, p);
+  return LaunchOverlapped<SkinnyMatMulKernel<Shape>>(grid, stream, p);
 }
 
-template <typename X, bool kSwiGlu>
+template <bool kSwiGlu>
 cudaError_t Dispatch(const SkinnyArgs& a, cudaStream_t stream) {
-  constexpr int kPanels = kSwiGlu ? 2 : 1;
-  if (a.rows <= 8) return Launch<X, kSwiGlu, 8, kPanels>(a, stream);
-  if (a.rows <= 16) return Launch<X, kSwiGlu, 16, kPanels>(a, stream);
-  if constexpr (std::is_void_v<X>) {
-    if (a.rows <= 32) return Launch<X, kSwiGlu, 32, kPanels>(a, stream);
-    return Launch<X, kSwiGlu, 64, 2>(a, stream);
-  }
-  return cudaErrorInvalidValue;
-}
-
-template <typename X>
-cudaError_t Dispatch(const SkinnyArgs& a, cudaStream_t stream) {
-  return a.swiglu ? Dispatch<X, true>(a, stream) : Dispatch<X, false>(a, stream);
+  if (a.norm != nullptr) return Launch<SkinnyShape<true, kSwiGlu, 8>>(a, stream);
+  if (a.rows <= 8) return Launch<SkinnyShape<false, kSwiGlu, 8>>(a, stream);
+  if (a.rows <= 16) return Launch<SkinnyShape<false, kSwiGlu, 16>>(a, stream);
+  if (a.rows <= 32) return Launch<SkinnyShape<false, kSwiGlu, 32>>(a, stream);
+  return Launch<SkinnyShape<false, kSwiGlu, 64>>(a, stream);
 }
 
 }  // namespace
 
 cudaError_t LaunchSkinnyMatMul(const SkinnyArgs& args, cudaStream_t stream) {
-  if (args.norm == nullptr) return Dispatch<void>(args, stream);
-  return args.x_is_f32 ? Dispatch<float>(args, stream) : Dispatch<Bf16>(args, stream);
+  return args.swiglu ? Dispatch<true>(args, stream) : Dispatch<false>(args, stream);
 }
 
 }  // namespace coppice::cuda

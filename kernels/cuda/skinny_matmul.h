@@ -12,12 +12,11 @@
 namespace coppice::cuda {
 
 constexpr int64_t kMaxSkinnyRows = 64;
-constexpr int64_t kMaxSkinnyNormedRows = 16;  // more are normed by a kernel of their own
+constexpr int64_t kMaxSkinnyNormedRows = 4;  // more are faster normed by a kernel of their own
 
 struct SkinnyArgs {
-  const void* x = nullptr;  // [rows, k] bf16, or f32 where it is normed
+  const void* x = nullptr;  // [rows, k] bf16; f32 where it is normed
   int64_t x_stride = 0;
-  bool x_is_f32 = false;
   const void* norm = nullptr;  // optional [k] bf16: x is normed with this weight
   float eps = 0;
   const void* w = nullptr;  // [n, k] bf16
@@ -33,9 +32,9 @@ struct SkinnyArgs {
   int64_t rows = 0, n = 0, k = 0;
 };
 
-// REQUIRES: 1 <= rows <= kMaxSkinnyRows (with a norm kMaxSkinnyNormedRows); bf16 x without a norm;
-// k, x_stride and w_stride multiples of 8; n (n / 2 with swiglu), c_stride and addend_stride even;
-// x, w and norm on 16-byte boundaries, bias, addend and c on those of two elements.
+// REQUIRES: 1 <= rows <= kMaxSkinnyRows (with a norm kMaxSkinnyNormedRows); k, x_stride and
+// w_stride multiples of 8; n (n / 2 with swiglu), c_stride and addend_stride even; x, w and norm on
+// 16-byte boundaries, bias, addend and c on those of two elements.
 cudaError_t LaunchSkinnyMatMul(const SkinnyArgs& args, cudaStream_t stream);
 
 }  // namespace coppice::cuda

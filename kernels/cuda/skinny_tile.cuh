@@ -2,10 +2,6 @@
 // smaller matrix products.
 #pragma once
 
-#include <type_traits>
-
-#include <type_traits>
-
 #include "kernels/cuda/attention/tensor_map.cuh"
 #include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/overlap.cuh"
@@ -23,8 +19,7 @@ struct SkinnyParameters {
   CUtensorMap w, x;
   SkinnyArgs args;
   int k_blocks;
-  int panel_stride;  // weight rows from a tile's first panel to its second
-  int tile_stride;   // weight rows from tile to tile
+  int panel_stride;  // weight rows from a tile's gate to its up
   int out_columns;   // columns of c
 };
 
@@ -46,22 +41,21 @@ struct Units {
   }
 };
 
-// Threads and shared memory of a block. X: type of x where it is normed, void where it is an
-// operand as it stands. Several blocks fit a multiprocessor, so that the next kernel's are at work
-// before this one's have ended.
-template <typename X, int kTokenCount, int kPanelCount>
+// Threads and shared memory of a block. Several blocks fit a multiprocessor, so that the next
+// kernel's are at work before this one's have ended.
+template <bool kIsNormed, bool kIsSwiGlu, int kTokenCount>
 struct SkinnyShape {
-  static constexpr int kTokens = kTokenCount, kPanels = kPanelCount;
-  static constexpr bool kNormed = !std::is_void_v<X>;
+  static constexpr bool kNormed = kIsNormed, kSwiGlu = kIsSwiGlu;
+  static constexpr int kTokens = kTokenCount, kPanels = kSwiGlu ? 2 : 1;
   // The multipliers, a warp that issues the copies of W, and one that issues those of x.
   static constexpr int kThreads = kMultipliers + (kNormed ? 32 : 64);
-  static constexpr bool kFew = kNormed || kTokens == 64;  // of large blocks
-  static constexpr int kResident = kFew ? 3 : 4;          // blocks that fit a multiprocessor
-  static constexpr int kBudgetBytes = (kFew ? 73 : 54) << 10;
+  static constexpr int kResident = 3;  // blocks that fit a multiprocessor
+  static constexpr int kBudgetBytes = 73 << 10;
   static constexpr int kXStages = kNormed         ? 160 / kTokens
                                   : kTokens == 8  ? 6
                                   : kTokens == 32 ? 5
                                                   : 3;
+  static constexpr int kEarlyUnits = kTokens >= 32 ? 2 : 1;  // whose addend is read ahead
   static constexpr int kXStageBytes = kTokens * kColumns * 2;
   static constexpr int kStageBytes = kPanels * kPanelRows * kColumns * 2;
   static constexpr int kSumBytes = Units<kTokens>::MaxPlaces() * kPanels * 512;

@@ -19,23 +19,18 @@ __device__ void LoadTokenBoxes(const SkinnyParameters& p, SkinnyShared<Shape>& s
 }
 
 // 8 columns of a token, and of the norm's weight.
-template <typename X>
 struct Piece {
-  static constexpr int kWords = sizeof(X) / 2;
-  uint4 x[kWords], norm;
+  float4 x[2];
+  uint4 norm;
 
   __device__ __forceinline__ void Read(const SkinnyArgs& a, int token, int column) {
     const bool inside = column < a.k && token < a.rows;
-    const auto* from =
-        reinterpret_cast<const uint4*>(static_cast<const X*>(a.x) + token * a.x_stride + column);
+    const auto* from = reinterpret_cast<const float4*>(static_cast<const float*>(a.x) +
+                                                       token * a.x_stride + column);
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) x[i] = inside ? __ldcg(from + i) : uint4{};
+    for (int i = 0; i < 2; ++i) x[i] = inside ? __ldcg(from + i) : float4{};
     const auto* weight = static_cast<const Bf16*>(a.norm) + column;
     norm = inside ? *reinterpret_cast<const uint4*>(weight) : uint4{};
-  }
-  __device__ __forceinline__ float2 PairAt(int i) const {
-    if constexpr (kWords == 2) return reinterpret_cast<const float2*>(x)[i];
-    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162*>(x)[i]);
   }
   // x * norm; adds the squares of x.
   __device__ __forceinline__ uint4 Scale(float& squares) const {
@@ -44,7 +39,7 @@ struct Piece {
     auto* to = reinterpret_cast<uint32_t*>(&y);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 v = PairAt(i), w = __bfloat1622float2(by[i]);
+      const float2 v = reinterpret_cast<const float2*>(x)[i], w = __bfloat1622float2(by[i]);
       squares += v.x * v.x + v.y * v.y;
       to[i] = PackBf16(v.x * w.x, v.y * w.y);
     }
@@ -54,7 +49,7 @@ struct Piece {
 
 // By the multipliers: x * norm of column blocks [begin, end), at most kXStages, into the stages.
 // Thread t has pieces t % 8 of lane t / 8 of kSquareLanes, which is a token.
-template <typename X, typename Shape>
+template <typename Shape>
 __device__ __forceinline__ void BringNormedTokens(const SkinnyArgs& a, SkinnyShared<Shape>& s,
                                                   int begin, int end, float& squares) {
   constexpr int kTogether = kSquareLanes / Shape::kTokens;  // column blocks
@@ -64,7 +59,7 @@ __device__ __forceinline__ void BringNormedTokens(const SkinnyArgs& a, SkinnySha
   const int place = token * 128 + ((piece ^ (token & 7)) << 4);
 #pragma unroll
   for (int round = 0; round < kPieces; round += kAhead) {
-    Piece<X> pieces[kAhead];
+    Piece pieces[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int b = begin + (round + i) * kTogether + first;

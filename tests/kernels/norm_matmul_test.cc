@@ -195,7 +195,7 @@ double RelativeError(DeviceTensor& got, const Vector& want) {
 TEST_P(NormMatMulTest, NormReadsF32Rows) {
   const auto ops = std::move(ops::CreateOps(GetParam(), 2)).value();
   const DType f = ops->Info().compute_dtype;
-  for (const int64_t rows : {1, 8, 9, 16, 17, 32, 33, 64}) {
+  for (const int64_t rows : {1, 4, 5, 8, 9, 16, 17, 32, 33, 64}) {
     for (const auto& [n, k] : {std::pair{2, 8}, {130, 72}, {192, 2560}}) {
       SCOPED_TRACE(testing::Message() << rows << " x " << n << " x " << k);
       GuardedTensor x({rows, k}), weight({1, k}), b({2 * n, k}), out({rows, 2 * n});
