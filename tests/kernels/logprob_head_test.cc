@@ -86,15 +86,17 @@ TEST_P(LogProbHeadTest, ForwardMatchesReferenceAroundTileSizes) {
 }
 
 // Widths of whole 16-byte pieces may take a product that folds its logits: around its tiles of
-// rows, tokens and columns, more tiles than a device takes at once, more rows than go together.
+// rows, tokens and columns, more tiles than a device takes at once, more rows than go together,
+// several chunks of rows.
 TEST_P(LogProbHeadTest, ForwardMatchesReferenceAtWholePieces) {
   struct Size {
     int64_t rows, n, vocab;
   };
   std::mt19937_64 random(6);
-  for (const Size& s : {Size{1, 8, 1}, Size{1, 64, 255}, Size{127, 72, 256}, Size{128, 128, 257},
-                        Size{129, 8, 600}, Size{256, 56, 511}, Size{257, 16, 512},
-                        Size{3, 456, 700}, Size{300, 72, 9000}, Size{2100, 8, 300}}) {
+  for (const Size& s :
+       {Size{1, 8, 1}, Size{1, 64, 255}, Size{127, 72, 256}, Size{128, 128, 257}, Size{129, 8, 600},
+        Size{256, 56, 511}, Size{257, 16, 512}, Size{3, 456, 700}, Size{300, 72, 9000},
+        Size{3200, 8, 300}, Size{33000, 8, 12}}) {
     SCOPED_TRACE(testing::Message() << s.rows << " rows of " << s.n << ", vocab " << s.vocab);
     HeadProblem p(s.rows, s.n, s.vocab, random);
     const absl::Status status = p.Forward(*ops_, 1.3f);
@@ -231,8 +233,8 @@ void ExpectBackwardMatches(HeadProblem& p, ops::Ops& ops, double tolerance,
 TEST_P(LogProbHeadTest, BackwardMatchesReferenceOverSeveralTiles) {
   std::mt19937_64 random(4);
   HeadProblem narrow(300, 3, 4500, random), pieces(300, 72, 1100, random),
-      many_rows(2100, 8, 300, random), odd_vocab(130, 136, 513, random);
-  for (HeadProblem* p : {&narrow, &pieces, &many_rows, &odd_vocab}) {
+      chunks(8300, 8, 40, random), odd_vocab(130, 136, 513, random);
+  for (HeadProblem* p : {&narrow, &pieces, &chunks, &odd_vocab}) {
     SCOPED_TRACE(testing::Message() << p->rows << " rows of " << p->n << ", vocab " << p->vocab);
     ExpectBackwardMatches(*p, *ops_, backward_tolerance(), random);
   }
