@@ -9,7 +9,7 @@ namespace coppice::cuda {
 namespace {
 
 constexpr int kMaxThreads = 512;
-constexpr int64_t kRegisterBlocks = 264;  // two for each multiprocessor of an H200
+constexpr int64_t kMultiprocessors = 132;  // of an H200
 
 // Sum over the block, for every thread, one barrier. REQUIRES: calls alternate between the two
 // halves of `sums` [2][kMaxThreads / 32].
@@ -22,6 +22,13 @@ __device__ inline float RowSum(float x, float (*sums)[kMaxThreads / 32], int hal
   return sum;
 }
 
+// Until here x may not be turned into floats, which take twice the registers: with more than 64 of
+// them fewer blocks fit a multiprocessor.
+__device__ __forceinline__ void Hold(Strip<bf16, 8>& x) {
+  uint32_t(&words)[4] = reinterpret_cast<uint32_t(&)[4]>(x);
+  asm volatile("" : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]));
+}
+
 // A thread's columns of one row: runs of 8, a block's width apart.
 template <int kRuns>
 struct RowShare {
@@ -29,11 +36,11 @@ struct RowShare {
   Strip<bf16, 8> d_out[kRuns], d_x[kRuns];
   float rstd;
 
-  __device__ void Read(const ops::RmsNormBackwardParams& p, int64_t row, int64_t hidden) {
+  __device__ void Read(const ops::RmsNormBackwardParams& p, int row, int hidden) {
     rstd = *RowOf<float>(p.rstd, row);
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
-      const int64_t c = (int64_t{r} * blockDim.x + threadIdx.x) * 8;
+      const int c = static_cast<int>(r * blockDim.x + threadIdx.x) * 8;
       x[r] = {};
       d_out[r] = d_x[r] = {};
       if (c >= hidden) continue;
@@ -46,20 +53,20 @@ struct RowShare {
 
 // REQUIRES: hidden <= kRuns * 8 * blockDim.x, 16-byte rows.
 template <int kRuns>
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kMaxThreads, kRuns == 1 ? 2 : 1)
     RegisterNormBackwardKernel(ops::RmsNormBackwardParams p, float* partials) {
   __shared__ float sums[2][kMaxThreads / 32];
-  const int64_t rows = p.x.shape[0], hidden = p.x.shape[1];
-  const int64_t end = rows * (blockIdx.x + 1) / gridDim.x;
+  const int hidden = static_cast<int>(p.x.shape[1]);
+  const int end = static_cast<int>(p.x.shape[0] * (blockIdx.x + 1) / gridDim.x);
   Strip<bf16, 8> weight[kRuns];
   float d_weight[kRuns][8] = {};
 #pragma unroll
   for (int r = 0; r < kRuns; ++r) {
-    const int64_t c = (int64_t{r} * blockDim.x + threadIdx.x) * 8;
+    const int c = static_cast<int>(r * blockDim.x + threadIdx.x) * 8;
     weight[r] = {};
     if (c < hidden) weight[r] = Strip<bf16, 8>::Read(RowOf<bf16>(p.weight, 0) + c);
   }
-  int64_t row = rows * blockIdx.x / gridDim.x;
+  int row = static_cast<int>(p.x.shape[0] * blockIdx.x / gridDim.x);
   RowShare<kRuns> share;
   if (row < end) share.Read(p, row, hidden);
   for (int half = 0; row < end; ++row, half ^= 1) {
@@ -68,6 +75,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     float dot = 0;
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
+      Hold(weight[r]);
       for (int j = 0; j < 8; ++j) {
         const float dx = now.d_out[r][j] * now.x[r][j];
         dot += dx * weight[r][j];
@@ -77,9 +85,10 @@ __global__ void __launch_bounds__(kMaxThreads)
     const float mean = RowSum(dot, sums, half) * now.rstd * now.rstd / static_cast<float>(hidden);
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
-      const int64_t c = (int64_t{r} * blockDim.x + threadIdx.x) * 8;
+      const int c = static_cast<int>(r * blockDim.x + threadIdx.x) * 8;
       if (c >= hidden) continue;
       Strip<bf16, 8> y;
+      Hold(weight[r]);
       for (int j = 0; j < 8; ++j) {
         const float g = now.d_out[r][j] * weight[r][j];
         y.Set(j, now.d_x[r][j] + now.rstd * (g - now.x[r][j] * mean));
@@ -89,9 +98,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   }
 #pragma unroll
   for (int r = 0; r < kRuns; ++r) {
-    const int64_t c = (int64_t{r} * blockDim.x + threadIdx.x) * 8;
+    const int c = static_cast<int>(r * blockDim.x + threadIdx.x) * 8;
     if (c >= hidden) continue;
-    for (int j = 0; j < 8; ++j) partials[blockIdx.x * hidden + c + j] = d_weight[r][j];
+    for (int j = 0; j < 8; ++j) partials[int64_t{blockIdx.x} * hidden + c + j] = d_weight[r][j];
   }
 }
 
@@ -135,10 +144,11 @@ cudaError_t LaunchRmsNormBackward(const ops::RmsNormBackwardParams& p, float* pa
   const bool wide = Aligned16(p.x) && Aligned16(p.d_out) && Aligned16(p.weight) && Aligned16(p.d_x);
   int64_t parts = NumPartials(rows);
   if (wide && hidden <= 2 * 8 * kMaxThreads) {
-    parts = rows < kRegisterBlocks ? rows : kRegisterBlocks;
     const int threads = RowThreads(hidden / 8);
-    const auto kernel =
-        threads * 8 >= hidden ? RegisterNormBackwardKernel<1> : RegisterNormBackwardKernel<2>;
+    const bool one_run = threads * 8 >= hidden;
+    const auto kernel = one_run ? RegisterNormBackwardKernel<1> : RegisterNormBackwardKernel<2>;
+    const int64_t resident = kMultiprocessors * (one_run ? 2 * kMaxThreads / threads : 1);
+    if (resident < parts) parts = resident;
     kernel<<<static_cast<unsigned>(parts), threads, 0, stream>>>(p, partials);
   } else {
     RmsNormBackwardKernel<<<static_cast<unsigned>(parts), RowThreads(hidden),
