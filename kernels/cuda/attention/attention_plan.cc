@@ -336,7 +336,6 @@ class Planner {
     s.key_runs = Put(backward_.runs);
     s.num_key_work = Size(backward_.work);
     s.num_images = backward_.num_images;
-    s.longest_key_work = backward_.longest_work;
     s.num_context_tiles = Size(context_tiles_);
     s.num_context_ends = Size(context_ends_);
     s.wide_chunks = Put(wide_);

@@ -88,7 +88,6 @@ struct AttentionSchedule {
   const KeyRun* key_runs = nullptr;
   int32_t num_backward_tiles = 0, longest_backward_list = 0, num_backward_entries = 0;
   int32_t num_key_work = 0, num_images = 0;
-  int32_t longest_key_work = 0;  // query tiles of 64 rows
   int32_t num_context_tiles = 0, num_context_ends = 0;
 
   // Chunks.

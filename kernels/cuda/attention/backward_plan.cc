@@ -104,7 +104,6 @@ BackwardLists PlanBackward(const ops::TokenBatch& batch, const TileEnds& ends,
   };
   std::stable_sort(lists.work.begin(), lists.work.end(),
                    [&](const KeyWork& a, const KeyWork& b) { return steps(a) > steps(b); });
-  if (!lists.work.empty()) lists.longest_work = steps(lists.work[0]);
   return lists;
 }
 

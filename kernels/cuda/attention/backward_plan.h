@@ -30,7 +30,7 @@ struct BackwardLists {
   std::vector<int32_t> entries;  // indices into runs
   std::vector<KeyWork> work;
   std::vector<KeyRun> runs;
-  int32_t num_images = 0, longest_work = 0;
+  int32_t num_images = 0;
 };
 
 // `first_tile`: [context nodes] the node's first context tile.

@@ -457,6 +457,14 @@ void TimeDualKv() {
   }
 }
 
+// The trees of a training step of qwen3-4b, with the scratch that a step may have.
+void TimeTrainingTrees() {
+  for (const auto& [prompt, response] : {std::pair(16384, 64), {16384, 1024}, {8192, 4096}}) {
+    const std::string name = std::to_string(prompt) + " + 8 x " + std::to_string(response);
+    TimeTree(name, PromptAndResponses(prompt, response, 8), {32, 8, 128}, {0, 8 * kGiB, 24 * kGiB});
+  }
+}
+
 int Main(int count, char** words) {
   const auto asked = [&](const char* word) {
     return std::any_of(words + 1, words + count,
@@ -472,6 +480,7 @@ int Main(int count, char** words) {
   }
   if (asked("time")) TimeTrees();
   if (asked("dualkv")) TimeDualKv();
+  if (asked("train")) TimeTrainingTrees();
   if (asked("decode")) TimeDecodes();
   return num_failed == 0 ? 0 : 1;
 }
