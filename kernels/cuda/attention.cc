@@ -78,7 +78,8 @@ absl::StatusOr<const CudaBatchPlan::Attention*> ScheduleFor(const Context& conte
                                  .stacked = HasStackedKernels(shape.head_dim, capability),
                                  .backward = backward,
                                  .group_size = shape.q_heads / shape.kv_heads,
-                                 .batch_invariant = invariant});
+                                 .batch_invariant = invariant,
+                                 .decode_slots = DecodeSlots(shape.kv_heads)});
 }
 
 absl::Status Launched(Context& context, cudaError_t error, absl::string_view op,

@@ -146,7 +146,8 @@ struct Part {
 void VisitChunks(const AttentionSchedule& s, const ops::TokenBatch& batch, const ChunkWork* items,
                  int32_t count, Visits& visits, std::map<int32_t, Part>& parts) {
   for (const ChunkWork* item = items; item < items + count; ++item) {
-    EXPECT_EQ(item->key_begin % kSplitKeys, 0);
+    EXPECT_EQ(item->key_begin % (items == s.stacked_chunks ? kKeyTile : kSplitKeys), 0);
+    EXPECT_TRUE(items != s.stacked_chunks || item->key_end % kKeyTile == 0);
     for (int32_t r = 0; r < item->num_rows; ++r) {
       const int32_t row = s.chunk_rows[item->rows_begin + r];
       if (item->partial >= 0) {
@@ -167,7 +168,8 @@ void VisitChunks(const AttentionSchedule& s, const ops::TokenBatch& batch, const
 }
 
 // Every partial result is merged once, into its own row, in the order of its keys.
-void CheckMerges(const AttentionSchedule& s, const std::map<int32_t, Part>& parts) {
+void CheckMerges(const AttentionSchedule& s, const std::map<int32_t, Part>& parts,
+                 bool by_position) {
   std::set<int32_t> merged;
   for (int32_t m = 0; m < s.num_merges; ++m) {
     int32_t last_key = -1;
@@ -181,7 +183,7 @@ void CheckMerges(const AttentionSchedule& s, const std::map<int32_t, Part>& part
         EXPECT_TRUE(merged.insert(part->first).second);
         EXPECT_EQ(part->second.row, s.merges[m].row);
         EXPECT_GT(part->second.key_begin, last_key);
-        EXPECT_EQ(i == ends[0], part->second.key_begin % kChunkKeys == 0);
+        EXPECT_TRUE(!by_position || (i == ends[0]) == (part->second.key_begin % kChunkKeys == 0));
         last_key = part->second.key_begin;
       }
     }
@@ -198,8 +200,10 @@ void CheckPlan(const ops::TokenBatch& batch, const AttentionPlanOptions& options
   std::map<int32_t, Part> parts;
   VisitChunks(s, batch, s.wide_chunks, s.num_wide, visits, parts);
   VisitChunks(s, batch, s.narrow_chunks, s.num_narrow, visits, parts);
-  VisitChunks(s, batch, s.stacked_chunks, s.num_stacked, visits, parts);
-  CheckMerges(s, parts);
+  const int32_t num_stacked = s.num_stacked_slots > 0 ? s.stacked_slots[s.num_stacked_slots] : 0;
+  VisitChunks(s, batch, s.stacked_chunks, num_stacked, visits, parts);
+  const bool stacks = options.tiles && options.stacked && !options.batch_invariant;
+  CheckMerges(s, parts, /*by_position=*/!stacks);
   Visits want = WantVisits(batch);
   for (auto& row : visits) std::sort(row.begin(), row.end());
   for (auto& row : want) std::sort(row.begin(), row.end());
@@ -224,19 +228,48 @@ TEST(AttentionPlanTest, EveryRowMeetsEveryVisibleKeyOnce) {
   }
 }
 
-TEST(AttentionPlanTest, SharedContextIsReadOnceForAllSamples) {
-  BatchBuilder b(64);
-  const int32_t prompt = b.Node(-1, 4096);
-  for (int i = 0; i < 16; ++i) b.Segment(b.Node(prompt, 10), {1});
-  const AttentionPlan plan = PlanAttention(b.batch, {.group_size = 4});
-  const AttentionSchedule s = plan.Bind(plan.words.data());
-  int64_t keys = 0;
-  for (int32_t i = 0; i < s.num_stacked; ++i) {
-    EXPECT_EQ(s.stacked_chunks[i].num_rows, 16);
-    keys += s.stacked_chunks[i].key_end - s.stacked_chunks[i].key_begin;
+struct SlotLoads {
+  int64_t least = std::numeric_limits<int64_t>::max(), most = 0;  // key tiles of a slot
+  int64_t shared_keys = 0;
+};
+
+SlotLoads LoadsOf(const AttentionSchedule& s, int32_t samples) {
+  SlotLoads loads;
+  for (int32_t slot = 0; slot < s.num_stacked_slots; ++slot) {
+    int64_t tiles = 0;
+    for (int32_t i = s.stacked_slots[slot]; i < s.stacked_slots[slot + 1]; ++i) {
+      const ChunkWork& item = s.stacked_chunks[i];
+      tiles += (item.key_end - item.key_begin + kKeyTile - 1) / kKeyTile;
+      if (item.num_rows == samples) loads.shared_keys += item.key_end - item.key_begin;
+    }
+    loads.least = std::min(loads.least, tiles);
+    loads.most = std::max(loads.most, tiles);
   }
-  EXPECT_EQ(keys, 4096);
-  EXPECT_EQ(s.num_narrow, 16);
+  return loads;
+}
+
+TEST(AttentionPlanTest, SharedContextIsReadOnceForAllSamplesByEvenSlots) {
+  for (const int32_t samples : {9, 16, 32}) {
+    BatchBuilder b(64);
+    const int32_t prompt = b.Node(-1, 4096);
+    for (int i = 0; i < samples; ++i) b.Segment(b.Node(prompt, 10), {1});
+    const AttentionPlan plan = PlanAttention(b.batch, {.group_size = 4, .decode_slots = 5});
+    const AttentionSchedule s = plan.Bind(plan.words.data());
+    const SlotLoads loads = LoadsOf(s, samples);
+    EXPECT_EQ(loads.shared_keys, 4096);
+    EXPECT_EQ(s.num_stacked_slots, 5);
+    EXPECT_LE(loads.most - loads.least, 3) << samples;  // short jobs cost less than a tile
+  }
+}
+
+TEST(AttentionPlanTest, AShortContextIsNotMerged) {
+  BatchBuilder b(16);
+  b.Segment(b.Node(-1, 200), {3, 2, 3});
+  const AttentionPlan plan = PlanAttention(b.batch, {.group_size = 4});
+  EXPECT_EQ(plan.schedule.num_stacked_slots, 0);
+  EXPECT_EQ(plan.schedule.num_narrow, 1);
+  EXPECT_EQ(plan.schedule.num_partials, 0);
+  EXPECT_EQ(plan.schedule.num_merges, 0);
 }
 
 bool Sees(const AttentionSchedule& s, const KeyRun& run, int32_t i, int32_t row) {

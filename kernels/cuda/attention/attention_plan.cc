@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "kernels/cuda/attention/backward_plan.h"
+#include "kernels/cuda/attention/decode_spread.h"
 
 namespace coppice::cuda {
 namespace {
@@ -154,6 +155,15 @@ class Planner {
     backward_ = PlanBackward(batch_, {least_end_, greatest_end_}, first_tile);
   }
 
+  // Whether a row's sums may follow the batch. Otherwise they follow the positions of its keys.
+  bool MayStack() const {
+    return options_.tiles && options_.stacked && !options_.batch_invariant &&
+           options_.group_size <= kStackedRows;
+  }
+  // Context that as many rows share goes on the wide tensor path. Up to kNarrowRows stacked rows,
+  // one launch on mma.sync for all keys is faster than one more for the shared ones.
+  bool Stacks(int32_t num_rows) const { return MayStack() && !IsNarrow(num_rows); }
+
   // Keys of the path that are left to the users of `node`: whole splits go with the node itself,
   // unless it has one user only.
   int32_t SharedKeys(int32_t node) const {
@@ -176,10 +186,15 @@ class Planner {
         for (int32_t row = s.row_begin; row < s.row_end; ++row) rows_below[node].push_back(row);
       }
     }
-    for (int32_t node = 0; node < Size(rows_below); ++node) {
-      if (rows_below[node].empty()) continue;
-      const int32_t begin = SharedKeys(batch_.context_nodes[node].parent);
-      AddChunks(rows_below[node], begin, SharedKeys(node), node, 0, /*is_shared=*/true);
+    // A path's nodes with the most rows come first, so a row's parts come in the order of its keys.
+    for (const bool stacked : {true, false}) {
+      for (int32_t node = 0; node < Size(rows_below); ++node) {
+        const std::vector<int32_t>& rows = rows_below[node];
+        if (rows.empty() || stacked != Stacks(Size(rows))) continue;
+        const int32_t begin = SharedKeys(batch_.context_nodes[node].parent);
+        AddChunks(rows, begin, SharedKeys(node), node, 0, /*is_shared=*/true);
+      }
+      if (stacked) SpreadStacked();
     }
   }
 
@@ -203,23 +218,12 @@ class Planner {
 
   int32_t RowsPerItem(int32_t stacked) const { return std::max(stacked / options_.group_size, 1); }
 
-  enum class ItemKind { kNarrow, kWide, kStacked };
-
-  ItemKind KindOf(int32_t num_rows, bool is_shared) const {
-    if (num_rows * options_.group_size <= kNarrowRows) return ItemKind::kNarrow;
-    const bool stacks = options_.tiles && options_.stacked && !options_.batch_invariant &&
-                        is_shared && options_.group_size <= kStackedRows;
-    return stacks ? ItemKind::kStacked : ItemKind::kWide;
-  }
+  bool IsNarrow(int32_t num_rows) const { return num_rows * options_.group_size <= kNarrowRows; }
 
   // The key after the item that begins at `key`. An item that begins inside a chunk is one split,
   // so that the order in which a chunk's splits are folded does not depend on where sharing ends.
-  int32_t ItemEnd(ItemKind kind, int32_t key, int32_t num_rows) const {
-    if (kind == ItemKind::kNarrow) return key + kSplitKeys;
-    if (kind == ItemKind::kWide) return key + (key % kChunkKeys == 0 ? kChunkKeys : kSplitKeys);
-    const bool few = num_rows * options_.group_size <= kStackedRows;
-    const int32_t step = few ? kChunkKeys / 2 : kChunkKeys;
-    return (key / step + 1) * step;
+  static int32_t ItemEnd(bool is_narrow, int32_t key) {
+    return key + (!is_narrow && key % kChunkKeys == 0 ? kChunkKeys : kSplitKeys);
   }
 
   // Keys [begin, end) of the path of `node` for `rows`; `begin` is a multiple of kSplitKeys.
@@ -231,37 +235,77 @@ class Planner {
     const int32_t first_block = AddBlocks(node, begin, std::min(end, context));
     const int32_t rows_begin = Size(chunk_rows_), num_rows = Size(rows);
     chunk_rows_.insert(chunk_rows_.end(), rows.begin(), rows.end());
-    const ItemKind kind = KindOf(num_rows, is_shared);
-    const bool whole = !is_shared && begin == 0 && end <= ItemEnd(kind, 0, num_rows);
+    ChunkWork all = {rows_begin, num_rows, begin, end, context, first_block, packed_begin, -1};
+    if (is_shared && Stacks(num_rows)) {
+      AddItems(stacked_jobs_, RowsPerItem(kStackedRows), all);
+      return;
+    }
+    const bool is_narrow = IsNarrow(num_rows);
+    const bool whole = !is_shared && begin == 0 && end <= ItemEnd(is_narrow, 0);
     for (int32_t key = begin; key < end;) {
-      const int32_t last = std::min(ItemEnd(kind, key, num_rows), end);
-      const int32_t block = batch_.block_tokens > 0 ? first_block + key / batch_.block_tokens -
-                                                          begin / batch_.block_tokens
-                                                    : 0;
-      ChunkWork item = {rows_begin, num_rows, key,          last,
-                        context,    block,    packed_begin, whole ? -1 : num_partials_};
-      AddItems(kind, item);
+      const int32_t last = std::min(ItemEnd(is_narrow, key), end);
+      ChunkWork item = Piece(all, key, last);
+      if (!whole) item.partial = num_partials_;
+      if (is_narrow) {
+        narrow_rows_ = std::max(narrow_rows_, num_rows * options_.group_size);
+        narrow_.push_back(item);
+      } else {
+        AddItems(wide_, RowsPerItem(kChunkRows), item);
+      }
       for (int32_t r = 0; r < num_rows && !whole; ++r) {
-        const int32_t part = num_partials_++;
-        const bool begins_chunk = parts_[rows[r]].empty() || key % kChunkKeys == 0;
-        parts_[rows[r]].push_back({part, begins_chunk});
+        const size_t before = parts_[rows[r]].size();
+        AddPart(rows[r],
+                MayStack() ? before % kChunkParts == 0 : before == 0 || key % kChunkKeys == 0);
       }
       key = last;
     }
   }
 
-  // Cuts the item into pieces of as many rows as its kernel takes.
-  void AddItems(ItemKind kind, ChunkWork item) {
-    const bool is_narrow = kind == ItemKind::kNarrow, is_wide = kind == ItemKind::kWide;
-    std::vector<ChunkWork>& items = is_narrow ? narrow_ : is_wide ? wide_ : stacked_;
-    const int32_t most = RowsPerItem(is_narrow ? kNarrowRows : is_wide ? kChunkRows : kStackedRows);
+  // The item's keys [begin, end) alone.
+  ChunkWork Piece(ChunkWork item, int32_t begin, int32_t end) const {
+    if (batch_.block_tokens > 0) {
+      item.first_block += begin / batch_.block_tokens - item.key_begin / batch_.block_tokens;
+    }
+    item.key_begin = begin, item.key_end = end;
+    return item;
+  }
+
+  void AddPart(int32_t row, bool begins_chunk) {
+    parts_[row].push_back({num_partials_++, begins_chunk});
+  }
+
+  // Cuts the item into pieces of at most `most` rows.
+  static void AddItems(std::vector<ChunkWork>& items, int32_t most, ChunkWork item) {
     for (int32_t left = item.num_rows; left > 0; left -= most) {
       item.num_rows = std::min(most, left);
       items.push_back(item);
-      if (is_narrow) narrow_rows_ = std::max(narrow_rows_, item.num_rows * options_.group_size);
       item.rows_begin += item.num_rows;
       if (item.partial >= 0) item.partial += item.num_rows;
     }
+  }
+
+  // Deals the stacked jobs out to the slots; each slot's items come in the order of the jobs.
+  void SpreadStacked() {
+    if (stacked_jobs_.empty()) return;
+    std::vector<DecodeJob> jobs;
+    for (const ChunkWork& job : stacked_jobs_) jobs.push_back({job.key_begin, job.key_end});
+    std::vector<std::vector<ChunkWork>> slots(options_.decode_slots);
+    for (const DecodePiece& piece : SpreadDecode(jobs, options_.decode_slots)) {
+      const ChunkWork& job = stacked_jobs_[piece.job];
+      ChunkWork item = Piece(job, piece.key_begin, piece.key_end);
+      item.partial = num_partials_;
+      for (int32_t r = 0; r < job.num_rows; ++r) {
+        const int32_t row = chunk_rows_[job.rows_begin + r];
+        AddPart(row, parts_[row].size() % kChunkParts == 0);
+      }
+      slots[piece.slot].push_back(item);
+    }
+    for (const std::vector<ChunkWork>& slot : slots) {
+      if (slot.empty()) continue;
+      slot_begins_.push_back(Size(stacked_));
+      stacked_.insert(stacked_.end(), slot.begin(), slot.end());
+    }
+    slot_begins_.push_back(Size(stacked_));
   }
 
   // Blocks of path positions [begin, end), from the block of `begin` on.
@@ -341,6 +385,7 @@ class Planner {
     s.wide_chunks = Put(wide_);
     s.narrow_chunks = Put(narrow_);
     s.stacked_chunks = Put(stacked_);
+    s.stacked_slots = Put(slot_begins_);
     s.chunk_rows = Put(chunk_rows_);
     s.chunk_blocks = Put(chunk_blocks_);
     s.merges = Put(merges_);
@@ -348,7 +393,7 @@ class Planner {
     s.merge_parts = Put(merge_parts_);
     s.num_wide = Size(wide_);
     s.num_narrow = Size(narrow_);
-    s.num_stacked = Size(stacked_);
+    s.num_stacked_slots = std::max(Size(slot_begins_) - 1, 0);
     s.num_merges = Size(merges_);
     s.num_partials = num_partials_;
     s.narrow_rows = narrow_rows_;
@@ -373,7 +418,8 @@ class Planner {
   std::vector<ContextTile> context_tiles_;
   BackwardLists backward_;
 
-  std::vector<ChunkWork> wide_, narrow_, stacked_;
+  std::vector<ChunkWork> wide_, narrow_, stacked_jobs_, stacked_;
+  std::vector<int32_t> slot_begins_;
   std::vector<int32_t> chunk_rows_, chunk_blocks_, merge_chunks_, merge_parts_;
   struct Part {
     int32_t index;
@@ -407,6 +453,7 @@ AttentionSchedule AttentionPlan::Bind(const int32_t* device_words) const {
   Rebase(s.wide_chunks, device_words);
   Rebase(s.narrow_chunks, device_words);
   Rebase(s.stacked_chunks, device_words);
+  Rebase(s.stacked_slots, device_words);
   Rebase(s.chunk_rows, device_words);
   Rebase(s.chunk_blocks, device_words);
   Rebase(s.merges, device_words);

@@ -1,11 +1,13 @@
 // AttentionPlan: which tiles of the score matrix a batch touches. Host code, no CUDA.
 //
 // Key row k is visible to query row q iff k <= q < subtree_end[k]; a segment's rows also see their
-// context. Two kernel families share the work, by segment:
-//   tiles   128 x 128 tiles on the tensor cores' wide path (sm_90a): prefill, scoring, training
-//   chunks  stacked query heads on mma.sync, keys in chunks of 1024 by absolute
-//   position: decode (each shared context node
-//           is read once for all its rows), every other architecture and head_dim, and the oracle
+// context. Three kernel families share the work, by segment:
+//   tiles    128 x 128 tiles on the tensor cores' wide path (sm_90a): prefill, scoring, training
+//   stacked  stacked query heads on the same path: decode over context that more than kNarrowRows
+//            of them share; all key tiles are dealt out evenly
+//   chunks   stacked query heads on mma.sync, keys in chunks of 1024 by absolute position: the rest
+//            of decode (each shared context node is read once for all its rows), every other
+//            architecture and head_dim, and the oracle
 // For a query tile [q0, q1) and a key tile [k0, k1), with lo and hi the least and greatest
 // subtree_end of the key tile:
 //   skip iff k0 >= q1 or hi <= q0;  full iff k1 - 1 <= q0 and lo >= q1 (no mask code runs);  else
@@ -30,6 +32,7 @@ struct AttentionPlanOptions {
   int32_t group_size = 1;  // query heads of a KV head
   bool batch_invariant =
       false;  // true: a row's bits do not depend on the other rows of the batch; costs speed
+  int32_t decode_slots = 16;    // blocks of a KV head that share stacked work (see DecodeSlots)
   int32_t max_decode_rows = 8;  // segments with context and at most as many rows go as chunks
 
   bool operator==(const AttentionPlanOptions&) const = default;

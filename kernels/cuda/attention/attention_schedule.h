@@ -52,8 +52,9 @@ struct KeyWork {
 // are tested one by one.
 struct ChunkWork {
   int32_t rows_begin, num_rows;  // rows chunk_rows[rows_begin, + num_rows)
-  int32_t key_begin,
-      key_end;  // a multiple of kSplitKeys; does not leave its chunk unless partial is -1
+  // key_begin: a multiple of kSplitKeys, and the item does not leave its chunk unless partial is
+  // -1; of kKeyTile where stacked.
+  int32_t key_begin, key_end;
   int32_t context_tokens;  // keys below are in pages, the others packed
   int32_t first_block;     // index into chunk_blocks: the block of key_begin
   int32_t packed_begin;    // packed row of key `context_tokens`
@@ -91,16 +92,16 @@ struct AttentionSchedule {
   int32_t num_context_tiles = 0, num_context_ends = 0;
 
   // Chunks.
-  const ChunkWork* wide_chunks = nullptr;    // up to kChunkRows stacked rows, longest first
-  const ChunkWork* narrow_chunks = nullptr;  // up to kNarrowRows stacked rows, one split each
-  const ChunkWork* stacked_chunks =
-      nullptr;  // up to kStackedRows stacked rows, context keys, whole key tiles
+  const ChunkWork* wide_chunks = nullptr;     // up to kChunkRows stacked rows, longest first
+  const ChunkWork* narrow_chunks = nullptr;   // up to kNarrowRows stacked rows, one split each
+  const ChunkWork* stacked_chunks = nullptr;  // up to kStackedRows stacked rows, slot by slot
+  const int32_t* stacked_slots = nullptr;     // [slots + 1] where each slot's items begin
   const int32_t* chunk_rows = nullptr;
   const int32_t* chunk_blocks = nullptr;
   const MergeWork* merges = nullptr;
   const int32_t* merge_chunks = nullptr;
   const int32_t* merge_parts = nullptr;
-  int32_t num_wide = 0, num_narrow = 0, num_stacked = 0, num_merges = 0, num_partials = 0;
+  int32_t num_wide = 0, num_narrow = 0, num_stacked_slots = 0, num_merges = 0, num_partials = 0;
   int32_t narrow_rows = 0;  // stacked rows of the largest narrow item
   int32_t most_chunks = 0;  // of a merge
 };

@@ -101,15 +101,22 @@ struct ChunkPartials {
   static constexpr int kColumns = D / 32;
   float x[kChunkParts][kColumns];
   float2 sums[kChunkParts];
-  int count = 0;
+  int parts[kChunkParts], count = 0;
 
-  __device__ __forceinline__ void Read(const ChunkParameters& p, const int* ends, int head) {
-    const int first = ends[0], lane = threadIdx.x % 32;
+  // Which results those are; the schedule alone is read.
+  __device__ __forceinline__ void Find(const AttentionSchedule& schedule, const int* ends) {
+    const int first = ends[0];
     count = ends[1] - first;
+#pragma unroll
+    for (int i = 0; i < kChunkParts; ++i)
+      if (i < count) parts[i] = schedule.merge_parts[first + i];
+  }
+  __device__ __forceinline__ void Read(const ChunkParameters& p, int head) {
+    const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kChunkParts; ++i) {
       if (i >= count) break;
-      const int64_t part = int64_t{p.schedule.merge_parts[first + i]} * p.q_heads + head;
+      const int64_t part = int64_t{parts[i]} * p.q_heads + head;
       sums[i] = __ldcg(p.partial.sums + part);
       const auto* from = reinterpret_cast<const float2*>(p.partial.out + part * D) + lane;
 #pragma unroll
@@ -149,9 +156,10 @@ __global__ void __launch_bounds__(kMaxMergeWarps * 32)
   const int head = blockIdx.y, column = threadIdx.x;
   const MergeWork work = p.schedule.merges[blockIdx.x];
   const int* chunks = p.schedule.merge_chunks + work.chunks_begin;
-  WaitForPredecessor();
   ChunkPartials<D> partials;
-  if (warp < work.num_chunks) partials.Read(p, chunks + warp, head);
+  if (warp < work.num_chunks) partials.Find(p.schedule, chunks + warp);
+  WaitForPredecessor();
+  if (warp < work.num_chunks) partials.Read(p, head);
   ColumnSums<1> total;
   for (int first = 0, half = 0; first < work.num_chunks; first += warps, half ^= 1) {
     const int mine = first + warp;
@@ -163,7 +171,10 @@ __global__ void __launch_bounds__(kMaxMergeWarps * 32)
                                                                                   chunk.out[c + 1]};
       if (lane == 0) shared.sums[half][warp] = {chunk.max, chunk.sum};
     }
-    if (mine + warps < work.num_chunks) partials.Read(p, chunks + mine + warps, head);
+    if (mine + warps < work.num_chunks) {
+      partials.Find(p.schedule, chunks + mine + warps);
+      partials.Read(p, head);
+    }
     __syncthreads();
     if (column < D) {
       for (int i = 0; i < min(warps, work.num_chunks - first); ++i) {

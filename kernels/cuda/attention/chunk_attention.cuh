@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "kernels/cuda/attention/async_copy.cuh"
 #include "kernels/cuda/attention/launchers.h"
 
 namespace coppice::cuda {
@@ -47,20 +48,6 @@ __device__ __forceinline__ uint32_t Pack(float low, float high) {
 
 __device__ __forceinline__ uint32_t SharedAddress(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-// 16 bytes into shared memory; zeros where there is nothing to read.
-__device__ __forceinline__ void CopyAsync(uint32_t to, const void* from, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
-               "r"(exists ? 16 : 0)
-               : "memory");
-}
-__device__ __forceinline__ void CommitCopies() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-template <int kLeft>
-__device__ __forceinline__ void WaitCopies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
 }
 
 __device__ __forceinline__ void LoadMatrices(uint32_t (&r)[4], uint32_t at) {

@@ -25,6 +25,11 @@ struct Barrier {
   __device__ __forceinline__ void Arrive() {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(&word)) : "memory");
   }
+  // One arrival, once all 16-byte copies that this thread has begun (async_copy.cuh) are done.
+  __device__ __forceinline__ void ArriveAfterCopies() {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(&word))
+                 : "memory");
+  }
   // One arrival; the phase also waits for `bytes` to land by bulk copy.
   __device__ __forceinline__ void ArriveExpecting(int bytes) {
     asm volatile(

@@ -81,6 +81,8 @@ bool HasStackedKernels(int32_t head_dim, int compute_capability) {
   return HasTileKernels(head_dim, compute_capability) && head_dim <= 128;
 }
 
+int32_t DecodeSlots(int32_t kv_heads) { return std::max(Multiprocessors() / kv_heads, 1); }
+
 int64_t TreeAttentionScratchBytes(const AttentionSchedule& schedule, const AttentionShape& shape) {
   return ForwardScratch(Scratch(nullptr), schedule, shape).used;
 }
@@ -93,7 +95,7 @@ cudaError_t LaunchTreeAttention(const TreeAttentionArgs& args, cudaStream_t stre
   if (args.schedule.num_wide + args.schedule.num_narrow > 0) {
     if (const cudaError_t e = LaunchChunks(args, scratch.chunks, stream)) return e;
   }
-  if (args.schedule.num_stacked > 0) {
+  if (args.schedule.num_stacked_slots > 0) {
     if (const cudaError_t e = LaunchStackedChunks(args, scratch.chunks, stream)) return e;
   }
   if (args.schedule.num_merges == 0) return cudaSuccess;

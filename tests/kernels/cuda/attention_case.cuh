@@ -168,6 +168,7 @@ struct Case {
         lse(size_t(rows) * h.q) {
     options.group_size = h.q / h.kv;
     options.stacked = HasStackedKernels(h.dim, 90);
+    options.decode_slots = DecodeSlots(h.kv);
     options.backward = true;
     plan = PlanAttention(batch, options);
     words = std::make_unique<Buffer<int32_t>>(plan.words);

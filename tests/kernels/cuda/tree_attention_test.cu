@@ -1,7 +1,7 @@
 // Tree attention on a GPU against the fp32 reference: small batches (every row), the benchmark's
 // shapes (sampled rows), then timings.
-//   tree_attention_test [check] [tiny] [trees] [time] [dualkv] [decode]     default: check. tiny: a
-//   subset for the sanitizers; trees: leaves context out
+//   tree_attention_test [check] [tiny] [trees] [time] [dualkv] [train] [decode]     default: check.
+//   tiny: a subset for the sanitizers; trees: leaves context out
 // Every case runs on poisoned outputs between guard columns, twice, and compares the two runs bit
 // for bit.
 #include <algorithm>
@@ -253,6 +253,7 @@ std::vector<NamedBatch> ContextBatches(int32_t block_tokens, bool tiny) {
   }
   one("ctx 127 + 130", 127, Causal(130));
   one("ctx 1025 + 1", 1025, Causal(1));
+  one("ctx 253 + tree of 8", 253, PromptAndResponses(2, 3, 2));
   {
     ContextBuilder b(block_tokens);  // two levels, decode and prefill side by side
     const int32_t prompt = b.Node(-1, 5 * block_tokens);
@@ -274,6 +275,10 @@ std::vector<NamedBatch> ContextBatches(int32_t block_tokens, bool tiny) {
     result.push_back(
         {"decode " + std::to_string(samples) + " bt" + std::to_string(block_tokens), b.Finish()});
   }
+  ContextBuilder b(block_tokens);  // own tokens of every length, one to eight rows
+  const int32_t prompt = b.Node(-1, 1280);
+  for (int i = 0; i < 90; ++i) b.Segment(b.Node(prompt, 1 + i * 211 % 1700), Causal(1 + i % 8));
+  result.push_back({"decode long bt" + std::to_string(block_tokens), b.Finish()});
   return result;
 }
 
