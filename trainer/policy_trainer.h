@@ -95,11 +95,7 @@ class PolicyTrainer final : public Trainer {
   absl::Status Reserve(const std::vector<Pass>& passes);
   // Of the pass while it runs.
   int64_t SizeBytes(const TreeRun& run, int64_t workspace_bytes) const;
-  // Of attention's backward: what it takes at least and what it can use.
-  struct WorkspaceBytes {
-    int64_t least, most;
-  };
-  WorkspaceBytes WorkspaceOf(const TreeRun& run) const;
+  int64_t WorkspaceBytes(const TreeRun& run) const;  // that attention's backward can use
   void PlaceActivations(const TreeRun& run);
   absl::Status RunPass(const ForwardBackwardRequest& request, const RequestPlan& plan,
                        const PlannedPass& planned, Pass pass, PhaseTimer& phases, Totals& totals,

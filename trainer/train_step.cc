@@ -165,21 +165,19 @@ void PolicyTrainer::ChooseRetention(std::vector<Pass>& passes) const {
                                    run.tree.num_rows(), run.tree.num_head_rows(),
                                    activation_bytes_ - run.offset_bytes, workspace_bytes);
       };
-      const WorkspaceBytes workspace = WorkspaceOf(run);
-      run.retention = choose(workspace.least);
+      const int64_t useful = WorkspaceBytes(run);
+      run.retention = choose(useful / 4);
       if (run.retention.level < Retain::kProjections) continue;
       // Beyond these only elementwise work is saved: less than attention saves in that memory.
-      const Retention rest = choose(workspace.most);
+      const Retention rest = choose(useful);
       run.retention = rest.level < Retain::kProjections ? Retain::kProjections : rest;
     }
   }
 }
 
-PolicyTrainer::WorkspaceBytes PolicyTrainer::WorkspaceOf(const TreeRun& run) const {
-  const ops::DeviceInfo device = ops_.Info();
-  const int64_t scores = AttentionScoreBytes(decoder_.config(), run.tree.batch);
-  const int64_t least = std::min(scores / 4, device.least_workspace_bytes);
-  return {.least = least, .most = std::max(least, std::min(scores, device.most_workspace_bytes))};
+int64_t PolicyTrainer::WorkspaceBytes(const TreeRun& run) const {
+  return std::min(AttentionScoreBytes(decoder_.config(), run.tree.batch),
+                  ops_.Info().workspace_bytes);
 }
 
 int64_t PolicyTrainer::SizeBytes(const TreeRun& run, int64_t workspace_bytes) const {
@@ -194,7 +192,7 @@ int64_t PolicyTrainer::SizeBytes(const TreeRun& run, int64_t workspace_bytes) co
 absl::Status PolicyTrainer::Reserve(const std::vector<Pass>& passes) {
   int64_t size_bytes = 0;
   const auto add = [&](const TreeRun& run) {
-    const int64_t useful = SizeBytes(run, WorkspaceOf(run).most);
+    const int64_t useful = SizeBytes(run, WorkspaceBytes(run));
     size_bytes = std::max({size_bytes, SizeBytes(run, 0), std::min(useful, activation_bytes_)});
   };
   for (const Pass& pass : passes) {

@@ -77,6 +77,7 @@ absl::StatusOr<const CudaBatchPlan::Attention*> ScheduleFor(const Context& conte
   return CudaPlan(plan).PlanFor({.tiles = !invariant && HasTileKernels(shape.head_dim, capability),
                                  .stacked = HasStackedKernels(shape.head_dim, capability),
                                  .backward = backward,
+                                 .round_images = ImagesOfBytes(shape, kRoundScoresBytes),
                                  .group_size = shape.q_heads / shape.kv_heads,
                                  .batch_invariant = invariant,
                                  .decode_slots = DecodeSlots(shape.kv_heads)});
@@ -90,18 +91,18 @@ absl::Status Launched(Context& context, cudaError_t error, absl::string_view op,
                    "; use --device=cpu"));
 }
 
-// Whether dS is kept follows from the shape alone: it makes a difference of rounding. How many
-// heads of it at a time is up to the memory there is, and makes none.
+// The workspace, where it holds at least as much of dS as the op takes for itself: a quarter of the
+// heads of a round, of fewer multiprocessors run out of work.
 absl::Status TakeBackwardScratch(Context& context, const TensorView& workspace,
                                  TreeAttentionBackwardArgs& args) {
-  const auto wanted = [&](int64_t budget_bytes) {
-    return TreeAttentionBackwardScratchBytes(args.schedule, args.shape, budget_bytes);
+  const auto bytes_of = [&](int32_t kv_heads) {
+    return TreeAttentionBackwardScratchBytes(args.schedule, args.shape, kv_heads);
   };
-  const int64_t least_bytes =
-      TreeAttentionBackwardLeastBytes(args.schedule, args.shape, kStoredScoresBytes);
-  const bool stores = least_bytes > wanted(0);
   const int64_t lent_bytes = workspace.present() ? workspace.num_bytes() : 0;
-  args.scratch_bytes = stores ? wanted(std::max(lent_bytes, least_bytes)) : least_bytes;
+  const int32_t least = (args.shape.kv_heads + 3) / 4;
+  int32_t heads = args.shape.kv_heads;
+  while (heads > least && bytes_of(heads) > lent_bytes) --heads;
+  args.scratch_bytes = bytes_of(heads);
   if (args.scratch_bytes <= lent_bytes) {
     args.scratch = workspace.data;
     return absl::OkStatus();
@@ -176,7 +177,8 @@ absl::Status TreeAttentionBackward(Context& context, const ops::TreeAttentionBac
                                     .d_out = Rows(p.d_out),
                                     .d_q = Rows(p.d_q),
                                     .d_k = Rows(p.d_k),
-                                    .d_v = Rows(p.d_v)};
+                                    .d_v = Rows(p.d_v),
+                                    .rounds = attention->rounds.data()};
   if (attention->has_context) {
     args.context = Pages(p.context, *p.plan);
     args.d_context = {p.d_context.k.f32(), p.d_context.v.f32()};

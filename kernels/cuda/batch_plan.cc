@@ -89,8 +89,11 @@ absl::StatusOr<const CudaBatchPlan::Attention*> CudaBatchPlan::PlanFor(
   if (attention_) cudaFreeAsync(attention_->words, context_.stream());
   attention_.reset();
   const AttentionPlan plan = PlanAttention(batch_, options);
-  Attention attention = {
-      .options = options, .has_context = plan.has_context, .schedule = {}, .words = nullptr};
+  Attention attention = {.options = options,
+                         .has_context = plan.has_context,
+                         .schedule = {},
+                         .rounds = plan.rounds,
+                         .words = nullptr};
   ASSIGN_OR_RETURN(attention.words, UploadWords(context_, plan.words));
   attention.schedule = plan.Bind(static_cast<const int32_t*>(attention.words));
   attention_ = attention;

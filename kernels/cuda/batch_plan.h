@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <optional>
+#include <vector>
 
 #include "absl/status/statusor.h"
 #include "kernels/cuda/attention/attention_plan.h"
@@ -34,6 +35,7 @@ class CudaBatchPlan final : public ops::BatchPlan {
     AttentionPlanOptions options;
     bool has_context = false;
     AttentionSchedule schedule;  // bound to device memory
+    std::vector<BackwardRound> rounds;
     void* words = nullptr;
   };
   // The schedule for these options; planned and uploaded when they differ from the last call's.

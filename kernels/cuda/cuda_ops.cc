@@ -17,8 +17,8 @@ namespace {
 // The head's logits take up to 2.5 GiB, attention's backward what it is not lent; plans, the
 // library and fragments get the rest.
 constexpr int64_t kMaxScratchBytes = int64_t{7} << 29;
-// Of scores; more makes rounds no better.
-constexpr int64_t kMostWorkspaceBytes = int64_t{24} << 30;
+// Of attention's backward: scores, sums of keys that go from round to round, rows' statistics.
+constexpr int64_t kWorkspaceBytes = kRoundScoresBytes + (int64_t{1} << 30);
 
 absl::Status CheckContiguous(absl::string_view op, const TensorView& t) {
   if (t.contiguous() && (t.data != nullptr || t.num_elements() == 0)) return absl::OkStatus();
@@ -51,8 +51,7 @@ absl::StatusOr<std::unique_ptr<ops::Ops>> CudaOps::Create(const CudaOptions& opt
       .compute_dtype = DType::kBF16,
       .residual_dtype = DType::kF32,
       .total_bytes = static_cast<int64_t>(properties.totalGlobalMem),
-      .least_workspace_bytes = kStoredScoresBytes,
-      .most_workspace_bytes = kMostWorkspaceBytes,
+      .workspace_bytes = kWorkspaceBytes,
       .context_gradients = properties.major == 9};
   return ops;
 }

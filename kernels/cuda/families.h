@@ -13,8 +13,9 @@
 
 namespace coppice::cuda {
 
-// What TreeAttentionBackward takes at most for scores if it is lent no workspace.
-inline constexpr int64_t kStoredScoresBytes = int64_t{9} << 30;
+// Of dS that TreeAttentionBackward keeps at a time, of all heads; a quarter if it is lent no
+// memory.
+inline constexpr int64_t kRoundScoresBytes = int64_t{9} << 30;
 
 // memory.cc
 absl::Status Copy(Context& context, TensorView src, TensorView dst);

@@ -53,9 +53,8 @@ struct DeviceInfo {
   int64_t total_bytes = 0;  // memory of the device
   int64_t free_bytes = 0;
   int64_t op_scratch_bytes = 0;  // the most that ops may still take for themselves
-  // Of TreeAttentionBackward, which takes a workspace of a quarter of its scores, at most `least`,
-  // from its own memory if it is not lent; more than `most` is of no use.
-  int64_t least_workspace_bytes = 0, most_workspace_bytes = 0;
+  // Of TreeAttentionBackward: more is of no use, less than a quarter it takes of its own.
+  int64_t workspace_bytes = 0;
   // TreeAttentionBackward takes batches with context and adds to d_context.
   bool context_gradients = false;
 

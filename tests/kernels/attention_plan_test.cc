@@ -331,8 +331,59 @@ Visits VisitByQueries(const AttentionSchedule& s, const ops::TokenBatch& batch) 
   return visits;
 }
 
-void ExpectBackwardVisits(const ops::TokenBatch& batch) {
-  const AttentionPlan plan = PlanAttention(batch, {.backward = true});
+// Rounds split the lists between them; each has images of its own.
+void ExpectRounds(const AttentionPlan& plan, const AttentionSchedule& s, int32_t round_images) {
+  int32_t tiles = 0, work = 0, most_images = 0;
+  for (const BackwardRound& round : plan.rounds) {
+    EXPECT_EQ(round.tiles_begin, tiles);
+    EXPECT_EQ(round.work_begin, work);
+    tiles += round.num_tiles, work += round.num_work;
+    most_images = std::max(most_images, round.num_images);
+    if (round_images > 0 && round.num_tiles > 1) {
+      EXPECT_LE(round.num_images, round_images);
+    }
+    std::vector<bool> used(round.num_images);  // no two tile pairs share an image
+    for (int32_t w = round.work_begin; w < work; ++w) {
+      for (int32_t r = 0; r < s.key_work[w].num_runs; ++r) {
+        const KeyRun& run = s.key_runs[s.key_work[w].runs_begin + r];
+        for (int32_t t = run.first; t < run.last; ++t) {
+          ASSERT_FALSE(used.at(run.image + t));
+          used[run.image + t] = true;
+        }
+      }
+    }
+    EXPECT_TRUE(std::all_of(used.begin(), used.end(), [](bool image) { return image; }));
+    int32_t entries = 0;
+    for (int32_t t = round.tiles_begin; t < tiles; ++t) {
+      const int32_t list = s.backward_tiles[t].list_end - s.backward_tiles[t].list_begin;
+      entries += list;
+      EXPECT_LE(list, round.longest_list);
+    }
+    EXPECT_EQ(entries, round.num_entries);
+  }
+  EXPECT_EQ(tiles, s.num_backward_tiles);
+  EXPECT_EQ(work, s.num_key_work);
+  EXPECT_EQ(most_images, s.num_images);
+  EXPECT_EQ(static_cast<int32_t>(plan.rounds.size()), s.num_rounds);
+}
+
+// A tile's sums begin in the first round that has it and end in the last.
+void ExpectParts(const AttentionSchedule& s) {
+  std::map<int32_t, std::vector<int32_t>> parts;  // of each key tile, round by round
+  for (int32_t w = 0; w < s.num_key_work; ++w) {
+    parts[s.key_work[w].tile].push_back(s.key_work[w].part);
+  }
+  for (const auto& [tile, list] : parts) {
+    if (tile < 0) continue;  // added to the pages in each round
+    for (size_t i = 0; i < list.size(); ++i) {
+      EXPECT_EQ((list[i] & kBegun) != 0, i > 0) << "tile " << tile;
+      EXPECT_EQ((list[i] & kGoesOn) != 0, i + 1 < list.size()) << "tile " << tile;
+    }
+  }
+}
+
+void ExpectBackwardVisits(const ops::TokenBatch& batch, int32_t round_images = 0) {
+  const AttentionPlan plan = PlanAttention(batch, {.backward = true, .round_images = round_images});
   const AttentionSchedule s = plan.Bind(plan.words.data());
   Visits want = WantVisits(batch), by_keys = VisitByKeys(s, batch),
          by_queries = VisitByQueries(s, batch);
@@ -343,31 +394,17 @@ void ExpectBackwardVisits(const ops::TokenBatch& batch) {
     ASSERT_EQ(by_keys[row], want[row]) << "row " << row;
     ASSERT_EQ(by_queries[row], want[row]) << "row " << row;
   }
-  for (int32_t w = 0, before = INT32_MAX; w < s.num_key_work; ++w) {
-    int32_t tiles = 0;
-    for (int32_t r = 0; r < s.key_work[w].num_runs; ++r) {
-      const KeyRun& run = s.key_runs[s.key_work[w].runs_begin + r];
-      tiles += run.last - run.first;
-    }
-    EXPECT_LE(tiles, before);  // most rows first
-    before = tiles;
-  }
-  std::vector<bool> used(s.num_images);  // no two tile pairs share an image
-  for (int32_t w = 0; w < s.num_key_work; ++w) {
-    for (int32_t r = 0; r < s.key_work[w].num_runs; ++r) {
-      const KeyRun& run = s.key_runs[s.key_work[w].runs_begin + r];
-      for (int32_t t = run.first; t < run.last; ++t) {
-        ASSERT_FALSE(used.at(run.image + t));
-        used[run.image + t] = true;
-      }
-    }
-  }
+  ExpectRounds(plan, s, round_images);
+  ExpectParts(s);
 }
 
 TEST(AttentionPlanTest, BackwardMeetsEveryVisibleKeyOnceFromBothSides) {
   for (uint32_t seed = 0; seed < 8; ++seed) {
     SCOPED_TRACE(testing::Message() << "seed " << seed);
-    ExpectBackwardVisits(RandomBatch(seed));
+    for (const int32_t round_images : {0, 1, 9, 40}) {
+      SCOPED_TRACE(testing::Message() << "round_images " << round_images);
+      ExpectBackwardVisits(RandomBatch(seed), round_images);
+    }
   }
 }
 
@@ -382,6 +419,7 @@ TEST(AttentionPlanTest, BackwardWithoutContextSharesForwardsLists) {
   EXPECT_EQ(plan.schedule.backward_tiles, plan.schedule.query_tiles);
   EXPECT_EQ(plan.schedule.backward_entries, plan.schedule.key_tiles);
   EXPECT_GT(plan.schedule.num_key_work, 0);
+  for (const int32_t round_images : {1, 30}) ExpectBackwardVisits(b.batch, round_images);
 }
 
 }  // namespace

@@ -7,7 +7,6 @@
 #include <cstring>
 #include <limits>
 #include <memory>
-#include <tuple>
 #include <utility>
 
 #include "kernels/ops/ops.h"
@@ -28,9 +27,7 @@ class FailingOps : public ops::Ops {
   void LimitAllocations(int64_t budget_bytes) { limit_bytes_ = *held_bytes_ + budget_bytes; }
   void FailUploadsAfter(int uploads) { uploads_left_ = uploads; }  // INTERNAL after so many more
 
-  void WantWorkspace(int64_t least_bytes, int64_t most_bytes) {
-    workspace_bytes_ = {least_bytes, most_bytes};
-  }
+  void WantWorkspace(int64_t size_bytes) { workspace_bytes_ = size_bytes; }
 
   absl::StatusOr<std::unique_ptr<ops::BatchPlan>> PlanBatch(const ops::TokenBatch& batch) override {
     if (failing_) return absl::InternalError("device: lost");
@@ -39,7 +36,7 @@ class FailingOps : public ops::Ops {
 
   ops::DeviceInfo Info() const override {
     ops::DeviceInfo info = inner_->Info();
-    std::tie(info.least_workspace_bytes, info.most_workspace_bytes) = workspace_bytes_;
+    info.workspace_bytes = workspace_bytes_;
     return info;
   }
   absl::StatusOr<DeviceBuffer> Allocate(int64_t size_bytes, absl::string_view label) override {
@@ -112,7 +109,7 @@ class FailingOps : public ops::Ops {
   // Shared with the buffers, which may outlive this.
   std::shared_ptr<std::atomic<int64_t>> held_bytes_ = std::make_shared<std::atomic<int64_t>>(0);
   int64_t limit_bytes_ = std::numeric_limits<int64_t>::max();
-  std::pair<int64_t, int64_t> workspace_bytes_ = {0, 0};  // least and most
+  int64_t workspace_bytes_ = 0;
   int64_t uploads_left_ = std::numeric_limits<int64_t>::max();
 };
 

@@ -152,7 +152,8 @@ class Planner {
   void AddBackward() {
     std::vector<int32_t> first_tile(batch_.context_nodes.size());
     for (int32_t node = 0; node < Size(first_tile); ++node) first_tile[node] = ContextTiles(node);
-    backward_ = PlanBackward(batch_, {least_end_, greatest_end_}, first_tile);
+    backward_ =
+        PlanBackward(batch_, {least_end_, greatest_end_}, first_tile, options_.round_images);
   }
 
   // Whether a row's sums may follow the batch. Otherwise they follow the positions of its keys.
@@ -380,6 +381,13 @@ class Planner {
     s.key_runs = Put(backward_.runs);
     s.num_key_work = Size(backward_.work);
     s.num_images = backward_.num_images;
+    plan_.rounds = std::move(backward_.rounds);
+    if (shares && !plan_.rounds.empty()) {
+      plan_.rounds[0].num_tiles = s.num_query_tiles;
+      plan_.rounds[0].longest_list = s.longest_list;
+      plan_.rounds[0].num_entries = s.num_list_entries;
+    }
+    s.num_rounds = Size(plan_.rounds);
     s.num_context_tiles = Size(context_tiles_);
     s.num_context_ends = Size(context_ends_);
     s.wide_chunks = Put(wide_);

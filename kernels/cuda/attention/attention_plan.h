@@ -26,10 +26,11 @@
 namespace coppice::cuda {
 
 struct AttentionPlanOptions {
-  bool tiles = true;       // false: everything as chunks (see HasTileKernels)
-  bool stacked = true;     // shared context on the wide tensor path (see HasStackedKernels)
-  bool backward = false;   // with what backward needs; batches without context always have it
-  int32_t group_size = 1;  // query heads of a KV head
+  bool tiles = true;         // false: everything as chunks (see HasTileKernels)
+  bool stacked = true;       // shared context on the wide tensor path (see HasStackedKernels)
+  bool backward = false;     // with what backward needs; batches without context always have it
+  int32_t round_images = 0;  // images of a round of backward at most; 0: one round
+  int32_t group_size = 1;    // query heads of a KV head
   bool batch_invariant =
       false;  // true: a row's bits do not depend on the other rows of the batch; costs speed
   int32_t decode_slots = 16;    // blocks of a KV head that share stacked work (see DecodeSlots)
@@ -39,8 +40,9 @@ struct AttentionPlanOptions {
 };
 
 struct AttentionPlan {
-  std::vector<int32_t> words;  // the schedule's arrays
-  AttentionSchedule schedule;  // its pointers are offsets into `words` until Bind
+  std::vector<int32_t> words;         // the schedule's arrays
+  AttentionSchedule schedule;         // its pointers are offsets into `words` until Bind
+  std::vector<BackwardRound> rounds;  // at least one with key work, which batches may lack
   bool has_context = false;
   // The schedule over an uploaded copy of `words`, 16-byte aligned.
   AttentionSchedule Bind(const int32_t* device_words) const;

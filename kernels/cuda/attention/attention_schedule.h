@@ -43,8 +43,18 @@ struct KeyRun {
 };
 
 // A key tile and its runs key_runs[runs_begin, + num_runs), last rows first. A packed tile has one.
+// `part`: where rounds cut its rows, bits of kBegun and kGoesOn.
 struct KeyWork {
-  int32_t tile, runs_begin, num_runs;
+  int32_t tile, runs_begin, num_runs, part;
+};
+inline constexpr int32_t kBegun = 1;   // an earlier round has begun its sums
+inline constexpr int32_t kGoesOn = 2;  // a later round goes on with them
+
+// Backward goes by rounds of query tiles, last rows first, each with so many images that their dS
+// fits in memory. A round has tiles, key work and images of its own, the images from 0 on.
+struct BackwardRound {
+  int32_t tiles_begin, num_tiles, longest_list, num_entries;  // of backward_tiles
+  int32_t work_begin, num_work, num_images;
 };
 
 // Stacked rows and the keys they visit. Keys of a path are numbered from 0: first the context's
@@ -83,12 +93,13 @@ struct AttentionSchedule {
 
   // Tiles, backward. Query tiles lie on multiples of kQueryTile whatever contexts their rows have;
   // packed key tile t is run t, the runs of context tiles follow.
-  const QueryTileWork* backward_tiles = nullptr;  // longest list first; tail_tokens is not used
+  const QueryTileWork* backward_tiles = nullptr;  // as key_work; tail_tokens is not used
   const int32_t* backward_entries = nullptr;      // indices into key_runs
-  const KeyWork* key_work = nullptr;              // most rows first
+  const KeyWork* key_work = nullptr;              // round by round, most rows first
   const KeyRun* key_runs = nullptr;
   int32_t num_backward_tiles = 0, longest_backward_list = 0, num_backward_entries = 0;
-  int32_t num_key_work = 0, num_images = 0;
+  int32_t num_key_work = 0, num_rounds = 0;
+  int32_t num_images = 0;  // of the largest round
   int32_t num_context_tiles = 0, num_context_ends = 0;
 
   // Chunks.

@@ -3,6 +3,8 @@
 namespace coppice::cuda {
 namespace {
 
+constexpr int32_t kHalves = kQueryTile / kBackwardQueryTile;
+
 template <typename T>
 int32_t Size(const std::vector<T>& v) {
   return static_cast<int32_t>(v.size());
@@ -14,7 +16,7 @@ struct RowRange {
 
 // Rows [some.begin, some.end) see the tile, rows [all.begin, all.end) all of its keys.
 void AddRun(BackwardLists& lists, int32_t rows, int32_t tile, RowRange some, RowRange all) {
-  constexpr int32_t kRows = kBackwardQueryTile, kHalves = kQueryTile / kRows;
+  constexpr int32_t kRows = kBackwardQueryTile;
   KeyRun r = {.tile = tile,
               .first = some.begin / kQueryTile * kHalves,
               .full_first = CeilDiv(all.begin, kRows),
@@ -56,54 +58,147 @@ void AddContext(BackwardLists& lists, const ops::TokenBatch& batch,
     for (int32_t t = 0; t < batch.context_nodes[node].num_tokens; t += kKeyTile) {
       const bool whole = t + kKeyTile <= batch.context_nodes[node].num_tokens;
       const int32_t tile = ~(first_tile[node] + t / kKeyTile);
-      lists.work.push_back({tile, Size(lists.runs), Size(below[node])});
+      lists.work.push_back({tile, Size(lists.runs), Size(below[node]), 0});
       for (auto range = below[node].rbegin(); range != below[node].rend(); ++range)
         AddRun(lists, rows, tile, *range, whole ? *range : RowRange{range->begin, -1});
     }
   }
 }
 
-// Query tiles on multiples of kQueryTile, whatever contexts their rows have.
-void AddQueryTiles(BackwardLists& lists, int32_t rows) {
-  for (int32_t q0 = 0; q0 < rows; q0 += kQueryTile) {
-    const int32_t q1 = std::min(q0 + kQueryTile, rows);
-    const int32_t first = q0 / kBackwardQueryTile, last = CeilDiv(q1, kBackwardQueryTile);
+int32_t Steps(const BackwardLists& lists, const KeyWork& work) {
+  int32_t sum = 0;
+  for (int32_t i = work.runs_begin; i < work.runs_begin + work.num_runs; ++i)
+    sum += lists.runs[i].last - lists.runs[i].first;
+  return sum;
+}
+
+void SortMostRowsFirst(BackwardLists& lists, int32_t work_begin) {
+  std::stable_sort(
+      lists.work.begin() + work_begin, lists.work.end(),
+      [&](const KeyWork& a, const KeyWork& b) { return Steps(lists, a) > Steps(lists, b); });
+}
+
+// Query tiles [first, last) of kBackwardQueryTile, on multiples of kQueryTile whatever contexts
+// their rows have, over the runs from `runs_begin` on.
+void AddQueryTiles(BackwardLists& lists, int32_t rows, int32_t first, int32_t last,
+                   int32_t runs_begin) {
+  const auto begin = static_cast<int64_t>(lists.tiles.size());
+  for (int32_t tile = first; tile < last; tile += kHalves) {
+    const int32_t q0 = tile * kBackwardQueryTile, q1 = std::min(q0 + kQueryTile, rows);
+    const int32_t end = CeilDiv(q1, kBackwardQueryTile);
     std::vector<int32_t> partial, full;
-    for (int32_t i = 0; i < Size(lists.runs); ++i) {
+    for (int32_t i = runs_begin; i < Size(lists.runs); ++i) {
       const KeyRun& r = lists.runs[i];
-      if (r.first >= last || r.last <= first) continue;
-      (r.full_first <= first && last <= r.full_last ? full : partial).push_back(i);
+      if (r.first >= end || r.last <= tile) continue;
+      (r.full_first <= tile && end <= r.full_last ? full : partial).push_back(i);
     }
-    const int32_t begin = Size(lists.entries), count = Size(partial) + Size(full);
-    lists.tiles.push_back({q0, q1, begin, begin + count, Size(partial), kKeyTile});
+    const int32_t list = Size(lists.entries), count = Size(partial) + Size(full);
+    lists.tiles.push_back({q0, q1, list, list + count, Size(partial), kKeyTile});
     lists.entries.insert(lists.entries.end(), partial.begin(), partial.end());
     lists.entries.insert(lists.entries.end(), full.begin(), full.end());
   }
-  SortLongestFirst(lists.tiles);
+  std::stable_sort(lists.tiles.begin() + begin, lists.tiles.end(),
+                   [](const QueryTileWork& a, const QueryTileWork& b) {
+                     return a.list_end - a.list_begin > b.list_end - b.list_begin;
+                   });
+}
+
+// Where rounds begin, the last rows' first, in query tiles of kBackwardQueryTile.
+std::vector<int32_t> RoundBegins(const BackwardLists& whole, int32_t rows, int32_t round_images) {
+  std::vector<int32_t> images(CeilDiv(rows, kQueryTile), 0);
+  for (const KeyRun& r : whole.runs) {
+    for (int32_t t = r.first; t < r.last; ++t) ++images[t / kHalves];
+  }
+  std::vector<int32_t> begins;
+  int64_t sum = 0;
+  for (int32_t q = Size(images) - 1; q >= 0; --q) {
+    sum += images[q];
+    if (sum > round_images && sum > images[q]) {
+      begins.push_back((q + 1) * kHalves);
+      sum = images[q];
+    }
+  }
+  begins.push_back(0);
+  return begins;
+}
+
+// What query tiles [first, last) have of the run; `images` counts on.
+KeyRun Cut(KeyRun run, int32_t first, int32_t last, int32_t& images) {
+  run.first = std::max(run.first, first);
+  run.last = std::min(run.last, last);
+  run.full_first = std::clamp(run.full_first, run.first, run.last);
+  run.full_last = std::clamp(run.full_last, run.full_first, run.last);
+  run.image = images - run.first;
+  images += run.last - run.first;
+  return run;
+}
+
+void AddRound(BackwardLists& lists, const BackwardLists& whole, int32_t rows, int32_t first,
+              int32_t last) {
+  BackwardRound round = {};
+  round.tiles_begin = Size(lists.tiles);
+  round.work_begin = Size(lists.work);
+  const int32_t runs_begin = Size(lists.runs);
+  for (const KeyWork& work : whole.work) {
+    KeyWork cut = {work.tile, Size(lists.runs), 0, 0};
+    for (int32_t i = work.runs_begin; i < work.runs_begin + work.num_runs; ++i) {
+      const KeyRun& run = whole.runs[i];
+      if (run.first >= last || run.last <= first) continue;
+      if (run.last > last) cut.part |= kBegun;
+      if (run.first < first) cut.part |= kGoesOn;
+      lists.runs.push_back(Cut(run, first, last, round.num_images));
+      ++cut.num_runs;
+    }
+    if (cut.num_runs > 0) lists.work.push_back(cut);
+  }
+  SortMostRowsFirst(lists, round.work_begin);
+  const int32_t entries_begin = Size(lists.entries);
+  AddQueryTiles(lists, rows, first, last, runs_begin);
+  round.num_tiles = Size(lists.tiles) - round.tiles_begin;
+  const QueryTileWork& longest = lists.tiles[round.tiles_begin];
+  round.longest_list = longest.list_end - longest.list_begin;
+  round.num_entries = Size(lists.entries) - entries_begin;
+  round.num_work = Size(lists.work) - round.work_begin;
+  lists.num_images = std::max(lists.num_images, round.num_images);
+  lists.rounds.push_back(round);
+}
+
+BackwardLists CutIntoRounds(const BackwardLists& whole, int32_t rows, int32_t round_images) {
+  BackwardLists lists;
+  int32_t last = CeilDiv(rows, kQueryTile) * kHalves;
+  for (const int32_t first : RoundBegins(whole, rows, round_images)) {
+    AddRound(lists, whole, rows, first, last);
+    last = first;
+  }
+  return lists;
 }
 
 }  // namespace
 
 BackwardLists PlanBackward(const ops::TokenBatch& batch, const TileEnds& ends,
-                           const std::vector<int32_t>& first_tile) {
+                           const std::vector<int32_t>& first_tile, int32_t round_images) {
   BackwardLists lists;
   const auto rows = static_cast<int32_t>(batch.num_rows());
+  if (rows == 0) return lists;
   for (int32_t t = 0; t < Size(ends.least); ++t) {
-    lists.work.push_back({t, t, 1});
+    lists.work.push_back({t, t, 1, 0});
     AddRun(lists, rows, t, {t * kKeyTile, ends.greatest[t]}, {(t + 1) * kKeyTile, ends.least[t]});
   }
-  if (!batch.context_nodes.empty()) {
-    AddContext(lists, batch, first_tile);
-    AddQueryTiles(lists, rows);
+  if (!batch.context_nodes.empty()) AddContext(lists, batch, first_tile);
+  if (round_images > 0 && lists.num_images > round_images) {
+    return CutIntoRounds(lists, rows, round_images);
   }
-  const auto steps = [&](const KeyWork& work) {
-    int32_t sum = 0;
-    for (int32_t i = 0; i < work.num_runs; ++i)
-      sum += lists.runs[work.runs_begin + i].last - lists.runs[work.runs_begin + i].first;
-    return sum;
-  };
-  std::stable_sort(lists.work.begin(), lists.work.end(),
-                   [&](const KeyWork& a, const KeyWork& b) { return steps(a) > steps(b); });
+  BackwardRound round = {};
+  if (!batch.context_nodes.empty()) {
+    AddQueryTiles(lists, rows, 0, CeilDiv(rows, kQueryTile) * kHalves, 0);
+    round.num_tiles = Size(lists.tiles);
+    round.longest_list = lists.tiles[0].list_end - lists.tiles[0].list_begin;
+    round.num_entries = Size(lists.entries);
+  }
+  SortMostRowsFirst(lists, 0);
+  round.num_work = Size(lists.work);
+  round.num_images = lists.num_images;
+  lists.rounds.push_back(round);
   return lists;
 }
 

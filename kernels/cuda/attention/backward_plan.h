@@ -25,16 +25,18 @@ struct TileEnds {
 };
 
 struct BackwardLists {
-  // Empty for a batch without context: there forward's lists say the same.
+  // Empty for a batch without context in one round: there forward's lists say the same.
   std::vector<QueryTileWork> tiles;
   std::vector<int32_t> entries;  // indices into runs
   std::vector<KeyWork> work;
   std::vector<KeyRun> runs;
-  int32_t num_images = 0;
+  std::vector<BackwardRound> rounds;  // none without rows
+  int32_t num_images = 0;             // of the largest round
 };
 
-// `first_tile`: [context nodes] the node's first context tile.
+// `first_tile`: [context nodes] the node's first context tile. `round_images`: of a round at most,
+// if one query tile of kQueryTile has no more; 0: one round.
 BackwardLists PlanBackward(const ops::TokenBatch& batch, const TileEnds& ends,
-                           const std::vector<int32_t>& first_tile);
+                           const std::vector<int32_t>& first_tile, int32_t round_images);
 
 }  // namespace coppice::cuda

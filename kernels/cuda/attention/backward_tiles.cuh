@@ -17,6 +17,7 @@ struct KeysParameters {
   ItemOrder order;
   Bf16* ds;
   float *d_context_k, *d_context_v;  // pages, or null
+  float* sums;                       // of tiles that go on in a later round
   int* counter;
   int padded, first_kv_head, kv_heads, group_size;  // kv_heads: of the model
   int run_slots;                                    // of a context tile: slots of a run
@@ -26,6 +27,7 @@ struct KeysParameters {
 // Steps of an item: query tiles from the last to the first, for each the heads of the group.
 struct KeysWork {
   int tile, head, half;  // packed key tile or ~context tile; half: of the wide kernel
+  int part;              // of KeyWork
   int steps;             // < 0: no more work
   int run, runs_end;     // of key_runs
 };
@@ -40,6 +42,7 @@ __device__ __forceinline__ KeysWork WorkOf(const KeysParameters& p, int index, i
   return {work.tile,
           head,
           half,
+          work.part,
           tiles * p.group_size,
           work.runs_begin,
           work.runs_begin + work.num_runs};
@@ -187,6 +190,33 @@ __device__ __forceinline__ void AddToPages(const KeysParameters& p, float* pages
   }
 }
 
+// Sums of dK and dV of a packed tile that the next round goes on with, in f32: where share `part`
+// of `parts` is. A share is kSharers threads' accumulators; the same threads add them to their own.
+template <int D>
+__device__ __forceinline__ float* SumsOf(const KeysParameters& p, const KeysWork& work, int part,
+                                         int parts) {
+  constexpr int kTileSums = 2 * kKeyTile * D;  // dK and dV
+  return p.sums + (size_t(work.tile) * p.kv_heads + work.head) * kTileSums +
+         kTileSums / parts * part;
+}
+
+template <int kSharers, int kAccumulators>
+__device__ __forceinline__ void KeepSums(float* to, int thread, const float (&x)[kAccumulators]) {
+#pragma unroll
+  for (int j = 0; j < kAccumulators / 4; ++j)
+    reinterpret_cast<float4*>(to)[j * kSharers + thread] =
+        make_float4(x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]);
+}
+
+template <int kSharers, int kAccumulators>
+__device__ __forceinline__ void AddSums(const float* from, int thread, float (&x)[kAccumulators]) {
+#pragma unroll
+  for (int j = 0; j < kAccumulators / 4; ++j) {
+    const float4 sums = reinterpret_cast<const float4*>(from)[j * kSharers + thread];
+    x[4 * j] += sums.x, x[4 * j + 1] += sums.y, x[4 * j + 2] += sums.z, x[4 * j + 3] += sums.w;
+  }
+}
+
 // All but the order. `key_rows`: rows of K and V that a block owns.
 inline cudaError_t MakeKeysParameters(KeysParameters& p, const BackwardPass& b, int key_rows) {
   const TreeAttentionBackwardArgs& a = *b.args;
@@ -209,6 +239,7 @@ inline cudaError_t MakeKeysParameters(KeysParameters& p, const BackwardPass& b, 
   p.ds = static_cast<Bf16*>(b.ds);
   p.d_context_k = a.d_context.k;
   p.d_context_v = a.d_context.v;
+  p.sums = b.sums;
   p.counter = b.counters;
   p.padded = static_cast<int>(PaddedRows(shape.rows));
   p.first_kv_head = b.first_kv_head;

@@ -30,7 +30,7 @@ cudaError_t LaunchChunks(const TreeAttentionArgs& args, const ChunkScratch& scra
 cudaError_t LaunchMerges(const TreeAttentionArgs& args, const ChunkScratch& scratch,
                          cudaStream_t stream);
 
-// Backward of KV heads [first_kv_head, + num_kv_heads).
+// Backward of KV heads [first_kv_head, + num_kv_heads) in one round, whose lists the schedule has.
 struct BackwardPass {
   const TreeAttentionBackwardArgs* args = nullptr;
   float* row_lse = nullptr;    // [q_heads, padded rows] lse in log2 units, +inf past the last row
@@ -38,6 +38,7 @@ struct BackwardPass {
   void* context_k = nullptr;   // [context tiles, kKeyTile, kv_heads, head_dim] bf16, if any
   void* context_v = nullptr;   // same
   void* ds = nullptr;          // bf16 dS of these heads, or null: dQ recomputes S and dP
+  float* sums = nullptr;       // [packed key tiles, kv_heads, 2, kKeyTile, head_dim] dK and dV
   int* counters = nullptr;     // two ints of scratch
   int32_t first_kv_head = 0, num_kv_heads = 0;
 };

@@ -54,18 +54,32 @@ struct BackwardScratch {
     row_delta = scratch.Take<float>(padded * shape.q_heads);
     context_k = scratch.Take<uint16_t>(context);
     context_v = scratch.Take<uint16_t>(context);
+    sums = scratch.Take<float>(
+        schedule.num_rounds > 1 ? 2 * padded * shape.kv_heads * shape.head_dim : 0);
     ds = scratch.Take<char>(0);
     used = scratch.used();
   }
   int* counters;
   float *row_lse, *row_delta;
   uint16_t *context_k, *context_v;
+  float* sums;
   char* ds;
   int64_t used;
 };
 
 int64_t DsBytesPerKvHead(const AttentionSchedule& schedule, const AttentionShape& shape) {
   return int64_t{schedule.num_images} * (shape.q_heads / shape.kv_heads) * kImageBytes;
+}
+
+// The lists of one round.
+void Narrow(AttentionSchedule& schedule, const BackwardRound& round) {
+  schedule.backward_tiles += round.tiles_begin;
+  schedule.num_backward_tiles = round.num_tiles;
+  schedule.longest_backward_list = round.longest_list;
+  schedule.num_backward_entries = round.num_entries;
+  schedule.key_work += round.work_begin;
+  schedule.num_key_work = round.num_work;
+  schedule.num_images = round.num_images;
 }
 
 // Stored dS costs more than it saves where products are short.
@@ -102,23 +116,14 @@ cudaError_t LaunchTreeAttention(const TreeAttentionArgs& args, cudaStream_t stre
   return LaunchMerges(args, scratch.chunks, stream);
 }
 
-int64_t TreeAttentionBackwardScratchBytes(const AttentionSchedule& schedule,
-                                          const AttentionShape& shape, int64_t budget_bytes) {
-  const int64_t fixed = BackwardScratch(Scratch(nullptr), schedule, shape).used;
-  const int64_t per_head = DsBytesPerKvHead(schedule, shape);
-  if (!StoresDs(shape) || per_head == 0 || budget_bytes < fixed + per_head) return fixed;
-  const int64_t fit = std::min<int64_t>((budget_bytes - fixed) / per_head, shape.kv_heads);
-  const int64_t rounds = (shape.kv_heads + fit - 1) / fit;
-  const int64_t heads = (shape.kv_heads + rounds - 1) / rounds;
-  return fixed + heads * per_head;
+int32_t ImagesOfBytes(const AttentionShape& shape, int64_t bytes) {
+  return StoresDs(shape) ? static_cast<int32_t>(bytes / (shape.q_heads * kImageBytes)) : 0;
 }
 
-int64_t TreeAttentionBackwardLeastBytes(const AttentionSchedule& schedule,
-                                        const AttentionShape& shape, int64_t limit_bytes) {
-  const int64_t quarter = (shape.kv_heads + 3) / 4;
+int64_t TreeAttentionBackwardScratchBytes(const AttentionSchedule& schedule,
+                                          const AttentionShape& shape, int32_t kv_heads) {
   const int64_t fixed = BackwardScratch(Scratch(nullptr), schedule, shape).used;
-  const int64_t bytes = fixed + quarter * DsBytesPerKvHead(schedule, shape);
-  return TreeAttentionBackwardScratchBytes(schedule, shape, std::min(bytes, limit_bytes));
+  return StoresDs(shape) ? fixed + kv_heads * DsBytesPerKvHead(schedule, shape) : fixed;
 }
 
 cudaError_t LaunchTreeAttentionBackward(const TreeAttentionBackwardArgs& args,
@@ -130,9 +135,9 @@ cudaError_t LaunchTreeAttentionBackward(const TreeAttentionBackwardArgs& args,
   if (args.schedule.num_key_work == 0) return cudaErrorNotSupported;
   const int64_t fit = (args.scratch_bytes - scratch.used) / DsBytesPerKvHead(args.schedule, shape);
   const bool stores = fit > 0;
-  // Rounds of even size.
-  const int64_t rounds = stores ? (shape.kv_heads + fit - 1) / fit : 1;
-  const int32_t per_round = static_cast<int32_t>((shape.kv_heads + rounds - 1) / rounds);
+  // As many heads go together each time.
+  const int64_t times = stores ? (shape.kv_heads + fit - 1) / fit : 1;
+  const int32_t heads = static_cast<int32_t>((shape.kv_heads + times - 1) / times);
 
   BackwardPass pass = {.args = &args,
                        .row_lse = scratch.row_lse,
@@ -140,16 +145,22 @@ cudaError_t LaunchTreeAttentionBackward(const TreeAttentionBackwardArgs& args,
                        .context_k = scratch.context_k,
                        .context_v = scratch.context_v,
                        .ds = stores ? scratch.ds : nullptr,
+                       .sums = scratch.sums,
                        .counters = scratch.counters};
   if (const cudaError_t e = LaunchBackwardRowSums(pass, stream)) return e;
   if (args.schedule.num_context_tiles > 0) {
     if (const cudaError_t e = LaunchGatherContext(pass, stream)) return e;
   }
-  for (int32_t first = 0; first < shape.kv_heads; first += per_round) {
-    pass.first_kv_head = first;
-    pass.num_kv_heads = std::min(per_round, shape.kv_heads - first);
-    if (const cudaError_t e = LaunchBackwardKeys(pass, stream)) return e;
-    if (const cudaError_t e = LaunchBackwardQueries(pass, stream)) return e;
+  for (int32_t r = 0; r < args.schedule.num_rounds; ++r) {
+    TreeAttentionBackwardArgs round = args;
+    Narrow(round.schedule, args.rounds[r]);
+    pass.args = &round;
+    for (int32_t first = 0; first < shape.kv_heads; first += heads) {
+      pass.first_kv_head = first;
+      pass.num_kv_heads = std::min(heads, shape.kv_heads - first);
+      if (const cudaError_t e = LaunchBackwardKeys(pass, stream)) return e;
+      if (const cudaError_t e = LaunchBackwardQueries(pass, stream)) return e;
+    }
   }
   return cudaSuccess;
 }

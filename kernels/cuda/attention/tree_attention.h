@@ -67,7 +67,8 @@ struct TreeAttentionBackwardArgs {
   const float* lse = nullptr;  // [rows, q_heads] f32, of forward
   RowMatrix d_out;
   RowMatrix d_q, d_k, d_v;
-  void* scratch = nullptr;  // TreeAttentionBackwardScratchBytes, 256-byte aligned
+  const BackwardRound* rounds = nullptr;  // [schedule.num_rounds] of the plan, host memory
+  void* scratch = nullptr;                // TreeAttentionBackwardScratchBytes, 256-byte aligned
   int64_t scratch_bytes = 0;
 };
 
@@ -82,16 +83,15 @@ int32_t DecodeSlots(int32_t kv_heads);
 int64_t TreeAttentionScratchBytes(const AttentionSchedule& schedule, const AttentionShape& shape);
 cudaError_t LaunchTreeAttention(const TreeAttentionArgs& args, cudaStream_t stream);
 
-// Within `budget_bytes` the kernels keep dS between the passes of dK/dV and dQ, in as many rounds
-// over KV heads as it takes (32 KiB per 128 x 128 tile pair and query head); where not even one KV
-// head fits, dQ recomputes S and dP. Results are the same in both to rounding, and bit for bit for
-// every number of rounds.
+// Images of backward's plan whose dS fits in so many bytes, of all heads; 0 where dS is not kept
+// because it costs more than it saves: short heads.
+int32_t ImagesOfBytes(const AttentionShape& shape, int64_t bytes);
+// With dS of `kv_heads` KV heads at a time between the passes of dK/dV and dQ, in each of the
+// plan's rounds (32 KiB per 128 x 128 tile pair and query head). With less memory fewer heads go
+// together, to the same bits; where not even one fits, dQ recomputes S and dP, the same to
+// rounding.
 int64_t TreeAttentionBackwardScratchBytes(const AttentionSchedule& schedule,
-                                          const AttentionShape& shape, int64_t budget_bytes);
-// The same for a quarter of the KV heads, or as many as `limit_bytes` holds: rounds of fewer leave
-// multiprocessors idle.
-int64_t TreeAttentionBackwardLeastBytes(const AttentionSchedule& schedule,
-                                        const AttentionShape& shape, int64_t limit_bytes);
+                                          const AttentionShape& shape, int32_t kv_heads);
 cudaError_t LaunchTreeAttentionBackward(const TreeAttentionBackwardArgs& args, cudaStream_t stream);
 
 }  // namespace coppice::cuda

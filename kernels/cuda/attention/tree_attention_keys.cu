@@ -65,6 +65,7 @@ __device__ void Produce(const KeysParameters& p, KeysShared<D>& s) {
 template <int D, bool kStore, bool kContext>
 __device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+  const int thread = threadIdx.x - 128;  // of the consumers
   const float scale_log2 = p.scale * kLog2e;
   const uint64_t k = ColumnsAreK(s.k + group * 64 * kPanel),
                  v = ColumnsAreK(s.v + group * 64 * kPanel);
@@ -120,6 +121,16 @@ __device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
         AddToPages<D>(p, p.d_context_v, work.tile, key, work.head, 0, dv, 1.f);
       }
       NamedSync(1 + group, 128);
+      s.kv_empty.Arrive();
+      continue;
+    }
+    if (s.work.part & kBegun) {
+      AddSums<kConsumerThreads>(SumsOf<D>(p, work, 0, 2), thread, dk);
+      AddSums<kConsumerThreads>(SumsOf<D>(p, work, 1, 2), thread, dv);
+    }
+    if (s.work.part & kGoesOn) {
+      KeepSums<kConsumerThreads>(SumsOf<D>(p, work, 0, 2), thread, dk);
+      KeepSums<kConsumerThreads>(SumsOf<D>(p, work, 1, 2), thread, dv);
       s.kv_empty.Arrive();
       continue;
     }

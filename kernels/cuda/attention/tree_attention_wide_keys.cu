@@ -73,11 +73,18 @@ __device__ void Produce(const KeysParameters& p, WideShared& s) {
   s.kv_full.Arrive();
 }
 
+// dK is share 0 of a tile's sums, dV share 1, of either half.
+__device__ __forceinline__ float* ShareOf(const KeysParameters& p, const KeysWork& work, int share,
+                                          int part) {
+  return SumsOf<D>(p, work, (work.half * 2 + share) * kParts + part, 4 * kParts);
+}
+
 // Stores the accumulators of an item: rows of `map` by way of `staged`, the tile that only this
 // warpgroup read, or += into the pages.
 __device__ void Finish(const KeysParameters& p, WideShared& s, const KeysWork& work, int key,
-                       const float (&d)[kParts][kPart / 2], float factor, const CUtensorMap& map,
-                       Bf16* staged, float* pages, int barrier) {
+                       float (&d)[kParts][kPart / 2], float factor, const CUtensorMap& map,
+                       Bf16* staged, float* pages, int share) {
+  const int barrier = 1 + share;
   if (work.tile < 0) {
     if (pages) {
 #pragma unroll
@@ -85,6 +92,18 @@ __device__ void Finish(const KeysParameters& p, WideShared& s, const KeysWork& w
         AddToPages<D>(p, pages, work.tile, key, work.head, part * kPart, d[part], factor);
     }
     NamedSync(barrier, 128);
+    s.kv_empty.Arrive();
+    return;
+  }
+  if (s.work.part & kBegun) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+      AddSums<128>(ShareOf(p, work, share, part), threadIdx.x % 128, d[part]);
+  }
+  if (s.work.part & kGoesOn) {
+#pragma unroll
+    for (int part = 0; part < kParts; ++part)
+      KeepSums<128>(ShareOf(p, work, share, part), threadIdx.x % 128, d[part]);
     s.kv_empty.Arrive();
     return;
   }
@@ -202,7 +221,7 @@ __device__ void ConsumeKeys(const KeysParameters& p, WideShared& s) {
     Pin(dk);
     if (work.steps > 0) Release(s.q_empty[(ring.stage + kStages - 1) % kStages]);
     const int key = work.half * kKeys + warp * 16 + lane / 4;
-    Finish(p, s, work, key, dk, p.scale, p.dk, s.v, p.d_context_k, 2);
+    Finish(p, s, work, key, dk, p.scale, p.dk, s.v, p.d_context_k, 0);
   }
 }
 

@@ -177,7 +177,7 @@ struct Case {
     FillKernel<<<1024, 256, 0, nullptr>>>(d_out.data, rows, q_width, q_width, seed + 1);
     FillContext(seed + 2);
     scratch_bytes = TreeAttentionScratchBytes(schedule, Shape());
-    SetBackwardBudget(0);
+    StoreDs(0);
   }
 
   void FillContext(uint32_t seed) {
@@ -239,14 +239,8 @@ struct Case {
     const int64_t fixed = TreeAttentionBackwardScratchBytes(schedule, shape, 0);
     const int64_t per_head =
         int64_t{schedule.num_images} * (heads.q / heads.kv) * kKeyTile * kBackwardQueryTile * 2;
-    SetBackwardBytes(fixed + kv_heads * per_head);
     stored_heads = kv_heads;
-  }
-  void SetBackwardBudget(int64_t bytes) {
-    SetBackwardBytes(TreeAttentionBackwardScratchBytes(schedule, Shape(), bytes));
-  }
-  void SetBackwardBytes(int64_t bytes) {
-    backward_bytes = bytes;
+    backward_bytes = fixed + kv_heads * per_head;
     scratch.reset();
     scratch = std::make_unique<Buffer<char>>(std::max(scratch_bytes, backward_bytes));
   }
@@ -296,6 +290,7 @@ struct Case {
                                       Q(d_qkv),
                                       K(d_qkv),
                                       V(d_qkv),
+                                      plan.rounds.data(),
                                       scratch->data,
                                       backward_bytes};
     MUST(LaunchTreeAttentionBackward(a, nullptr));

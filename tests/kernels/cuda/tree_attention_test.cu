@@ -176,7 +176,8 @@ void CheckBoth(const std::string& name, Case& c, reference::Sample rows) {
     errors.push_back(PagesError(c, got.pages_v, want_pages_v.Host()));
   }
   const std::string mode =
-      c.stored_heads == 0 ? "recompute" : "dS of " + std::to_string(c.stored_heads);
+      (c.stored_heads == 0 ? "recompute" : "dS of " + std::to_string(c.stored_heads)) + ", " +
+      std::to_string(c.schedule.num_rounds) + " rounds";
   Report(name, c, mode.c_str(), errors, got.Same(Run(c)),
          GuardsIntact(got.out, c.out_stride, c.q_width));
 }
@@ -225,6 +226,11 @@ void CheckTrees(bool tiny) {
       for (int stored_heads : {0, 1, t.kv_heads}) {
         tiles.StoreDs(stored_heads);
         CheckBoth(t.name, tiles, EveryRow(tiles));
+      }
+      Case rounds(batch, heads, {.tiles = true, .round_images = 7}, seed);
+      for (int stored_heads : {0, 1, t.kv_heads}) {
+        rounds.StoreDs(stored_heads);
+        CheckBoth(t.name, rounds, EveryRow(rounds));
       }
     }
   }
@@ -297,6 +303,9 @@ void CheckContext(bool tiny) {
           if (both.rows + both.used_slots.size() < 16) break;
           both.StoreDs(stored_heads);
           CheckBoth(n.name, both, EveryRow(both));
+          Case rounds(n.batch, heads, {.tiles = true, .round_images = 5}, seed);
+          rounds.StoreDs(stored_heads);
+          CheckBoth(n.name, rounds, EveryRow(rounds));
         }
         Case invariant(n.batch, heads, {.tiles = true, .batch_invariant = true}, seed);
         CheckForward(n.name, invariant, "invariant", EveryRow(invariant));
@@ -348,6 +357,9 @@ void CheckLarge() {
       c.StoreDs(stored_heads);
       CheckBoth(name, c, SixteenRows(c));
     }
+    Case rounds(BatchOf(ends), heads, {.round_images = 5000}, 77);
+    rounds.StoreDs(heads.kv);
+    CheckBoth(name, rounds, SixteenRows(rounds));
     Case chunks(BatchOf(ends), heads, {.tiles = false}, 77);
     CheckForward(name, chunks, "chunks", SixteenRows(chunks));
   };
@@ -396,20 +408,20 @@ void PrintTime(const char* op, const std::string& name, Heads heads, const char*
   std::fflush(stdout);
 }
 
-// Backward with as many bytes of scratch, each.
+// Backward with rounds of as many bytes of dS, each; 0: dQ recomputes it.
 void TimeTree(const std::string& name, const Ends& ends, Heads heads,
-              const std::vector<int64_t>& budgets) {
+              const std::vector<int64_t>& round_bytes) {
   const double flops = 4.0 * heads.q * heads.dim * VisiblePairs(ends);
   const int repeats = flops > 1e13 ? 7 : 21;
-  Case c(BatchOf(ends), heads, {}, 7);
-  PrintTime("forward", name, heads, "tiles", SustainedMs([&] { c.Forward(); }, repeats), flops, 0);
-  for (int64_t budget : budgets) {
-    c.SetBackwardBudget(budget);
-    const bool stores =
-        c.backward_bytes > TreeAttentionBackwardScratchBytes(c.schedule, c.Shape(), 0);
-    if (budget > 0 && !stores) continue;
-    c.Forward();
-    PrintTime("backward", name, heads, stores ? "stored dS" : "recompute",
+  for (int64_t bytes : round_bytes) {
+    const AttentionShape shape = {.q_heads = heads.q, .head_dim = heads.dim};
+    if (bytes > 0 && ImagesOfBytes(shape, bytes) == 0) continue;  // never kept
+    Case c(BatchOf(ends), heads, {.round_images = ImagesOfBytes(shape, bytes)}, 7);
+    const double forward = SustainedMs([&] { c.Forward(); }, repeats);
+    if (bytes == 0) PrintTime("forward", name, heads, "tiles", forward, flops, 0);
+    if (bytes > 0) c.StoreDs(heads.kv);
+    const std::string mode = "dS in " + std::to_string(c.schedule.num_rounds) + " rounds";
+    PrintTime("backward", name, heads, bytes == 0 ? "recompute" : mode.c_str(),
               SustainedMs([&] { c.Backward(); }, repeats), 2.5 * flops, 0);
   }
 }
@@ -437,13 +449,13 @@ void TimeDecodes() {
   TimeDecode(512, 1024, true);
 }
 
-constexpr int64_t kGiB = int64_t{1} << 30;
+constexpr int64_t kRoundBytes = int64_t{9} << 30;  // as the op has it
 
 void TimeTrees() {
-  TimeTree("causal 16384", Causal(16384), {32, 8, 128}, {0, 24 * kGiB});
-  TimeTree("causal 16384", Causal(16384), {32, 8, 64}, {0, 24 * kGiB});
-  TimeTree("causal 16384", Causal(16384), {16, 4, 256}, {0, 24 * kGiB});
-  TimeTree("16384 + 8 x 64", PromptAndResponses(16384, 64, 8), {32, 8, 128}, {0, 24 * kGiB});
+  TimeTree("causal 16384", Causal(16384), {32, 8, 128}, {0, kRoundBytes});
+  TimeTree("causal 16384", Causal(16384), {32, 8, 64}, {0});
+  TimeTree("causal 16384", Causal(16384), {16, 4, 256}, {0, kRoundBytes});
+  TimeTree("16384 + 8 x 64", PromptAndResponses(16384, 64, 8), {32, 8, 128}, {0, kRoundBytes});
   ContextBuilder b(128);
   b.Segment(b.Node(-1, 14336), Causal(2048));
   Case c(b.Finish(), {32, 8, 128}, {}, 7);
@@ -457,8 +469,7 @@ void TimeDualKv() {
   const std::pair<int, int> shapes[] = {{28, 4096}, {28, 16384}, {16, 32768}, {28, 32768}};
   for (const auto& [responses, prompt] : shapes) {
     const std::string name = std::to_string(prompt) + " + " + std::to_string(responses) + " x 2048";
-    TimeTree(name, PromptAndResponses(prompt, 2048, responses), {32, 8, 128},
-             {0, 8 * kGiB, 24 * kGiB});
+    TimeTree(name, PromptAndResponses(prompt, 2048, responses), {32, 8, 128}, {0, kRoundBytes});
   }
 }
 
@@ -466,7 +477,8 @@ void TimeDualKv() {
 void TimeTrainingTrees() {
   for (const auto& [prompt, response] : {std::pair(16384, 64), {16384, 1024}, {8192, 4096}}) {
     const std::string name = std::to_string(prompt) + " + 8 x " + std::to_string(response);
-    TimeTree(name, PromptAndResponses(prompt, response, 8), {32, 8, 128}, {0, 8 * kGiB, 24 * kGiB});
+    TimeTree(name, PromptAndResponses(prompt, response, 8), {32, 8, 128},
+             {0, kRoundBytes / 4, kRoundBytes});
   }
 }
 
