@@ -102,16 +102,13 @@ const std::vector<Flag>& Flags() {
        "Tokens of one engine step; longer prompts are prefilled in chunks.", 8, kMaxCount},
       {"Scheduling", "max_running_samples", &Config::max_running_samples,
        "Samples decoded at the same time.", 1, kMaxCount},
-      {"Scheduling",
-       "overlap",
-       &Config::overlap,
-       "on: queue a decoding step before the one before it is read, so that a GPU does not wait "
-       "for "
-       "the host; same tokens, an answer that ends costs one row more. auto: on for cuda.",
-       0,
-       0,
-       Unit::kNone,
-       {"auto", "on", "off"}},
+      {.group = "Scheduling",
+       .name = "overlap",
+       .field = &Config::overlap,
+       .help = "true: queue a decoding step before the one before it is read, so that a GPU does "
+               "not wait for the host; same tokens, an answer that ends costs one row more. auto: "
+               "true for cuda.",
+       .choices = {"auto", "true", "false"}},
       {"Scheduling", "max_queued_requests", &Config::max_queued_requests,
        "Requests that may wait; more are refused with RESOURCE_EXHAUSTED at once.", 1, kMaxCount},
       {"Scheduling", "max_group_size", &Config::max_group_size, "Largest n of a Generate call.", 1,
