@@ -17,8 +17,8 @@ constexpr int64_t kMaxBlocks = INT32_MAX;  // block ids are int32
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What ops may take for attention and the head, which grows to the largest batch seen; at least a
-// twelfth of the device, for plans of batches and fragments too. Host memory needs none of it.
+// What ops may take for themselves, which grows to the largest batch seen; at least a twelfth of
+// the device, for plans of batches and fragments too. Host memory needs none of it.
 int64_t ScratchBytes(const ops::DeviceInfo& device) {
   if (device.kind != DeviceKind::kCuda) return 0;
   return std::max(device.total_bytes / 12, device.op_scratch_bytes);

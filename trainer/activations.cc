@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/check.h"
 #include "kernels/model/arena.h"
 
 namespace coppice {
@@ -217,6 +218,7 @@ void Activations::Place(const ModelConfig& config, const ops::ActivationTypes& t
                         int64_t head_rows, Retention retention, int64_t size_bytes, void* base) {
   retention_ = retention;
   const int64_t spare = size_bytes - SizeBytes(config, types, rows, head_rows, retention);
+  CHECK_GE(spare, 0) << "activation memory";
   LayOut(config, types, rows, head_rows, retention, spare / Arena::kAlignment * Arena::kAlignment,
          base);
 }

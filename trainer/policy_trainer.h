@@ -95,7 +95,11 @@ class PolicyTrainer final : public Trainer {
   absl::Status Reserve(const std::vector<Pass>& passes);
   // Of the pass while it runs.
   int64_t SizeBytes(const TreeRun& run, int64_t workspace_bytes) const;
-  int64_t WorkspaceBytes(const TreeRun& run) const;  // that attention's backward can use
+  // Of attention's backward: what it wants at least and what it can use.
+  struct WorkspaceBytes {
+    int64_t least = 0, most = 0;
+  };
+  WorkspaceBytes WorkspaceOf(const TreeRun& run) const;
   void PlaceActivations(const TreeRun& run);
   absl::Status RunPass(const ForwardBackwardRequest& request, const RequestPlan& plan,
                        const PlannedPass& planned, Pass pass, PhaseTimer& phases, Totals& totals,

@@ -33,6 +33,18 @@ int64_t AttentionScoreBytes(const ModelConfig& config, const ops::TokenBatch& ba
   return pairs * config.q_heads * SizeOf(DType::kBF16);
 }
 
+// Beside the scores: in f32 two numbers a row and query head and, where scores go in rounds, the
+// gradients of keys and values so far; cached keys and values as rows. A page for alignment.
+int64_t AttentionRowBytes(const ModelConfig& config, const ops::TokenBatch& batch, bool rounds) {
+  constexpr int64_t kTile = 128, kPage = 4096;
+  const int64_t padded = (batch.num_rows() + kTile - 1) / kTile * kTile;
+  int64_t context = 0;
+  for (const ops::ContextNode& n : batch.context_nodes) context += n.num_tokens + kTile;
+  const int64_t sums = rounds ? 2 * padded * config.kv_dim() : 0;
+  return (2 * padded * config.q_heads + sums) * SizeOf(DType::kF32) +
+         2 * context * config.kv_dim() * SizeOf(DType::kBF16) + kPage;
+}
+
 double MeanEntropy(const SamplePath& path) {
   double sum = 0;
   for (const float e : path.entropy) sum += e;
@@ -165,19 +177,25 @@ void PolicyTrainer::ChooseRetention(std::vector<Pass>& passes) const {
                                    run.tree.num_rows(), run.tree.num_head_rows(),
                                    activation_bytes_ - run.offset_bytes, workspace_bytes);
       };
-      const int64_t useful = WorkspaceBytes(run);
-      run.retention = choose(useful / 4);
+      const WorkspaceBytes workspace = WorkspaceOf(run);
+      run.retention = choose(workspace.least);
       if (run.retention.level < Retain::kProjections) continue;
       // Beyond these only elementwise work is saved: less than attention saves in that memory.
-      const Retention rest = choose(useful);
+      const Retention rest = choose(workspace.most);
       run.retention = rest.level < Retain::kProjections ? Retain::kProjections : rest;
     }
   }
 }
 
-int64_t PolicyTrainer::WorkspaceBytes(const TreeRun& run) const {
-  return std::min(AttentionScoreBytes(decoder_.config(), run.tree.batch),
-                  ops_.Info().workspace_bytes);
+PolicyTrainer::WorkspaceBytes PolicyTrainer::WorkspaceOf(const TreeRun& run) const {
+  const ops::DeviceInfo device = ops_.Info();
+  const ModelConfig& config = decoder_.config();
+  if (device.score_bytes == 0) return {};
+  const int64_t scores =
+      config.head_dim < device.scores_head_dim ? 0 : AttentionScoreBytes(config, run.tree.batch);
+  const int64_t kept = std::min(scores, device.score_bytes);
+  const int64_t rows = AttentionRowBytes(config, run.tree.batch, /*rounds=*/kept < scores);
+  return {.least = kept / 4 + rows, .most = kept + rows};
 }
 
 int64_t PolicyTrainer::SizeBytes(const TreeRun& run, int64_t workspace_bytes) const {
@@ -192,7 +210,7 @@ int64_t PolicyTrainer::SizeBytes(const TreeRun& run, int64_t workspace_bytes) co
 absl::Status PolicyTrainer::Reserve(const std::vector<Pass>& passes) {
   int64_t size_bytes = 0;
   const auto add = [&](const TreeRun& run) {
-    const int64_t useful = SizeBytes(run, WorkspaceBytes(run));
+    const int64_t useful = SizeBytes(run, WorkspaceOf(run).most);
     size_bytes = std::max({size_bytes, SizeBytes(run, 0), std::min(useful, activation_bytes_)});
   };
   for (const Pass& pass : passes) {

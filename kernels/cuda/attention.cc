@@ -64,6 +64,14 @@ AttentionShape ShapeOf(const TensorView& q, const TensorView& k, float scale) {
           .scale = scale};
 }
 
+// Heads of a round that go together at least: with fewer, multiprocessors run out of work.
+int32_t LeastHeads(int32_t kv_heads) { return (kv_heads + 3) / 4; }
+
+// Of dS in a round, so that that many heads take a quarter of kRoundScoresBytes.
+int64_t RoundBytes(int32_t kv_heads) {
+  return kRoundScoresBytes / 4 * kv_heads / LeastHeads(kv_heads);
+}
+
 absl::StatusOr<const CudaBatchPlan::Attention*> ScheduleFor(const Context& context,
                                                             const ops::BatchPlan* plan,
                                                             const AttentionShape& shape,
@@ -77,7 +85,7 @@ absl::StatusOr<const CudaBatchPlan::Attention*> ScheduleFor(const Context& conte
   return CudaPlan(plan).PlanFor({.tiles = !invariant && HasTileKernels(shape.head_dim, capability),
                                  .stacked = HasStackedKernels(shape.head_dim, capability),
                                  .backward = backward,
-                                 .round_images = ImagesOfBytes(shape, kRoundScoresBytes),
+                                 .round_images = ImagesOfBytes(shape, RoundBytes(shape.kv_heads)),
                                  .group_size = shape.q_heads / shape.kv_heads,
                                  .batch_invariant = invariant,
                                  .decode_slots = DecodeSlots(shape.kv_heads)});
@@ -91,15 +99,15 @@ absl::Status Launched(Context& context, cudaError_t error, absl::string_view op,
                    "; use --device=cpu"));
 }
 
-// The workspace, where it holds at least as much of dS as the op takes for itself: a quarter of the
-// heads of a round, of fewer multiprocessors run out of work.
+// The workspace, where it holds at least as much of dS as the op takes for itself: LeastHeads of a
+// round.
 absl::Status TakeBackwardScratch(Context& context, const TensorView& workspace,
                                  TreeAttentionBackwardArgs& args) {
   const auto bytes_of = [&](int32_t kv_heads) {
     return TreeAttentionBackwardScratchBytes(args.schedule, args.shape, kv_heads);
   };
   const int64_t lent_bytes = workspace.present() ? workspace.num_bytes() : 0;
-  const int32_t least = (args.shape.kv_heads + 3) / 4;
+  const int32_t least = LeastHeads(args.shape.kv_heads);
   int32_t heads = args.shape.kv_heads;
   while (heads > least && bytes_of(heads) > lent_bytes) --heads;
   args.scratch_bytes = bytes_of(heads);

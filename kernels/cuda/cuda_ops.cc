@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/cuda/attention/tree_attention.h"
 #include "kernels/cuda/batch_plan.h"
 #include "kernels/cuda/families.h"
 #include "kernels/cuda/timeline.h"
@@ -17,8 +18,6 @@ namespace {
 // The head's logits take up to 2.5 GiB, attention's backward what it is not lent; plans, the
 // library and fragments get the rest.
 constexpr int64_t kMaxScratchBytes = int64_t{7} << 29;
-// Of attention's backward: scores, sums of keys that go from round to round, rows' statistics.
-constexpr int64_t kWorkspaceBytes = kRoundScoresBytes + (int64_t{1} << 30);
 
 absl::Status CheckContiguous(absl::string_view op, const TensorView& t) {
   if (t.contiguous() && (t.data != nullptr || t.num_elements() == 0)) return absl::OkStatus();
@@ -51,7 +50,8 @@ absl::StatusOr<std::unique_ptr<ops::Ops>> CudaOps::Create(const CudaOptions& opt
       .compute_dtype = DType::kBF16,
       .residual_dtype = DType::kF32,
       .total_bytes = static_cast<int64_t>(properties.totalGlobalMem),
-      .workspace_bytes = kWorkspaceBytes,
+      .score_bytes = kRoundScoresBytes,
+      .scores_head_dim = kStoredScoresHeadDim,
       .context_gradients = properties.major == 9};
   return ops;
 }

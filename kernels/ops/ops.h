@@ -1,7 +1,6 @@
 // Ops: the table of contents of a transformer, and the only door to a device. cpu::CpuOps is the
 // readable twin and the fp32 reference; cuda::CudaOps runs bf16 with fp32 sums and an fp32 residual
-// stream. Chosen once at
-// start-up by CreateOps.
+// stream. Chosen once at start-up by CreateOps.
 //
 // Thread: one caller at a time (the engine thread). Work is queued on one stream; host outputs
 // (Sample's tokens, log-probs, SumSquares) are valid on return, StartSample's after Wait(),
@@ -53,8 +52,10 @@ struct DeviceInfo {
   int64_t total_bytes = 0;  // memory of the device
   int64_t free_bytes = 0;
   int64_t op_scratch_bytes = 0;  // the most that ops may still take for themselves
-  // Of TreeAttentionBackward: more is of no use, less than a quarter it takes of its own.
-  int64_t workspace_bytes = 0;
+  // Of scores, that TreeAttentionBackward can use in the workspace that it is lent; where that has
+  // no room for a quarter of them, it takes memory of its own. 0: it wants no workspace. Shorter
+  // heads than `scores_head_dim` want none of scores.
+  int64_t score_bytes = 0, scores_head_dim = 0;
   // TreeAttentionBackward takes batches with context and adds to d_context.
   bool context_gradients = false;
 

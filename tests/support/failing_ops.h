@@ -27,7 +27,7 @@ class FailingOps : public ops::Ops {
   void LimitAllocations(int64_t budget_bytes) { limit_bytes_ = *held_bytes_ + budget_bytes; }
   void FailUploadsAfter(int uploads) { uploads_left_ = uploads; }  // INTERNAL after so many more
 
-  void WantWorkspace(int64_t size_bytes) { workspace_bytes_ = size_bytes; }
+  void WantWorkspace(int64_t score_bytes) { score_bytes_ = score_bytes; }
 
   absl::StatusOr<std::unique_ptr<ops::BatchPlan>> PlanBatch(const ops::TokenBatch& batch) override {
     if (failing_) return absl::InternalError("device: lost");
@@ -36,7 +36,7 @@ class FailingOps : public ops::Ops {
 
   ops::DeviceInfo Info() const override {
     ops::DeviceInfo info = inner_->Info();
-    info.workspace_bytes = workspace_bytes_;
+    info.score_bytes = score_bytes_;
     return info;
   }
   absl::StatusOr<DeviceBuffer> Allocate(int64_t size_bytes, absl::string_view label) override {
@@ -109,7 +109,7 @@ class FailingOps : public ops::Ops {
   // Shared with the buffers, which may outlive this.
   std::shared_ptr<std::atomic<int64_t>> held_bytes_ = std::make_shared<std::atomic<int64_t>>(0);
   int64_t limit_bytes_ = std::numeric_limits<int64_t>::max();
-  int64_t workspace_bytes_ = 0;
+  int64_t score_bytes_ = 0;
   int64_t uploads_left_ = std::numeric_limits<int64_t>::max();
 };
 

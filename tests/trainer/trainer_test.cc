@@ -191,17 +191,21 @@ TEST(TrainerTest, LendsAttentionTheMemoryThatIsLeft) {
   };
   constexpr int64_t kPlenty = int64_t{1} << 30;
   const int64_t scores = 4 * 2 * (62 * 512 + 60 * 61 / 2 + 60 * 2 + 2);  // of 4 heads
+  const int64_t statistics = 2 * 128 * 4 * 4 + 4096;                     // of a tile of rows
+  const int64_t sums = 2 * 128 * config.kv_dim() * 4;                    // from round to round
   struct Case {
-    int64_t budget, recompute, held;
+    int64_t budget, recompute, held, wanted = kPlenty;
   };
-  const int64_t a_quarter = size({Retain::kLean, 3}, scores / 4);
-  const Case cases[] = {{kPlenty, 0, size(Retain::kAll, scores)},
-                        {size(Retain::kAll), 1, size(Retain::kAll)},
-                        {a_quarter, 2, a_quarter},
-                        {size(Retain::kLean), 3, size(Retain::kLean)}};
+  const int64_t a_quarter = size({Retain::kLean, 3}, scores / 4 + statistics);
+  const Case cases[] = {
+      {kPlenty, 0, size(Retain::kAll, scores + statistics)},
+      {kPlenty, 0, size(Retain::kAll, scores / 2 + statistics + sums), scores / 2},
+      {size(Retain::kAll), 1, size(Retain::kAll)},
+      {a_quarter, 2, a_quarter},
+      {size(Retain::kLean), 3, size(Retain::kLean)}};
   for (const Case& c : cases) {
     TinyPolicy some(config, 1, {.activation_bytes = c.budget});
-    some.ops().WantWorkspace(kPlenty);
+    some.ops().WantWorkspace(c.wanted);
     const auto got = some.trainer().ForwardBackward(request);
     ASSERT_TRUE(got.ok()) << got.status();
     EXPECT_EQ(got->metrics.at("recompute"), c.recompute);

@@ -82,8 +82,7 @@ void Narrow(AttentionSchedule& schedule, const BackwardRound& round) {
   schedule.num_images = round.num_images;
 }
 
-// Stored dS costs more than it saves where products are short.
-bool StoresDs(const AttentionShape& shape) { return shape.head_dim >= 128; }
+bool StoresDs(const AttentionShape& shape) { return shape.head_dim >= kStoredScoresHeadDim; }
 
 }  // namespace
 

@@ -83,6 +83,8 @@ int32_t DecodeSlots(int32_t kv_heads);
 int64_t TreeAttentionScratchBytes(const AttentionSchedule& schedule, const AttentionShape& shape);
 cudaError_t LaunchTreeAttention(const TreeAttentionArgs& args, cudaStream_t stream);
 
+// dS of shorter heads is not stored: to recompute it costs less.
+inline constexpr int32_t kStoredScoresHeadDim = 128;
 // Images of backward's plan whose dS fits in so many bytes, of all heads; 0 where dS is not kept
 // because it costs more than it saves: short heads.
 int32_t ImagesOfBytes(const AttentionShape& shape, int64_t bytes);
