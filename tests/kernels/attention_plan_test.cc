@@ -342,15 +342,20 @@ void ExpectRounds(const AttentionPlan& plan, const AttentionSchedule& s, int32_t
     if (round_images > 0 && round.num_tiles > 1) {
       EXPECT_LE(round.num_images, round_images);
     }
-    std::vector<bool> used(round.num_images);  // no two tile pairs share an image
+    std::vector<bool> used(round.num_images);                   // no two tile pairs share an image
+    int32_t steps_before = INT32_MAX, list_before = INT32_MAX;  // longest first
     for (int32_t w = round.work_begin; w < work; ++w) {
+      int32_t steps = 0;
       for (int32_t r = 0; r < s.key_work[w].num_runs; ++r) {
         const KeyRun& run = s.key_runs[s.key_work[w].runs_begin + r];
         for (int32_t t = run.first; t < run.last; ++t) {
           ASSERT_FALSE(used.at(run.image + t));
           used[run.image + t] = true;
         }
+        steps += run.last - run.first;
       }
+      EXPECT_LE(steps, steps_before);
+      steps_before = steps;
     }
     EXPECT_TRUE(std::all_of(used.begin(), used.end(), [](bool image) { return image; }));
     int32_t entries = 0;
@@ -358,6 +363,8 @@ void ExpectRounds(const AttentionPlan& plan, const AttentionSchedule& s, int32_t
       const int32_t list = s.backward_tiles[t].list_end - s.backward_tiles[t].list_begin;
       entries += list;
       EXPECT_LE(list, round.longest_list);
+      EXPECT_LE(list, list_before);
+      list_before = list;
     }
     EXPECT_EQ(entries, round.num_entries);
   }

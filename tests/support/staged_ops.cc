@@ -262,15 +262,15 @@ absl::Status StagedOps::SwiGluBackward(const ops::SwiGluBackwardParams& params) 
 absl::Status StagedOps::NormMatMul(const ops::NormMatMulParams& params) {
   ops::NormMatMulParams p = params;
   Staging s(*ops_);
-  s.In(p.norm.x).In(p.norm.weight).Out(p.norm.out).OutAs(p.norm.rstd, DType::kF32);
-  s.In(p.b).In(p.bias).Out(p.c);
+  s.InAs(p.norm.x, residual_dtype_).In(p.norm.weight).Out(p.norm.out);
+  s.OutAs(p.norm.rstd, DType::kF32).In(p.b).In(p.bias).Out(p.c);
   return s.Finish(ops_->NormMatMul(p));
 }
 absl::Status StagedOps::NormSwiGlu(const ops::NormSwiGluParams& params) {
   ops::NormSwiGluParams p = params;
   Staging s(*ops_);
-  s.In(p.norm.x).In(p.norm.weight).Out(p.norm.out).OutAs(p.norm.rstd, DType::kF32);
-  s.In(p.b).Out(p.gate_up).Out(p.out);
+  s.InAs(p.norm.x, residual_dtype_).In(p.norm.weight).Out(p.norm.out);
+  s.OutAs(p.norm.rstd, DType::kF32).In(p.b).Out(p.gate_up).Out(p.out);
   return s.Finish(ops_->NormSwiGlu(p));
 }
 absl::Status StagedOps::LogProbHead(const ops::LogProbHeadParams& params) {

@@ -92,8 +92,9 @@ struct AttentionSchedule {
   int32_t num_query_tiles = 0, longest_list = 0, num_list_entries = 0;
 
   // Tiles, backward. Query tiles lie on multiples of kQueryTile whatever contexts their rows have;
-  // packed key tile t is run t, the runs of context tiles follow.
-  const QueryTileWork* backward_tiles = nullptr;  // as key_work; tail_tokens is not used
+  // in one round packed key tile t is run t and the runs of context tiles follow; of more rounds
+  // each has runs of its own.
+  const QueryTileWork* backward_tiles = nullptr;  // by rounds, longest list first; no tail_tokens
   const int32_t* backward_entries = nullptr;      // indices into key_runs
   const KeyWork* key_work = nullptr;              // round by round, most rows first
   const KeyRun* key_runs = nullptr;
