@@ -28,14 +28,17 @@ __device__ __forceinline__ void ClusterWait() {
 // REQUIRES: a cluster of at least 2 blocks.
 // Stores into the copy of `to` in block `rank` and counts the bytes at its copy of `full`, for
 // which that block waits before it reads them or ends.
-__device__ __forceinline__ void SendTo(int rank, float* to, float x, const Barrier& full) {
+__device__ __forceinline__ void SendTo(int rank, int* to, int x, const Barrier& full) {
   asm volatile(
       "{\n.reg .b32 to, full;\nmapa.shared::cluster.u32 to, %0, %2;\n"
       "mapa.shared::cluster.u32 full, %1, %2;\n"
       "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [to], %3, [full];\n}" ::"r"(
           SharedAddress(to)),
-      "r"(SharedAddress(&full.word)), "r"(rank), "r"(__float_as_int(x))
+      "r"(SharedAddress(&full.word)), "r"(rank), "r"(x)
       : "memory");
+}
+__device__ __forceinline__ void SendTo(int rank, float* to, float x, const Barrier& full) {
+  SendTo(rank, reinterpret_cast<int*>(to), __float_as_int(x), full);
 }
 __device__ __forceinline__ void SendTo(int rank, float4* to, const float4& x, const Barrier& full) {
   asm volatile(

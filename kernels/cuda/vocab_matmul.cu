@@ -15,6 +15,7 @@
 
 #include "kernels/cuda/attention/hopper.cuh"
 #include "kernels/cuda/attention/tensor_map.cuh"
+#include "kernels/cuda/cluster.cuh"
 #include "kernels/cuda/vocab_matmul.h"
 
 namespace coppice::cuda {
@@ -57,16 +58,11 @@ struct VocabSharedStaged : VocabShared {
   alignas(1024) Bf16 staged[2][64 * kStagedColumns];  // of a warpgroup
 };
 
-__device__ __forceinline__ int ClusterRank() {
-  int rank;
-  asm("mov.u32 %0, %cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
 // Until every thread of the cluster came here.
 __device__ __forceinline__ void ClusterSync() {
   __syncwarp();
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  ClusterArrive();
+  ClusterWait();
 }
 // Counts this thread's arrival at block `rank`'s copy of a barrier. Nothing but reads by the tensor
 // cores, which are over, comes before; release.cluster would put a fence of the whole device here.
@@ -75,16 +71,6 @@ __device__ __forceinline__ void ArriveAt(Barrier& barrier, int rank) {
       "{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %0, %1;\n"
       "mbarrier.arrive.shared::cluster.b64 _, [at];\n}" ::"r"(SharedAddress(&barrier.word)),
       "r"(rank)
-      : "memory");
-}
-// Writes `value` into block `rank`'s copy of `to`, and tells its `full`.
-__device__ __forceinline__ void SendTo(int rank, int& to, Barrier& full, int value) {
-  asm volatile(
-      "{\n.reg .b32 at, told;\nmapa.shared::cluster.u32 at, %0, %3;\n"
-      "mapa.shared::cluster.u32 told, %1, %3;\n"
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [at], %2, [told];\n}" ::"r"(
-          SharedAddress(&to)),
-      "r"(SharedAddress(&full.word)), "r"(value), "r"(rank)
       : "memory");
 }
 // Waits for SendTo, and returns what it brought.
@@ -155,7 +141,7 @@ __device__ void Produce(const VocabParameters& p, VocabShared& s) {
     full.ArriveExpecting(sizeof(int));
     if (rank == 0) {
       s.item_empty[items.stage].Wait(items.phase ^ 1);
-      for (int to = 0; to < kBlocks; ++to) SendTo(to, s.item[items.stage], full, next);
+      for (int to = 0; to < kBlocks; ++to) SendTo(to, &s.item[items.stage], next, full);
       next = atomicAdd(p.args.counter, 1);
     }
     const int index = Receive(s.item[items.stage], full, items.phase);
