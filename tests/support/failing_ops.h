@@ -27,7 +27,10 @@ class FailingOps : public ops::Ops {
   void LimitAllocations(int64_t budget_bytes) { limit_bytes_ = *held_bytes_ + budget_bytes; }
   void FailUploadsAfter(int uploads) { uploads_left_ = uploads; }  // INTERNAL after so many more
 
-  void WantWorkspace(int64_t score_bytes) { score_bytes_ = score_bytes; }
+  void WantWorkspace(int64_t score_bytes, int64_t scores_head_dim = 0) {
+    score_bytes_ = score_bytes;
+    scores_head_dim_ = scores_head_dim;
+  }
 
   absl::StatusOr<std::unique_ptr<ops::BatchPlan>> PlanBatch(const ops::TokenBatch& batch) override {
     if (failing_) return absl::InternalError("device: lost");
@@ -37,6 +40,7 @@ class FailingOps : public ops::Ops {
   ops::DeviceInfo Info() const override {
     ops::DeviceInfo info = inner_->Info();
     info.score_bytes = score_bytes_;
+    info.scores_head_dim = scores_head_dim_;
     return info;
   }
   absl::StatusOr<DeviceBuffer> Allocate(int64_t size_bytes, absl::string_view label) override {
@@ -109,7 +113,7 @@ class FailingOps : public ops::Ops {
   // Shared with the buffers, which may outlive this.
   std::shared_ptr<std::atomic<int64_t>> held_bytes_ = std::make_shared<std::atomic<int64_t>>(0);
   int64_t limit_bytes_ = std::numeric_limits<int64_t>::max();
-  int64_t score_bytes_ = 0;
+  int64_t score_bytes_ = 0, scores_head_dim_ = 0;
   int64_t uploads_left_ = std::numeric_limits<int64_t>::max();
 };
 

@@ -194,18 +194,19 @@ TEST(TrainerTest, LendsAttentionTheMemoryThatIsLeft) {
   const int64_t statistics = 2 * 128 * 4 * 4 + 4096;                     // of a tile of rows
   const int64_t sums = 2 * 128 * config.kv_dim() * 4;                    // from round to round
   struct Case {
-    int64_t budget, recompute, held, wanted = kPlenty;
+    int64_t budget, recompute, held, wanted = kPlenty, head_dim = 0;
   };
   const int64_t a_quarter = size({Retain::kLean, 3}, scores / 4 + statistics);
   const Case cases[] = {
       {kPlenty, 0, size(Retain::kAll, scores + statistics)},
       {kPlenty, 0, size(Retain::kAll, scores / 2 + statistics + sums), scores / 2},
+      {kPlenty, 0, size(Retain::kAll, statistics), kPlenty, config.head_dim + 1},
       {size(Retain::kAll), 1, size(Retain::kAll)},
       {a_quarter, 2, a_quarter},
       {size(Retain::kLean), 3, size(Retain::kLean)}};
   for (const Case& c : cases) {
     TinyPolicy some(config, 1, {.activation_bytes = c.budget});
-    some.ops().WantWorkspace(c.wanted);
+    some.ops().WantWorkspace(c.wanted, c.head_dim);
     const auto got = some.trainer().ForwardBackward(request);
     ASSERT_TRUE(got.ok()) << got.status();
     EXPECT_EQ(got->metrics.at("recompute"), c.recompute);
