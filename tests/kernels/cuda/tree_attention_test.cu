@@ -1,7 +1,7 @@
 // Tree attention on a GPU against the fp32 reference: small batches (every row), the benchmark's
 // shapes (sampled rows), then timings.
-//   tree_attention_test [check] [tiny] [trees] [time] [dualkv] [train] [decode]     default: check.
-//   tiny: a subset for the sanitizers; trees: leaves context out
+//   tree_attention_test [check] [tiny] [trees] [time] [dualkv] [train] [decode] [part=I/N]
+//   default: check. tiny: a subset for the sanitizers; trees: leaves context out; part: a share of both
 // Every case runs on poisoned outputs between guard columns, twice, and compares the two runs bit
 // for bit.
 #include <algorithm>
@@ -69,6 +69,13 @@ double PagesError(const Case& c, const std::vector<float>& pages, const std::vec
 }
 
 int num_failed = 0, num_checked = 0;
+
+// part=I/N: every N-th set of cases, so that N processes share them.
+int part = 0, parts = 1;
+bool IsOurs() {
+  static int next = 0;
+  return next++ % parts == part;
+}
 
 void Report(const std::string& name, const Case& c, const char* mode,
             const std::vector<double>& errors, bool repeats, bool guards) {
@@ -217,6 +224,7 @@ void CheckTrees(bool tiny) {
   uint32_t seed = 1;
   for (const NamedEnds& t : Trees(tiny)) {
     for (int dim : {64, 128, 256}) {
+      if (!IsOurs()) continue;
       const ops::TokenBatch batch = BatchOf(t.ends);
       const Heads heads = {t.q_heads, t.kv_heads, dim};
       Case chunks(batch, heads, {.tiles = false}, seed += 10);
@@ -293,6 +301,7 @@ void CheckContext(bool tiny) {
   for (int32_t block_tokens : {16, 64, 128}) {
     for (const NamedBatch& n : ContextBatches(block_tokens, tiny)) {
       for (const Heads heads : {Heads{9, 3, 64}, Heads{8, 2, 128}, Heads{4, 2, 256}}) {
+        if (!IsOurs()) continue;
         Case chunks(n.batch, heads, {.tiles = false}, seed += 10);
         CheckForward(n.name, chunks, "chunks", EveryRow(chunks));
         if (!HasTileKernels(heads.dim, 90)) continue;
@@ -352,6 +361,7 @@ void CheckDecodeIgnoresTheBatch() {
 
 void CheckLarge() {
   const auto one = [](const std::string& name, const Ends& ends, Heads heads) {
+    if (!IsOurs()) return;
     Case c(BatchOf(ends), heads, {}, 77);
     for (int stored_heads : {0, 3, heads.kv}) {
       c.StoreDs(stored_heads);
@@ -487,11 +497,12 @@ int Main(int count, char** words) {
     return std::any_of(words + 1, words + count,
                        [&](const char* w) { return std::strcmp(w, word) == 0; });
   };
+  for (int i = 1; i < count; ++i) std::sscanf(words[i], "part=%d/%d", &part, &parts);
   const bool tiny = asked("tiny");
   if (count == 1 || tiny || asked("check")) {
     CheckTrees(tiny);
     if (!asked("trees")) CheckContext(tiny);
-    if (!asked("trees")) CheckDecodeIgnoresTheBatch();
+    if (!asked("trees") && IsOurs()) CheckDecodeIgnoresTheBatch();
     if (!tiny) CheckLarge();
     std::printf("%d cases, %d failed\n", num_checked, num_failed);
   }
