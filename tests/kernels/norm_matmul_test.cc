@@ -9,6 +9,7 @@
 #include "tests/support/device_test.h"
 #include "tests/support/guarded_tensor.h"
 #include "tests/support/reference.h"
+#include "tests/support/share.h"
 #include "tests/support/tolerances.h"
 
 namespace coppice {
@@ -32,7 +33,7 @@ std::vector<Shape> Shapes() {
   }
   shapes.push_back({3, 9000, 136});
   shapes.push_back({64, 9000, 136});
-  return shapes;
+  return Share(shapes);
 }
 
 class NormMatMulTest : public DeviceTest {
@@ -195,7 +196,7 @@ double RelativeError(DeviceTensor& got, const Vector& want) {
 TEST_P(NormMatMulTest, NormReadsF32Rows) {
   const auto ops = std::move(ops::CreateOps(GetParam(), 2)).value();
   const DType f = ops->Info().compute_dtype;
-  for (const int64_t rows : {1, 4, 5, 8, 9, 16, 17, 32, 33, 64}) {
+  for (const int64_t rows : Share<int64_t>({1, 4, 5, 8, 9, 16, 17, 32, 33, 64})) {
     for (const auto& [n, k] : {std::pair{2, 8}, {130, 72}, {192, 2560}}) {
       SCOPED_TRACE(testing::Message() << rows << " x " << n << " x " << k);
       GuardedTensor x({rows, k}), weight({1, k}), b({2 * n, k}), out({rows, 2 * n});
@@ -244,7 +245,7 @@ TEST_P(NormMatMulTest, ChainsOfProductsGiveEqualBitsAndLogitsInF32) {
   square.FillNormal(random_, 1 / std::sqrt(static_cast<float>(k)));
   head.FillNormal(random_);
   DeviceTensor w(*ops, square, f), weights(*ops, head, f);
-  for (const int64_t rows : {8, 16, 32, 64}) {
+  for (const int64_t rows : Share<int64_t>({8, 16, 32, 64})) {
     SCOPED_TRACE(testing::Message() << rows << " rows");
     GuardedTensor x({rows, k}), zeros({rows, n});
     x.FillNormal(random_);

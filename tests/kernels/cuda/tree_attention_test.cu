@@ -1,7 +1,8 @@
 // Tree attention on a GPU against the fp32 reference: small batches (every row), the benchmark's
 // shapes (sampled rows), then timings.
 //   tree_attention_test [check] [tiny] [trees] [time] [dualkv] [train] [decode] [part=I/N]
-//   default: check. tiny: a subset for the sanitizers; trees: leaves context out; part: a share of both
+//   default: check. tiny: a subset for the sanitizers; trees: leaves context out; part: a share
+//   of the cases
 // Every case runs on poisoned outputs between guard columns, twice, and compares the two runs bit
 // for bit.
 #include <algorithm>
