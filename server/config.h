@@ -69,6 +69,9 @@ struct Config {
   int64_t drain_timeout_s = 30;
   bool help = false;
   bool version = false;
+
+  // What `overlap` means for this device.
+  bool OverlapsSteps() const { return overlap == "auto" ? device == "cuda" : overlap == "true"; }
 };
 
 // The value of an environment variable, if set.

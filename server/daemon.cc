@@ -123,8 +123,7 @@ EngineOptions Daemon::MakeEngineOptions() const {
   options.num_blocks = memory_.num_blocks;
   options.max_batch_rows = config_.max_batch_rows;
   options.max_running_samples = config_.max_running_samples;
-  options.overlap =
-      config_.overlap == "auto" ? config_.device == "cuda" : config_.overlap == "true";
+  options.overlap = config_.OverlapsSteps();
   options.max_queued_requests = config_.max_queued_requests;
   options.max_group_size = std::min(config_.max_group_size, config_.max_running_samples);
   options.max_context = memory_.max_context;

@@ -74,6 +74,18 @@ TEST(ConfigTest, ErrorsNameFlagWantAndGot) {
   ExpectBad({"--model=m", "--port=8000", "--http_port=8000"}, "another port");
 }
 
+TEST(ConfigTest, StepsOverlapOnAGpuUnlessToldOtherwise) {
+  const auto overlaps = [](const std::string& device, const std::string& overlap) {
+    const auto config = Parse({"--model=m", "--device=" + device, "--overlap=" + overlap});
+    EXPECT_TRUE(config.ok()) << config.status();
+    return config.ok() && config->OverlapsSteps();
+  };
+  EXPECT_TRUE(overlaps("cuda", "auto"));
+  EXPECT_FALSE(overlaps("cpu", "auto"));
+  EXPECT_FALSE(overlaps("cuda", "false"));
+  EXPECT_TRUE(overlaps("cpu", "true"));
+}
+
 TEST(ConfigTest, KubernetesServiceLinksAreExplained) {
   const auto config = Parse({"--model=m"}, {{"COPPICE_PORT", "tcp://10.0.0.1:7700"}});
   EXPECT_THAT(std::string(config.status().message()), HasSubstr("enableServiceLinks: false"));
