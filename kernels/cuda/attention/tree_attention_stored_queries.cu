@@ -1,16 +1,21 @@
 // Backward pass, dQ = dS K from the dS^T that the dK/dV kernel stored. An item is 128 columns of
 // one 128-row query tile of two heads that share a KV head; a consumer warpgroup owns one head,
-// sums over the key tiles in list order, no atomics: per key tile 2 x 8 x m64n128k16, both operands
-// from shared memory, rows are k. Registers: dQ 128. Shared memory: 2 x (K 32 + dS 2 heads x 32) +
-// staging 32 = 224 KB. Traffic: 32 KB of dS from memory (D = 256: its two items share them in L2)
-// and 16 KB of K from L2 per 128 x 128 tile pair for 4.2 MFLOP.
+// sums over the key tiles in list order, no atomics: per half of a key tile 2 x 4 x m64n128k16,
+// both operands from shared memory, rows are k. Halves, because a step's buffer comes free only
+// behind the next step's products: one of four waits for that, not one of two. Registers: dQ 128.
+// Shared memory: 4 x (K 16 + dS 2 heads x 16) + staging 32 = 224 KB. Traffic: 32 KB of dS from
+// memory (D = 256: its two items share them in L2) and 16 KB of K from L2 per 128 x 128 tile pair
+// for 4.2 MFLOP.
 #include "kernels/cuda/attention/launchers.h"
 #include "kernels/cuda/attention/pipeline.cuh"
 
 namespace coppice::cuda {
 namespace {
 
-constexpr int kStages = 2;
+constexpr int kStages = 4;
+constexpr int kSteps = 2;  // of a key tile
+constexpr int kStepKeys = kKeyTile / kSteps;
+constexpr int kStepImage = kImage / kSteps;  // its keys' rows of an image lie together
 constexpr int kColumns = kBackwardQueryTile;
 constexpr int kHeads = kConsumers;
 constexpr int kHalves = kQueryTile / kColumns;
@@ -31,13 +36,13 @@ struct StoredParameters {
 };
 
 struct StoredWork {
-  int tile, head, heads, column, count;  // count < 0: no more work
+  int tile, head, heads, column, steps;  // steps < 0: no more work
 };
 
 template <int D>
 struct StoredShared {
-  alignas(1024) Bf16 k[kStages][kKeyTile * kWidth<D>];
-  alignas(1024) Bf16 ds[kStages][kHalves][kHeads][kImage];
+  alignas(1024) Bf16 k[kStages][kStepKeys * kWidth<D>];
+  alignas(1024) Bf16 ds[kStages][kHalves][kHeads][kStepImage];
   alignas(1024) Bf16 staging[kHeads][kColumns * kWidth<D>];
   StoredWork work;
   Barrier work_full, work_empty, full[kStages], empty[kStages];
@@ -45,6 +50,7 @@ struct StoredShared {
 
 template <int D>
 __device__ void Produce(const StoredParameters& p, StoredShared<D>& s) {
+  const int all_heads = p.order.kv_heads * p.group_size;  // of this pass
   Ring<1> items;
   Ring<kStages> ring;
   for (int item, next = atomicAdd(p.counter, 1);; items.Advance()) {
@@ -58,27 +64,27 @@ __device__ void Produce(const StoredParameters& p, StoredShared<D>& s) {
     const int local_kv_head = pair / p.pairs, kv_head = p.first_kv_head + local_kv_head;
     const int in_group = pair % p.pairs * kHeads, heads = min(kHeads, p.group_size - in_group);
     const int local_head = local_kv_head * p.group_size + in_group;
-    const int begin = work.list_begin, count = work.list_end - begin;
+    const int begin = work.list_begin, steps = (work.list_end - begin) * kSteps;
     s.work_empty.Wait(items.phase ^ 1);
-    s.work = {tile, p.first_kv_head * p.group_size + local_head, heads, column, count};
+    s.work = {tile, p.first_kv_head * p.group_size + local_head, heads, column, steps};
     s.work_full.Arrive();
-    for (int i = 0; i < count; ++i, ring.Advance()) {
-      const KeyRun& run = p.schedule.key_runs[p.schedule.backward_entries[begin + i]];
-      const int image = run.image + tile * kHalves, stage = ring.stage;
+    for (int i = 0; i < steps; ++i, ring.Advance()) {
+      const KeyRun& run = p.schedule.key_runs[p.schedule.backward_entries[begin + i / kSteps]];
+      const int step = i % kSteps, stage = ring.stage;
       s.empty[stage].Wait(ring.phase ^ 1);
-      s.full[stage].ArriveExpecting(kKeyTile * kWidth<D> * 2 + kHalves * heads * kImage * 2);
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half)
-        LoadBytes(
-            s.ds[stage][half],
-            p.ds + (size_t(image + half) * p.order.kv_heads * p.group_size + local_head) * kImage,
-            heads * kImage * 2, s.full[stage]);
-      LoadTile<kWidth<D>, kKeyTile>(s.k[stage], run.tile < 0 ? p.context_k : p.k, kv_head,
-                                    FirstRow(run.tile), s.full[stage], column);
+      s.full[stage].ArriveExpecting(2 * (kStepKeys * kWidth<D> + kHalves * heads * kStepImage));
+      for (int half = 0; half < kHalves; ++half) {
+        const size_t image = size_t(run.image + tile * kHalves + half) * all_heads + local_head;
+        for (int head = 0; head < heads; ++head)
+          LoadBytes(s.ds[stage][half][head], p.ds + (image + head) * kImage + step * kStepImage,
+                    kStepImage * 2, s.full[stage]);
+      }
+      LoadTile<kWidth<D>, kStepKeys>(s.k[stage], run.tile < 0 ? p.context_k : p.k, kv_head,
+                                     FirstRow(run.tile) + step * kStepKeys, s.full[stage], column);
     }
   }
   s.work_empty.Wait(items.phase ^ 1);
-  s.work.count = -1;
+  s.work.steps = -1;
   s.work_full.Arrive();
 }
 
@@ -90,16 +96,16 @@ __device__ void Consume(const StoredParameters& p, StoredShared<D>& s, int group
     s.work_full.Wait(items.phase);
     const StoredWork work = s.work;
     s.work_empty.Arrive();
-    if (work.count < 0) break;
+    if (work.steps < 0) break;
     float dq[kHalves][kWidth<D> / 2];
     Clear(dq[0]), Clear(dq[1]);
-    for (int i = 0; i < work.count; ++i, ring.Advance()) {
+    for (int i = 0; i < work.steps; ++i, ring.Advance()) {
       const int stage = ring.stage;
       s.full[stage].Wait(ring.phase);
-      const uint64_t k = RowsAreK(s.k[stage], kKeyTile);
+      const uint64_t k = RowsAreK(s.k[stage], kStepKeys);
       WgmmaFence();
-      MultiplyAddAtb<kKeyTile>(dq[0], CoreRowsAreK(s.ds[stage][0][group]), k);
-      MultiplyAddAtb<kKeyTile>(dq[1], CoreRowsAreK(s.ds[stage][1][group]), k);
+      MultiplyAddAtb<kStepKeys>(dq[0], CoreRowsAreK(s.ds[stage][0][group]), k);
+      MultiplyAddAtb<kStepKeys>(dq[1], CoreRowsAreK(s.ds[stage][1][group]), k);
       WgmmaCommit();
       WgmmaWait<1>();  // the step before
       if (i > 0) Release(s.empty[(stage + kStages - 1) % kStages]);
@@ -152,10 +158,10 @@ cudaError_t LaunchStored(const BackwardPass& b, cudaStream_t stream) {
   const TreeAttentionBackwardArgs& a = *b.args;
   const AttentionShape& shape = a.shape;
   StoredParameters p{};
-  if (auto e = MakeMap(p.k, MapOf(a.k, shape, shape.kv_heads), kKeyTile)) return e;
+  if (auto e = MakeMap(p.k, MapOf(a.k, shape, shape.kv_heads), kStepKeys)) return e;
   if (auto e = MakeMap(p.dq, MapOf(a.d_q, shape, shape.q_heads), kColumns)) return e;
   if (a.schedule.num_context_tiles > 0) {
-    if (auto e = MakeMap(p.context_k, GatheredContext(b, b.context_k), kKeyTile)) return e;
+    if (auto e = MakeMap(p.context_k, GatheredContext(b, b.context_k), kStepKeys)) return e;
   }
   p.schedule = a.schedule;
   p.ds = static_cast<const Bf16*>(b.ds);
