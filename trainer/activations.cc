@@ -1,6 +1,7 @@
 #include "trainer/activations.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
@@ -52,7 +53,7 @@ class Layout {
   Layout(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows, Arena& arena)
       : config_(config), types_(types), rows_(rows), arena_(arena) {}
 
-  // Buffers for all layers of what those with `least` do not keep. Before Fill of the same half.
+  // Buffers for all layers of what those with `least` do not keep. Before Borrow of the same half.
   void Share(Half half, Retain least) {
     for (size_t i = 0; i < std::size(kSpecs); ++i) {
       if (kSpecs[i].half == half && least < kSpecs[i].from) shared_[i] = Take(kSpecs[i], rows_);
@@ -65,16 +66,30 @@ class Layout {
   }
   TensorView mlp_act() const { return mlp_act_; }
 
-  void Fill(Half half, Retain retain, LayerActivations& acts) {
-    for (size_t i = 0; i < std::size(kSpecs); ++i) {
-      if (kSpecs[i].half != half) continue;
-      TensorView& view = acts.*kSpecs[i].field;
-      view = retain >= kSpecs[i].from ? Take(kSpecs[i], rows_) : shared_[i];
+  // What a layer has of its own, and what it shares.
+  void Keep(Half half, Retain retain, LayerActivations& acts) {
+    for (const Spec& spec : kSpecs) {
+      if (spec.half == half && retain >= spec.from) acts.*spec.field = Take(spec, rows_);
     }
-    if (half == Half::kAttention) {
-      FillHeads(retain, acts);
-    } else {
+    if (half == Half::kAttention && config_.qk_norm && retain == Retain::kAll) {
+      SetNormed(TakeQk(), acts);
+    }
+  }
+  void Borrow(Half half, Retain retain, LayerActivations& acts) {
+    for (size_t i = 0; i < std::size(kSpecs); ++i) {
+      if (kSpecs[i].half == half && retain < kSpecs[i].from) acts.*kSpecs[i].field = shared_[i];
+    }
+    if (half == Half::kMlp) {
       acts.mlp_act = mlp_act_;
+      return;
+    }
+    const QkvHeads heads = SplitQkv(config_, acts.qkv);
+    acts.v = heads.v;
+    if (!config_.qk_norm) {
+      acts.q = heads.q;
+      acts.k = heads.k;
+    } else if (retain < Retain::kAll) {
+      SetNormed(shared_qk_, acts);
     }
   }
 
@@ -100,15 +115,9 @@ class Layout {
     return kind == Kind::kResidual ? types_.residual : types_.compute;
   }
 
-  // q, k, v: columns of qkv; with qk-norm the normed q and k are tensors of their own, since
+  // q, k, v are columns of qkv; with qk-norm the normed q and k are tensors of their own, since
   // backward reads both.
-  void FillHeads(Retain retain, LayerActivations& acts) {
-    const QkvHeads heads = SplitQkv(config_, acts.qkv);
-    acts.q = heads.q;
-    acts.k = heads.k;
-    acts.v = heads.v;
-    if (!config_.qk_norm) return;
-    const TensorView normed = retain == Retain::kAll ? TakeQk() : shared_qk_;
+  void SetNormed(const TensorView& normed, LayerActivations& acts) const {
     acts.q = normed.Cols(0, config_.q_dim()).SplitHeads(config_.q_heads, config_.head_dim);
     acts.k =
         normed.Cols(config_.q_dim(), normed.dim(1)).SplitHeads(config_.kv_heads, config_.head_dim);
@@ -126,20 +135,21 @@ class Layout {
   TensorView mlp_act_;
 };
 
+}  // namespace
+
 const char* Name(Retain retain) {
   constexpr const char* kNames[] = {"nothing", "prompt", "inputs", "lean", "projections", "all"};
   return kNames[static_cast<int>(retain)];
 }
-
-}  // namespace
 
 std::string Retention::ToString(int64_t num_layers) const {
   const std::string rest = absl::StrCat(Name(level), "=", num_layers - num_better);
   return num_better == 0 ? rest : absl::StrCat(Name(of(0)), "=", num_better, " ", rest);
 }
 
-// First what is read again below a layer's attention, then what is not, then the layers from the
-// last one on, each with its second half first: so a workspace is one piece.
+// First what is read again below a layer's attention, then the layers from the first one on, each
+// with its second half last, then what is not read again: so a workspace is one piece, and spare
+// bytes are at the end.
 int64_t Activations::LayOut(const ModelConfig& config, const ops::ActivationTypes& types,
                             int64_t rows, int64_t head_rows, Retention retention,
                             int64_t spare_bytes, void* base) {
@@ -156,9 +166,17 @@ int64_t Activations::LayOut(const ModelConfig& config, const ops::ActivationType
   }
   layout.Share(Half::kAttention, retention.of(last));
 
-  const int64_t free_begin = arena.size_bytes();
-  const TensorView spare = arena.Vector(DType::kU8, spare_bytes);
+  layers_.assign(config.num_layers, {});
+  std::vector<int64_t> free_begin;  // [num_layers]
+  for (int64_t l = 0; l <= last; ++l) {
+    layout.Keep(Half::kAttention, retention.of(l), layers_[l]);
+    layout.Borrow(Half::kAttention, retention.of(l), layers_[l]);
+    if (l > 0) layers_[l - 1].output = layers_[l].input;
+    free_begin.push_back(arena.size_bytes());
+    if (l < last) layout.Keep(Half::kMlp, retention.of(l), layers_[l]);
+  }
   layout.Share(Half::kMlp, last > 0 ? retention.of(last - 1) : Retain::kAll);
+  for (int64_t l = 0; l < last; ++l) layout.Borrow(Half::kMlp, retention.of(l), layers_[l]);
   tail_ = {};
   layout.FillTail(head_rows, tail_);
   hidden_ = arena.Matrix(f, head_rows, config.hidden);
@@ -169,13 +187,11 @@ int64_t Activations::LayOut(const ModelConfig& config, const ops::ActivationType
     gradients_.tail_residual = arena.Matrix(f, head_rows, config.hidden);
     gradients_.tail_attn_out = arena.Matrix(f, head_rows, config.q_dim());
   }
-  layers_.assign(config.num_layers, {});
-  workspaces_.assign(config.num_layers, {});
-  for (int64_t l = last; l >= 0; --l) {
-    if (l < last) layout.Fill(Half::kMlp, retention.of(l), layers_[l]);
-    workspaces_[l] = View1D(spare.data, DType::kU8, arena.size_bytes() - free_begin);
-    layout.Fill(Half::kAttention, retention.of(l), layers_[l]);
-    if (l < last) layers_[l].output = layers_[l + 1].input;
+  arena.Vector(DType::kU8, spare_bytes);
+  workspaces_.clear();
+  for (const int64_t begin : free_begin) {
+    void* const data = base == nullptr ? nullptr : static_cast<char*>(base) + begin;
+    workspaces_.push_back(View1D(data, DType::kU8, arena.size_bytes() - begin));
   }
   return arena.size_bytes();
 }
@@ -200,8 +216,11 @@ Retention Activations::Choose(const ModelConfig& config, const ops::ActivationTy
     best.level = static_cast<Retain>(static_cast<int>(best.level) - 1);
   }
   if (best.level == Retain::kAll) return best;
-  best.num_better = config.num_layers - 1;
-  while (best.num_better > 0 && !fits(best)) --best.num_better;
+  int64_t too_many = config.num_layers;  // more never take less memory
+  while (too_many - best.num_better > 1) {
+    const int64_t middle = (best.num_better + too_many) / 2;
+    (fits({best.level, middle}) ? best.num_better : too_many) = middle;
+  }
   return best;
 }
 

@@ -8,7 +8,9 @@
 //   kProjections  not the norms, nor q and k after theirs (elementwise, cheap to recompute)
 //   kLean         nothing of the second half: two products more
 //   kInputs       only the layer's input: one more forward pass of compute for the least memory
-//   kPrompt       nothing: what backward starts from lies in a PromptState (UsePrompt)
+//   kPrompt       nothing: what backward starts from lies in a PromptState (UsePrompt); of prompts
+//                 that run apart from their branches and that generation kept, or where memory is
+//                 scarce
 //   kNothing      scoring: no backward follows
 // Retention is the table of layers: each step down saves less time for a byte than the step before
 // it, so a pass has at most two levels, the better one in as many layers as the budget holds.
@@ -28,6 +30,8 @@
 namespace coppice {
 
 enum class Retain { kNothing, kPrompt, kInputs, kLean, kProjections, kAll };
+
+const char* Name(Retain retain);
 
 // The first `num_better` layers have the level after `level`, the others `level`.
 struct Retention {
@@ -64,7 +68,7 @@ class Activations {
   static int64_t SizeBytes(const ModelConfig& config, const ops::ActivationTypes& types,
                            int64_t rows, int64_t head_rows, Retention retention,
                            int64_t workspace_bytes = 0);
-  // The most that fits `budget_bytes`, kInputs if nothing does. O(layers^2).
+  // The most that fits `budget_bytes`, kInputs if nothing does. O(layers log layers).
   static Retention Choose(const ModelConfig& config, const ops::ActivationTypes& types,
                           int64_t rows, int64_t head_rows, int64_t budget_bytes,
                           int64_t workspace_bytes = 0);
@@ -73,7 +77,7 @@ class Activations {
                          int64_t budget_bytes);
 
   // Lays the views out for one pass in `size_bytes` from `base` on: what SizeBytes() leaves of them
-  // joins the workspaces. Views of former passes become invalid.
+  // joins the workspaces, behind all else. Views of former passes become invalid.
   void Place(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
              int64_t head_rows, Retention retention, int64_t size_bytes, void* base);
 

@@ -58,12 +58,14 @@ absl::Status MlpBackward(ops::Ops& ops, const LayerParameters& params, const Lay
                         d.attn_out);
 }
 
-// What one layer needs of a PromptLink.
+// What one layer needs of a PromptLink and a StemLink.
 struct LayerLink {
-  ops::PagedKv context;    // absent unless the rows are branches
+  ops::PagedKv context;    // absent unless the rows, or those behind the stem, are branches
   ops::PagedKv d_context;  // += of branches
-  TensorView d_keys;       // [rows, kv_dim] f32: what branches added, for the prompt's own rows
+  TensorView d_keys;       // [n, kv_dim] f32: what branches added, for the first n rows
   TensorView d_values;
+  int64_t stem_rows = 0;  // attention runs without these
+  const ops::BatchPlan* behind = nullptr;
 };
 
 LayerLink LinkOf(const PromptLink& link, int64_t layer) {
@@ -74,14 +76,59 @@ LayerLink LinkOf(const PromptLink& link, int64_t layer) {
   return {.d_keys = link.gradients->keys(layer), .d_values = link.gradients->values(layer)};
 }
 
-// d += what the branches of a prompt added, [rows, kv_dim] f32; `rounded`: [rows, kv_dim] f of
+// Of the last layer.
+LayerLink LinkOf(const PromptLink& link, const StemLink& stem, int64_t layer) {
+  LayerLink result = LinkOf(link, layer);
+  if (stem.behind == nullptr) return result;
+  result.context = stem.pages.kv;
+  result.d_context = stem.pages.gradients;
+  if (stem.own) {
+    result.d_keys = FlattenPages(stem.pages.gradients.k, stem.rows);
+    result.d_values = FlattenPages(stem.pages.gradients.v, stem.rows);
+  }
+  result.stem_rows = stem.rows;
+  result.behind = stem.behind;
+  return result;
+}
+
+// d += what branches added, [n, kv_dim] f32, in its first n rows; `rounded`: [rows, kv_dim] f of
 // scratch.
 absl::Status AddFromBranches(ops::Ops& ops, const ops::BatchPlan& plan, TensorView from_branches,
                              TensorView rounded, TensorView d) {
   if (!from_branches.present()) return absl::OkStatus();
-  RETURN_IF_ERROR(ops.Copy(from_branches, rounded));
-  // Row p of a prompt is its position p.
-  return ops.ScatterAddRows({.src = rounded, .indices = plan.positions(), .dst = d});
+  const int64_t rows = from_branches.dim(0);
+  RETURN_IF_ERROR(ops.Copy(from_branches, rounded.Rows(0, rows)));
+  // Row p of a prompt or stem is its position p.
+  return ops.ScatterAddRows(
+      {.src = rounded.Rows(0, rows), .indices = plan.positions().Rows(0, rows), .dst = d});
+}
+
+// d.attn_out -> d.qkv after RoPE and norms, of the rows that attend; zero of a stem, whose keys and
+// values have theirs from link.d_context.
+absl::Status TreeAttentionBackward(const Decoder& decoder, const ops::BatchPlan& plan,
+                                   const LayerActivations& acts, const LayerLink& link,
+                                   const ActivationGradients& buffers, TensorView workspace) {
+  const ModelConfig& config = decoder.config();
+  const int64_t begin = link.stem_rows, end = plan.batch().num_rows();
+  if (begin > 0) RETURN_IF_ERROR(decoder.ops().Zero(buffers.qkv.Rows(0, begin)));
+  const QkvHeads d = SplitQkv(config, buffers.qkv.Rows(begin, end));
+  const auto heads = [&](const TensorView& t) {
+    return t.Rows(begin, end).SplitHeads(config.q_heads, config.head_dim);
+  };
+  return decoder.ops().TreeAttentionBackward({.plan = begin > 0 ? link.behind : &plan,
+                                              .q = acts.q.Rows(begin, end),
+                                              .k = acts.k.Rows(begin, end),
+                                              .v = acts.v.Rows(begin, end),
+                                              .context = link.context,
+                                              .scale = config.attention_scale(),
+                                              .out = heads(acts.attn_out),
+                                              .lse = acts.lse.Rows(begin, end),
+                                              .d_out = heads(buffers.attn_out),
+                                              .d_q = d.q,
+                                              .d_k = d.k,
+                                              .d_v = d.v,
+                                              .d_context = link.d_context,
+                                              .workspace = workspace});
 }
 
 // d.attn_out -> d.qkv, through attention, RoPE and the per-head norms. Consumes d.attn_out.
@@ -91,29 +138,14 @@ absl::Status QkvBackward(const Decoder& decoder, const LayerParameters& params,
                          const ActivationGradients& buffers, TensorView workspace) {
   const TensorView d_attn_out = buffers.attn_out, d_qkv = buffers.qkv;
   const ModelConfig& config = decoder.config();
-  const QkvHeads d = SplitQkv(config, d_qkv);
-  RETURN_IF_ERROR(decoder.ops().TreeAttentionBackward(
-      {.plan = &plan,
-       .q = acts.q,
-       .k = acts.k,
-       .v = acts.v,
-       .context = link.context,
-       .scale = config.attention_scale(),
-       .out = acts.attn_out.SplitHeads(config.q_heads, config.head_dim),
-       .lse = acts.lse,
-       .d_out = d_attn_out.SplitHeads(config.q_heads, config.head_dim),
-       .d_q = d.q,
-       .d_k = d.k,
-       .d_v = d.v,
-       .d_context = link.d_context,
-       .workspace = workspace}));
+  RETURN_IF_ERROR(TreeAttentionBackward(decoder, plan, acts, link, buffers, workspace));
   const TensorView rounded = d_attn_out.Cols(0, config.kv_dim());
   const int64_t k_end = config.q_dim() + config.kv_dim();
   RETURN_IF_ERROR(AddFromBranches(decoder.ops(), plan, link.d_keys, rounded,
                                   d_qkv.Cols(config.q_dim(), k_end)));
   RETURN_IF_ERROR(AddFromBranches(decoder.ops(), plan, link.d_values, rounded,
                                   d_qkv.Cols(k_end, config.qkv_dim())));
-  const QkvHeads in = SplitQkv(config, acts.qkv);
+  const QkvHeads in = SplitQkv(config, acts.qkv), d = SplitQkv(config, d_qkv);
   return decoder.ops().QkNormRopeBackward({.plan = &plan,
                                            .d_q_out = d.q,
                                            .d_k_out = d.k,
@@ -227,7 +259,8 @@ absl::Status HeadBackward(ops::Ops& ops, const Parameters& params, const TokenTr
 
 absl::Status BackwardTree(const Decoder& decoder, const Parameters& params,
                           const ops::BatchPlan& plan, const Activations& acts,
-                          const Parameters& grads, bool accumulate, const PromptLink& link) {
+                          const Parameters& grads, bool accumulate, const PromptLink& link,
+                          const StemLink& stem) {
   ops::Ops& ops = decoder.ops();
   const ActivationGradients& d = acts.gradients();
   const int64_t head_rows = d.tail_residual.dim(0);
@@ -241,10 +274,14 @@ absl::Status BackwardTree(const Decoder& decoder, const Parameters& params,
                                .attn_out = d.tail_attn_out,
                                .mlp_act = d.mlp_act.Rows(0, head_rows)}));
   RETURN_IF_ERROR(ScatterTail(ops, plan, d));
+  if (stem.own) {
+    RETURN_IF_ERROR(ops.Zero(stem.pages.gradients.k));
+    RETURN_IF_ERROR(ops.Zero(stem.pages.gradients.v));
+  }
   for (int64_t l = last; l >= 0; --l) {
     const LayerParameters& weights = params.layers[l];
     const LayerActivations& layer = acts.layer(l);
-    const LayerLink layer_link = LinkOf(link, l);
+    const LayerLink layer_link = l < last ? LinkOf(link, l) : LinkOf(link, stem, l);
     const GradientSink sink = {.grads = grads.layers[l], .accumulate = accumulate};
     if (l < last) {
       RETURN_IF_ERROR(

@@ -25,9 +25,10 @@ absl::Status HeadBackward(ops::Ops& ops, const Parameters& params, const TokenTr
                           const Activations& acts, const Parameters& grads, bool accumulate);
 
 // From there to the embedding. REQUIRES: HeadBackward of the same pass; the activations are
-// consumed. Branches add to link.gradients, the prompt's own tree takes them in.
+// consumed. Branches add to link.gradients, the prompt's own tree takes them in. `stem` as forward.
 absl::Status BackwardTree(const Decoder& decoder, const Parameters& params,
                           const ops::BatchPlan& plan, const Activations& acts,
-                          const Parameters& grads, bool accumulate, const PromptLink& link = {});
+                          const Parameters& grads, bool accumulate, const PromptLink& link = {},
+                          const StemLink& stem = {});
 
 }  // namespace coppice

@@ -1,23 +1,56 @@
 #include "trainer/forward.h"
 
+#include <utility>
+
 #include "kernels/base/status_macros.h"
 #include "trainer/host_view.h"
 
 namespace coppice {
+namespace {
+
+// First half of the last layer: all rows have keys and values, those behind the stem attend.
+absl::Status LastAttentionForward(const Decoder& decoder, const LayerParameters& params,
+                                  const ops::BatchPlan& plan, const ops::PagedKv& kv,
+                                  const LayerActivations& acts, const StemLink& stem) {
+  if (stem.behind == nullptr) return decoder.AttentionForward(params, plan, kv, acts);
+  RETURN_IF_ERROR(decoder.QkvForward(params, plan, kv, acts));
+  ops::Ops& ops = decoder.ops();
+  const ModelConfig& config = decoder.config();
+  if (stem.own) {
+    for (const auto& [rows, pages] :
+         {std::pair(acts.k, stem.pages.kv.k), {acts.v, stem.pages.kv.v}}) {
+      RETURN_IF_ERROR(
+          ops.Copy(MergeHeads(rows.Rows(0, stem.rows)), FlattenPages(pages, stem.rows)));
+    }
+  }
+  const int64_t rows = plan.batch().num_rows();
+  return ops.TreeAttention(
+      {.plan = stem.behind,
+       .q = acts.q.Rows(stem.rows, rows),
+       .k = acts.k.Rows(stem.rows, rows),
+       .v = acts.v.Rows(stem.rows, rows),
+       .context = stem.pages.kv,
+       .scale = config.attention_scale(),
+       .out = acts.attn_out.Rows(stem.rows, rows).SplitHeads(config.q_heads, config.head_dim),
+       .lse = acts.lse.Rows(stem.rows, rows)});
+}
+
+}  // namespace
 
 absl::Status ForwardTree(const Decoder& decoder, const Parameters& params,
                          const ops::BatchPlan& plan, const Activations& acts,
-                         const PromptLink& link) {
+                         const PromptLink& link, const StemLink& stem) {
   ops::Ops& ops = decoder.ops();
   const int64_t last = decoder.config().num_layers - 1;
   RETURN_IF_ERROR(
       ops.Embedding({.ids = plan.tokens(), .table = params.embedding, .out = acts.layer(0).input}));
-  for (int64_t l = 0; l <= last; ++l) {
+  for (int64_t l = 0; l < last; ++l) {
     RETURN_IF_ERROR(
         decoder.AttentionForward(params.layers[l], plan, link.Context(l), acts.layer(l)));
-    if (l < last) RETURN_IF_ERROR(decoder.MlpForward(params.layers[l], acts.layer(l)));
+    RETURN_IF_ERROR(decoder.MlpForward(params.layers[l], acts.layer(l)));
   }
-  return absl::OkStatus();
+  return LastAttentionForward(decoder, params.layers[last], plan, link.Context(last),
+                              acts.layer(last), stem);
 }
 
 absl::Status ForwardTail(const Decoder& decoder, const Parameters& params,

@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "kernels/model/decoder.h"
 #include "trainer/activations.h"
+#include "trainer/stem.h"
 #include "trainer/token_tree.h"
 
 namespace coppice {
@@ -19,10 +20,11 @@ struct HeadOutputs {
 };
 
 // Embedding and layers, up to the attention of the last one. Keys and values are stored into
-// link.context and read from it as the plan says. REQUIRES: acts.Place for this plan.
+// link.context and read from it as the plan says. The stem's rows get no attn_out in the last
+// layer. REQUIRES: acts.Place for this plan.
 absl::Status ForwardTree(const Decoder& decoder, const Parameters& params,
                          const ops::BatchPlan& plan, const Activations& acts,
-                         const PromptLink& link = {});
+                         const PromptLink& link = {}, const StemLink& stem = {});
 
 // The rest of the last layer on the head rows, and the final norm; leaves acts.hidden(). REQUIRES:
 // at least one head row.

@@ -57,6 +57,7 @@ PassLimits PolicyTrainer::MakeLimits(const Options& options) const {
           options.max_rows,
           Activations::MaxRows(decoder_.config(), device.activation_types(), activation_bytes_)),
       .share_prefixes = options.share_prefixes};
+  limits.pass_rows = limits.max_rows;
   if (device.context_gradients) {
     limits.max_branch_rows = [this, max_rows = options.max_rows](int64_t prompt_rows) {
       return MaxBranchRows(max_rows, prompt_rows);

@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "kernels/base/status_macros.h"
-#include "kernels/model/arena.h"
 
 namespace coppice {
 namespace {
@@ -13,18 +12,11 @@ int64_t NumBlocks(int64_t rows) {
   return (rows + PromptState::kBlockTokens - 1) / PromptState::kBlockTokens;
 }
 
-TensorView Pages(const ModelConfig& config, DType dtype, int64_t rows, Arena& arena) {
+TensorView PlaceSide(const ModelConfig& config, DType dtype, int64_t rows, Arena& arena) {
   const int64_t blocks = NumBlocks(rows);
   const TensorView flat = arena.Vector(dtype, blocks * PromptState::kBlockTokens * config.kv_dim());
   return View4D(flat.data, dtype, blocks, PromptState::kBlockTokens, config.kv_heads,
                 config.head_dim);
-}
-
-// [rows, heads, head_dim] with heads side by side -> [rows, heads * head_dim]
-TensorView MergeHeads(TensorView t) {
-  TensorView merged = View2D(t.data, t.dtype, t.dim(0), t.dim(1) * t.dim(2));
-  merged.stride[0] = t.stride[0];
-  return merged;
 }
 
 void HangBelow(int64_t tokens, std::vector<int32_t> blocks, int64_t block_tokens,
@@ -38,29 +30,35 @@ void HangBelow(int64_t tokens, std::vector<int32_t> blocks, int64_t block_tokens
 
 }  // namespace
 
+ops::PagedKv PlacePages(const ModelConfig& config, DType dtype, int64_t rows, Arena& arena) {
+  const TensorView k = PlaceSide(config, dtype, rows, arena);
+  return {.k = k, .v = PlaceSide(config, dtype, rows, arena)};
+}
+
 int64_t PromptState::LayOut(const ModelConfig& config, const ops::ActivationTypes& types,
-                            int64_t rows, void* base) {
+                            int64_t rows, bool pages_only, void* base) {
   Arena arena(base);
   num_rows_ = rows;
   layers_.assign(config.num_layers, {});
   for (Layer& layer : layers_) {
-    layer.input = arena.Matrix(types.residual, rows, config.hidden);
-    layer.attn_out = arena.Matrix(types.compute, rows, config.q_dim());
-    layer.lse = arena.Matrix(DType::kF32, rows, config.q_heads);
-    layer.pages = {.k = Pages(config, types.compute, rows, arena),
-                   .v = Pages(config, types.compute, rows, arena)};
+    if (!pages_only) {
+      layer.input = arena.Matrix(types.residual, rows, config.hidden);
+      layer.attn_out = arena.Matrix(types.compute, rows, config.q_dim());
+      layer.lse = arena.Matrix(DType::kF32, rows, config.q_heads);
+    }
+    layer.pages = PlacePages(config, types.compute, rows, arena);
   }
   return arena.size_bytes();
 }
 
 int64_t PromptState::SizeBytes(const ModelConfig& config, const ops::ActivationTypes& types,
-                               int64_t rows) {
-  return PromptState().LayOut(config, types, rows, nullptr);
+                               int64_t rows, bool pages_only) {
+  return PromptState().LayOut(config, types, rows, pages_only, nullptr);
 }
 
 void PromptState::Place(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
-                        void* base) {
-  LayOut(config, types, rows, base);
+                        void* base, bool pages_only) {
+  LayOut(config, types, rows, pages_only, base);
 }
 
 absl::Status PromptState::Allocate(const ModelConfig& config, ops::Ops& ops, int64_t rows) {
@@ -96,10 +94,7 @@ int64_t PromptGradients::LayOut(const ModelConfig& config, int64_t rows, void* b
   Arena arena(base);
   num_rows_ = rows;
   pages_.assign(config.num_layers, {});
-  for (ops::PagedKv& pages : pages_) {
-    pages = {.k = Pages(config, DType::kF32, rows, arena),
-             .v = Pages(config, DType::kF32, rows, arena)};
-  }
+  for (ops::PagedKv& pages : pages_) pages = PlacePages(config, DType::kF32, rows, arena);
   return arena.size_bytes();
 }
 

@@ -19,6 +19,7 @@
 #include "absl/status/status.h"
 #include "kernels/base/device.h"
 #include "kernels/base/ids.h"
+#include "kernels/model/arena.h"
 #include "kernels/model/decoder.h"
 #include "kernels/model/kv_pool.h"
 #include "kernels/model/model_config.h"
@@ -27,14 +28,24 @@
 
 namespace coppice {
 
+// Pages of kBlockTokens positions for `rows` tokens of one layer.
+ops::PagedKv PlacePages(const ModelConfig& config, DType dtype, int64_t rows, Arena& arena);
+
 // The first `rows` positions of pages that lie in order: [rows, kv_dim].
 inline TensorView FlattenPages(const TensorView& pages, int64_t rows) {
   return View2D(pages.data, pages.dtype, rows, pages.dim(2) * pages.dim(3));
 }
 
+// [rows, heads, head_dim] with heads side by side -> [rows, heads * head_dim]
+inline TensorView MergeHeads(const TensorView& t) {
+  TensorView merged = View2D(t.data, t.dtype, t.dim(0), t.dim(1) * t.dim(2));
+  merged.stride[0] = t.stride[0];
+  return merged;
+}
+
 class PromptState {
  public:
-  static constexpr int64_t kBlockTokens = 64;
+  static constexpr int64_t kBlockTokens = 128;
 
   struct Layer {
     TensorView input;     // [rows, hidden] r
@@ -44,11 +55,12 @@ class PromptState {
   };
 
   static int64_t SizeBytes(const ModelConfig& config, const ops::ActivationTypes& types,
-                           int64_t rows);
+                           int64_t rows, bool pages_only = false);
 
-  // Lays the views out for a prompt of `rows` tokens in SizeBytes() from `base` on.
-  void Place(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
-             void* base);
+  // Lays the views out for a prompt of `rows` tokens in SizeBytes() from `base` on; pages_only: not
+  // those that backward starts from, where it has the prompt's activations.
+  void Place(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows, void* base,
+             bool pages_only = false);
   // The same in memory of its own. RESOURCE_EXHAUSTED of the device's allocator.
   absl::Status Allocate(const ModelConfig& config, ops::Ops& ops, int64_t rows);
 
@@ -61,7 +73,7 @@ class PromptState {
 
  private:
   int64_t LayOut(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
-                 void* base);
+                 bool pages_only, void* base);
 
   DeviceBuffer buffer_;
   std::vector<Layer> layers_;

@@ -81,7 +81,7 @@ absl::StatusOr<PlannedPass> CutGroup(const RequestPlan& plan, const GroupRange& 
     return refused("unique tokens", limits.max_rows, group.rows);
   }
   const int64_t prompt_rows = static_cast<int64_t>(group.prompt.size());
-  const int64_t max_rows = limits.max_branch_rows(prompt_rows);
+  const int64_t max_rows = std::min(limits.pass_rows, limits.max_branch_rows(prompt_rows));
   if (max_rows <= 0) return refused("unique tokens", limits.max_rows, group.rows);
   std::optional<std::vector<std::vector<int32_t>>> batches =
       CutSamples(plan, group, prompt_rows, max_rows);
@@ -109,7 +109,7 @@ std::vector<PlannedPass> FillPasses(std::vector<GroupRange> groups, const PassLi
     const GroupRange& group = groups[i];
     const bool follows = i > 0 && limits.share_prefixes;
     const int64_t added = group.rows - (follows ? CommonPrompt(groups[i - 1], group) : 0);
-    if (passes.empty() || rows + added > limits.max_rows) {
+    if (passes.empty() || rows + added > limits.pass_rows) {
       passes.push_back({.batches = {{}}});
       rows = group.rows;
     } else {
@@ -138,9 +138,9 @@ bool CanUseKept(const TrainGroup& group, const PassLimits& limits) {
          kept->tokens == group.prompt;
 }
 
-// Passes of their own for groups whose prompts were kept; returns the others.
-std::vector<GroupRange> PlanKept(const std::vector<TrainGroup>& groups, const PassLimits& limits,
-                                 RequestPlan& plan) {
+// Adds passes of their own for groups whose prompts were kept; returns the others.
+std::vector<GroupRange> PlanKept(const RequestPlan& plan, const std::vector<TrainGroup>& groups,
+                                 const PassLimits& limits, std::vector<PlannedPass>& passes) {
   std::vector<GroupRange> others;
   for (GroupRange& range : MeasureGroups(plan, groups, limits)) {
     const TrainGroup& group = groups[range.index];
@@ -148,7 +148,7 @@ std::vector<GroupRange> PlanKept(const std::vector<TrainGroup>& groups, const Pa
     if (CanUseKept(group, limits)) pass = CutGroup(plan, range, limits);
     if (pass.ok()) {
       pass->kept = group.kept_prompt;
-      plan.passes.push_back(*std::move(pass));
+      passes.push_back(*std::move(pass));
     } else {
       others.push_back(std::move(range));
     }
@@ -156,18 +156,18 @@ std::vector<GroupRange> PlanKept(const std::vector<TrainGroup>& groups, const Pa
   return others;
 }
 
-// Passes of their own for groups whose prompts are in the cache; returns the others.
-std::vector<GroupRange> PlanCached(const std::vector<TrainGroup>& groups, const PassLimits& limits,
-                                   RequestPlan& plan) {
+// Adds passes of their own for groups whose prompts are in the cache; returns the others.
+std::vector<GroupRange> PlanCached(const RequestPlan& plan, const std::vector<TrainGroup>& groups,
+                                   const PassLimits& limits, std::vector<PlannedPass>& passes) {
   std::vector<GroupRange> others;
   for (GroupRange& range : MeasureGroups(plan, groups, limits)) {
     const CachedPrefix& cached = groups[range.index].cached;
     std::optional<std::vector<std::vector<int32_t>>> batches;
     if (cached.tokens > 0 && limits.share_prefixes) {
-      batches = CutSamples(plan, range, cached.tokens, limits.max_rows);
+      batches = CutSamples(plan, range, cached.tokens, limits.pass_rows);
     }
     if (batches.has_value()) {
-      plan.passes.push_back({.cached = &cached, .batches = *std::move(batches)});
+      passes.push_back({.cached = &cached, .batches = *std::move(batches)});
     } else {
       others.push_back(std::move(range));
     }
@@ -175,24 +175,24 @@ std::vector<GroupRange> PlanCached(const std::vector<TrainGroup>& groups, const 
   return others;
 }
 
-absl::Status PlanPasses(const std::vector<GroupRange>& others, const PassLimits& limits,
-                        RequestPlan& plan) {
+absl::Status PlanPasses(const RequestPlan& plan, const std::vector<GroupRange>& others,
+                        const PassLimits& limits, std::vector<PlannedPass>& passes) {
   std::vector<int32_t> samples = SamplesOf(others);
-  if (NumRows(plan.Sequences(samples), limits.share_prefixes) <= limits.max_rows) {
-    if (!samples.empty()) plan.passes.push_back({.batches = {std::move(samples)}});
+  if (NumRows(plan.Sequences(samples), limits.share_prefixes) <= limits.pass_rows) {
+    if (!samples.empty()) passes.push_back({.batches = {std::move(samples)}});
     return absl::OkStatus();
   }
   std::vector<GroupRange> small;
   for (const GroupRange& group : others) {
-    if (group.rows <= limits.max_rows) {
+    if (group.rows <= limits.pass_rows) {
       small.push_back(group);
       continue;
     }
     ASSIGN_OR_RETURN(PlannedPass pass, CutGroup(plan, group, limits));
-    plan.passes.push_back(std::move(pass));
+    passes.push_back(std::move(pass));
   }
   for (PlannedPass& pass : FillPasses(std::move(small), limits)) {
-    plan.passes.push_back(std::move(pass));
+    passes.push_back(std::move(pass));
   }
   return absl::OkStatus();
 }
@@ -236,7 +236,7 @@ absl::StatusOr<RequestPlan> PlanTraining(const ModelConfig& config, const PassLi
     plan.counts.Add(*sample);
     plan.with_loss += NumTokensWithLoss(*sample);
   }
-  RETURN_IF_ERROR(PlanPasses(PlanKept(request.groups, limits, plan), limits, plan));
+  ASSIGN_OR_RETURN(plan.passes, PlanTrainingPasses(plan, request.groups, limits));
   return plan;
 }
 
@@ -245,8 +245,24 @@ absl::StatusOr<RequestPlan> PlanScoring(const ModelConfig& config, const PassLim
   RETURN_IF_ERROR(ValidateTokens(config, groups));
   RequestPlan plan;
   ListSamples(groups, /*only_masked_in=*/false, plan);
-  RETURN_IF_ERROR(PlanPasses(PlanCached(groups, limits, plan), limits, plan));
+  ASSIGN_OR_RETURN(plan.passes, PlanScoringPasses(plan, groups, limits));
   return plan;
+}
+
+absl::StatusOr<std::vector<PlannedPass>> PlanTrainingPasses(const RequestPlan& plan,
+                                                            const std::vector<TrainGroup>& groups,
+                                                            const PassLimits& limits) {
+  std::vector<PlannedPass> passes;
+  RETURN_IF_ERROR(PlanPasses(plan, PlanKept(plan, groups, limits, passes), limits, passes));
+  return passes;
+}
+
+absl::StatusOr<std::vector<PlannedPass>> PlanScoringPasses(const RequestPlan& plan,
+                                                           const std::vector<TrainGroup>& groups,
+                                                           const PassLimits& limits) {
+  std::vector<PlannedPass> passes;
+  RETURN_IF_ERROR(PlanPasses(plan, PlanCached(plan, groups, limits, passes), limits, passes));
+  return passes;
 }
 
 }  // namespace coppice

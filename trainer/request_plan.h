@@ -40,6 +40,9 @@ struct RequestPlan {
 // Limits of one pass.
 struct PassLimits {
   int64_t max_rows = 0;
+  // Rows that a pass, or a micro-batch of branches, is to have at most; more only if it cannot be
+  // cut. At most max_rows.
+  int64_t pass_rows = 0;
   bool share_prefixes = true;
   // Rows that a micro-batch of branches may have beside the state of a prompt; 0 if the prompt
   // leaves no room. Absent where prompts cannot run apart from their branches.
@@ -52,5 +55,12 @@ absl::StatusOr<RequestPlan> PlanTraining(const ModelConfig& config, const PassLi
                                          const ForwardBackwardRequest& request);
 absl::StatusOr<RequestPlan> PlanScoring(const ModelConfig& config, const PassLimits& limits,
                                         const std::vector<TrainGroup>& groups);
+// The passes of the same request under other limits. `groups` are the request's.
+absl::StatusOr<std::vector<PlannedPass>> PlanTrainingPasses(const RequestPlan& plan,
+                                                            const std::vector<TrainGroup>& groups,
+                                                            const PassLimits& limits);
+absl::StatusOr<std::vector<PlannedPass>> PlanScoringPasses(const RequestPlan& plan,
+                                                           const std::vector<TrainGroup>& groups,
+                                                           const PassLimits& limits);
 
 }  // namespace coppice

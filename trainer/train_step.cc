@@ -19,32 +19,6 @@ int64_t NumFlatRows(const RequestPlan& plan) {
   return rows;
 }
 
-// Of a score in bf16 for every head and every pair of rows that sees each other, in tiles of 128 x
-// 128, whose corners so many pairs a row cover.
-int64_t AttentionScoreBytes(const ModelConfig& config, const ops::TokenBatch& batch) {
-  constexpr int64_t kCornerPairs = 512;
-  int64_t pairs = batch.num_rows() * kCornerPairs;
-  for (int64_t i = 0; i < batch.num_rows(); ++i) pairs += batch.subtree_end[i] - i;
-  for (const ops::Segment& s : batch.segments) {
-    for (int32_t n = s.context_node; n >= 0; n = batch.context_nodes[n].parent) {
-      pairs += int64_t{s.row_end - s.row_begin} * batch.context_nodes[n].num_tokens;
-    }
-  }
-  return pairs * config.q_heads * SizeOf(DType::kBF16);
-}
-
-// Beside the scores: in f32 two numbers a row and query head and, where scores go in rounds, the
-// gradients of keys and values so far; cached keys and values as rows. A page for alignment.
-int64_t AttentionRowBytes(const ModelConfig& config, const ops::TokenBatch& batch, bool rounds) {
-  constexpr int64_t kTile = 128, kPage = 4096;
-  const int64_t padded = (batch.num_rows() + kTile - 1) / kTile * kTile;
-  int64_t context = 0;
-  for (const ops::ContextNode& n : batch.context_nodes) context += n.num_tokens + kTile;
-  const int64_t sums = rounds ? 2 * padded * config.kv_dim() : 0;
-  return (2 * padded * config.q_heads + sums) * SizeOf(DType::kF32) +
-         2 * context * config.kv_dim() * SizeOf(DType::kBF16) + kPage;
-}
-
 double MeanEntropy(const SamplePath& path) {
   double sum = 0;
   for (const float e : path.entropy) sum += e;
@@ -56,11 +30,11 @@ double MeanEntropy(const SamplePath& path) {
 absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
     const ForwardBackwardRequest& request) {
   PhaseTimer phases(clock_);
-  ASSIGN_OR_RETURN(const RequestPlan plan,
-                   PlanTraining(decoder_.config(), CurrentLimits(), request));
+  ASSIGN_OR_RETURN(RequestPlan plan, PlanTraining(decoder_.config(), CurrentLimits(), request));
   RETURN_IF_ERROR(EnsureGradients());
-  std::vector<Pass> passes = BuildPasses(plan);
-  ChooseRetention(passes);
+  std::vector<Pass> passes = ChoosePasses(
+      [&](const PassLimits& limits) { return PlanTrainingPasses(plan, request.groups, limits); },
+      plan);
   RETURN_IF_ERROR(Reserve(passes));
   phases.Lap("build_tree");
 
@@ -104,7 +78,7 @@ absl::Status PolicyTrainer::RunPass(const ForwardBackwardRequest& request, const
     RETURN_IF_ERROR(RunPromptForward(*pass.prompt, temperature, phases));
     RETURN_IF_ERROR(prompt_gradients_.Zero(ops_));
     prompt_sums.emplace(pass.prompt->tree);
-    totals.AddPrompt(pass.prompt->tree.num_rows(), pass.prompt->kept != nullptr);
+    totals.AddPrompt(*pass.prompt);
   }
   size_t first = 0;  // sample of the pass
   for (size_t b = 0; b < pass.batches.size(); ++b) {
@@ -129,113 +103,29 @@ absl::Status PolicyTrainer::RunPass(const ForwardBackwardRequest& request, const
   return RunPromptBackward(*pass.prompt, temperature, phases);
 }
 
-std::vector<PolicyTrainer::Pass> PolicyTrainer::BuildPasses(const RequestPlan& plan) const {
-  std::vector<Pass> passes;
-  for (const PlannedPass& planned : plan.passes) passes.push_back(BuildPass(plan, planned));
-  return passes;
-}
-
-PolicyTrainer::Pass PolicyTrainer::BuildPass(const RequestPlan& plan,
-                                             const PlannedPass& planned) const {
-  Pass pass;
-  const int64_t prompt_rows = planned.prompt_rows;
-  const int64_t begin = planned.cached != nullptr ? planned.cached->tokens : prompt_rows;
-  const int64_t offset = prompt_rows > 0 ? PromptBytes(prompt_rows, planned.kept != nullptr) : 0;
-  std::vector<TokenSequence> all;
-  for (const std::vector<int32_t>& samples : planned.batches) {
-    const std::vector<TokenSequence> sequences = plan.Sequences(samples);
-    TreeRun run{.tree = BuildTokenTree(sequences, limits_.share_prefixes, {.begin = begin}),
-                .offset_bytes = offset};
-    if (prompt_rows > 0) {
-      HangBelowPrompt(prompt_rows, run.tree.batch);
-      run.link = {.context = &StateOf(planned.kept), .gradients = &prompt_gradients_};
-    }
-    if (planned.cached != nullptr) {
-      HangBelowCached(*planned.cached, run.tree.batch);
-      run.link = {.pool = planned.cached->pool};
-    }
-    pass.batches.push_back(std::move(run));
-    all.insert(all.end(), sequences.begin(), sequences.end());
-  }
-  if (prompt_rows > 0) {
-    for (TokenSequence& s : all) s.wanted = {};  // a prompt has head rows, whatever the masks
-    pass.prompt.emplace();
-    pass.prompt->tree = BuildTokenTree(all, /*share=*/true, {.end = prompt_rows});
-    pass.prompt->kept = planned.kept;
-    pass.prompt->offset_bytes = offset;
-    pass.prompt->retention = Retain::kPrompt;
-    StoreAsPrompt(pass.prompt->tree.batch);
-  }
-  return pass;
-}
-
-void PolicyTrainer::ChooseRetention(std::vector<Pass>& passes) const {
-  for (Pass& pass : passes) {
-    for (TreeRun& run : pass.batches) {
-      const auto choose = [&](int64_t workspace_bytes) {
-        return Activations::Choose(decoder_.config(), ops_.Info().activation_types(),
-                                   run.tree.num_rows(), run.tree.num_head_rows(),
-                                   activation_bytes_ - run.offset_bytes, workspace_bytes);
-      };
-      const WorkspaceBytes workspace = WorkspaceOf(run);
-      run.retention = choose(workspace.least);
-      if (run.retention.level < Retain::kProjections) continue;
-      // Beyond these only elementwise work is saved: less than attention saves in that memory.
-      const Retention rest = choose(workspace.most);
-      run.retention = rest.level < Retain::kProjections ? Retain::kProjections : rest;
-    }
-  }
-}
-
-PolicyTrainer::WorkspaceBytes PolicyTrainer::WorkspaceOf(const TreeRun& run) const {
-  const ops::DeviceInfo device = ops_.Info();
-  const ModelConfig& config = decoder_.config();
-  if (device.score_bytes == 0) return {};
-  const int64_t scores =
-      config.head_dim < device.scores_head_dim ? 0 : AttentionScoreBytes(config, run.tree.batch);
-  const int64_t kept = std::min(scores, device.score_bytes);
-  const int64_t rows = AttentionRowBytes(config, run.tree.batch, /*rounds=*/kept < scores);
-  return {.least = kept / 4 + rows, .most = kept + rows};
-}
-
-int64_t PolicyTrainer::SizeBytes(const TreeRun& run, int64_t workspace_bytes) const {
-  if (run.tree.targets.empty()) return run.offset_bytes;  // runs nothing
-  const int64_t wanted = run.retention.level == Retain::kNothing ? 0 : workspace_bytes;
-  return run.offset_bytes + Activations::SizeBytes(decoder_.config(),
-                                                   ops_.Info().activation_types(),
-                                                   run.tree.num_rows(), run.tree.num_head_rows(),
-                                                   run.retention, wanted);
-}
-
-absl::Status PolicyTrainer::Reserve(const std::vector<Pass>& passes) {
-  int64_t size_bytes = 0;
-  const auto add = [&](const TreeRun& run) {
-    const int64_t useful = SizeBytes(run, WorkspaceOf(run).most);
-    size_bytes = std::max({size_bytes, SizeBytes(run, 0), std::min(useful, activation_bytes_)});
-  };
-  for (const Pass& pass : passes) {
-    if (pass.prompt.has_value()) add(*pass.prompt);
-    for (const TreeRun& run : pass.batches) add(run);
-  }
-  if (size_bytes <= pass_memory_.size_bytes()) return absl::OkStatus();
-  pass_memory_ = DeviceBuffer();  // free first: old and new need not exist together
-  ASSIGN_OR_RETURN(pass_memory_, ops_.Allocate(size_bytes, "activations"));
+absl::Status PolicyTrainer::PlanBatches(TreeRun& run) {
+  ASSIGN_OR_RETURN(run.batch, ops_.PlanBatch(run.tree.batch));
+  if (run.stem_rows == 0) return absl::OkStatus();
+  ASSIGN_OR_RETURN(run.behind_stem, ops_.PlanBatch(BehindStem(run.tree.batch, run.stem_rows)));
   return absl::OkStatus();
 }
 
-void PolicyTrainer::PlaceActivations(const TreeRun& run) {
-  activations_.Place(decoder_.config(), ops_.Info().activation_types(), run.tree.num_rows(),
-                     run.tree.num_head_rows(), run.retention,
-                     pass_memory_.size_bytes() - run.offset_bytes,
-                     static_cast<char*>(pass_memory_.data()) + run.offset_bytes);
+StemLink PolicyTrainer::StemOf(const TreeRun& run) const {
+  if (run.stem_rows == 0) return {};
+  return {.rows = run.stem_rows,
+          .behind = run.behind_stem.get(),
+          .pages = StemPages::Place(decoder_.config(), ops_.Info().activation_types(),
+                                    run.stem_rows, pass_memory_.data()),
+          .own = true};
 }
 
 absl::Status PolicyTrainer::RunForward(TreeRun& run, float temperature, PhaseTimer& phases) {
   if (run.tree.targets.empty()) return absl::OkStatus();
-  ASSIGN_OR_RETURN(run.batch, ops_.PlanBatch(run.tree.batch));
+  RETURN_IF_ERROR(PlanBatches(run));
   phases.Lap("build_tree");
-  PlaceActivations(run);
-  RETURN_IF_ERROR(ForwardTree(decoder_, model_.params, *run.batch, activations_, run.link));
+  PlaceActivations(run, activations_);
+  RETURN_IF_ERROR(
+      ForwardTree(decoder_, model_.params, *run.batch, activations_, run.link, StemOf(run)));
   RETURN_IF_ERROR(ForwardTail(decoder_, model_.params, *run.batch, activations_));
   phases.Lap("forward");
   RETURN_IF_ERROR(HeadForward(ops_, model_.params, run.tree, temperature, activations_, run.head));
@@ -250,7 +140,7 @@ absl::Status PolicyTrainer::RunBackward(const TreeRun& run, float temperature, P
                                activations_, gradients_, accumulate));
   phases.Lap("head");
   RETURN_IF_ERROR(BackwardTree(decoder_, model_.params, *run.batch, activations_, gradients_,
-                               accumulate, run.link));
+                               accumulate, run.link, StemOf(run)));
   RETURN_IF_ERROR(ops_.Synchronize());
   phases.Lap("backward");
   return absl::OkStatus();
@@ -284,9 +174,12 @@ absl::StatusOr<OptimStepResult> PolicyTrainer::OptimStep(const AdamConfig& confi
 absl::StatusOr<std::vector<SampleResult>> PolicyTrainer::Score(
     const std::vector<TrainGroup>& groups, float temperature) {
   RETURN_IF_ERROR(ValidateTemperature(temperature));
-  ASSIGN_OR_RETURN(const RequestPlan plan, PlanScoring(decoder_.config(), CurrentLimits(), groups));
+  ASSIGN_OR_RETURN(RequestPlan plan, PlanScoring(decoder_.config(), CurrentLimits(), groups));
   PhaseTimer phases(clock_);
-  std::vector<Pass> passes = BuildPasses(plan);
+  // As training runs them, for its bits.
+  std::vector<Pass> passes = ChoosePasses(
+      [&](const PassLimits& limits) { return PlanScoringPasses(plan, groups, limits); }, plan);
+  RetainNothing(passes);
   RETURN_IF_ERROR(Reserve(passes));
   std::vector<SampleResult> results(plan.samples.size());
   for (size_t i = 0; i < plan.passes.size(); ++i) {
@@ -317,16 +210,6 @@ absl::Status PolicyTrainer::ScorePass(const PlannedPass& planned, Pass pass, flo
     first += planned.batches[b].size();
   }
   return absl::OkStatus();
-}
-
-void PolicyTrainer::LogRetention(const TreeRun& run) {
-  if (run.retention == logged_retention_) return;
-  logged_retention_ = run.retention;
-  LOG(INFO) << "activations_planned rows=" << run.tree.num_rows()
-            << " head_rows=" << run.tree.num_head_rows() << ' '
-            << run.retention.ToString(decoder_.config().num_layers)
-            << " bytes=" << pass_memory_.size_bytes()
-            << " budget_bytes=" << activation_bytes_ - run.offset_bytes;
 }
 
 absl::Status PolicyTrainer::EnsureGradients() {

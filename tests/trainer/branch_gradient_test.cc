@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <set>
 
 #include "tests/support/kept_prompt.h"
 #include "tests/support/tolerances.h"
@@ -68,6 +69,13 @@ void ExpectSameResults(const ForwardBackwardResult& got, const ForwardBackwardRe
   }
 }
 
+// With room for prompts of more than one block of the state.
+ModelConfig LongConfig(Architecture architecture, bool tied_head) {
+  ModelConfig config = TinyConfig(architecture, tied_head);
+  config.max_positions = 256;
+  return config;
+}
+
 class BranchGradientTest : public testing::TestWithParam<ModelConfig> {};
 
 TEST_P(BranchGradientTest, EqualsTheWholeTreeOnRandomTrees) {
@@ -77,8 +85,10 @@ TEST_P(BranchGradientTest, EqualsTheWholeTreeOnRandomTrees) {
     const std::string what = "seed " + std::to_string(seed);
     Random random(seed);
     // Prompts of one token up to more than one block of the state.
-    const int64_t prompt =
-        Uniform(random, 0, 3) == 0 ? Uniform(random, 1, 3) : Uniform(random, 4, 90);
+    const int64_t kind = Uniform(random, 0, 3);
+    const int64_t prompt = kind == 0   ? Uniform(random, 1, 3)
+                           : kind == 1 ? Uniform(random, 129, 180)
+                                       : Uniform(random, 4, 60);
     ForwardBackwardRequest request = OneGroup(random, whole.config().vocab, prompt);
     request.return_logprobs = Uniform(random, 0, 3) != 0;
     const int64_t rows = std::max(prompt, LongestResponse(request) + Uniform(random, 0, 8));
@@ -115,7 +125,7 @@ TEST_P(BranchGradientTest, KeptPromptsGiveTheSameGradientsWithoutTheirForward) {
   for (uint64_t seed = 0; seed < 20; ++seed) {
     const std::string what = "seed " + std::to_string(seed);
     Random random(seed);
-    const int64_t prompt = Uniform(random, 1, 90);
+    const int64_t prompt = Uniform(random, 1, 180);
     ForwardBackwardRequest request = OneGroup(random, whole.config().vocab, prompt);
     const ForwardBackwardResult want = whole.trainer().ForwardBackward(request).value();
     request.groups[0].kept_prompt =
@@ -133,9 +143,9 @@ TEST_P(BranchGradientTest, KeptPromptsGiveTheSameGradientsWithoutTheirForward) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Architectures, BranchGradientTest,
-                         testing::Values(TinyConfig(Architecture::kLlama, false),
-                                         TinyConfig(Architecture::kQwen2, true),
-                                         TinyConfig(Architecture::kQwen3, false)),
+                         testing::Values(LongConfig(Architecture::kLlama, false),
+                                         LongConfig(Architecture::kQwen2, true),
+                                         LongConfig(Architecture::kQwen3, false)),
                          [](const auto& test) { return ArchitectureName(test.param); });
 
 // 20 prompt tokens, eight responses of nine that part at once.
@@ -169,6 +179,73 @@ TEST(BranchTest, FitsTheBudgetOfActivations) {
   const ForwardBackwardResult result = policy.trainer().ForwardBackward(WideRequest()).value();
   EXPECT_GT(result.metrics.at("micro_batches"), 1);
   EXPECT_LE(result.metrics.at("activation_bytes"), static_cast<double>(budget));
+}
+
+// The prompt retains what the budget has room for, from its state alone to everything.
+TEST(BranchTest, WhateverThePromptRetainsTheBitsAreTheSame) {
+  ModelConfig config = LongConfig(Architecture::kQwen3, true);
+  config.num_layers = 4;
+  const ops::ActivationTypes types;
+  ForwardBackwardRequest request = WideRequest();
+  request.groups[0].prompt.assign(150, 3);
+  TinyPolicy all(config, 1, {.max_rows = 150});
+  request.groups[0].samples.resize(4);
+  for (TrainSample& s : request.groups[0].samples) s.tokens.resize(80, 5);
+  const ForwardBackwardResult want = all.trainer().ForwardBackward(request).value();
+  EXPECT_EQ(want.metrics.at("micro_batches"), 4);
+  EXPECT_EQ(want.metrics.at("recompute"), 0);
+
+  const int64_t least = PromptState::SizeBytes(config, types, 150) +
+                        PromptGradients::SizeBytes(config, 150) +
+                        Activations::SizeBytes(config, types, 150, 150, Retain::kInputs);
+  const int64_t most = static_cast<int64_t>(want.metrics.at("activation_bytes"));
+  ASSERT_LT(least, most);
+  std::set<double> levels;
+  constexpr int kSteps = 12;
+  for (int i = 0; i <= kSteps; ++i) {
+    const int64_t budget = least + (most - least) * i / kSteps;
+    TinyPolicy some(config, 1, {.max_rows = 150, .activation_bytes = budget});
+    const auto got = some.trainer().ForwardBackward(request);
+    ASSERT_TRUE(got.ok()) << got.status();
+    EXPECT_EQ(got->metrics.at("micro_batches"), 4);
+    EXPECT_LE(got->metrics.at("activation_bytes"), budget);
+    EXPECT_EQ(some.Gradients(), all.Gradients()) << "budget " << budget;
+    levels.insert(got->metrics.at("recompute"));
+  }
+  EXPECT_GE(levels.size(), 3u);
+}
+
+// Memory for a part of the request, and rows enough that products again cost more than weights
+// again.
+TEST(BranchTest, CutsWhatItWouldRecompute) {
+  ModelConfig config = LongConfig(Architecture::kQwen3, true);
+  config.max_positions = 1024;
+  config.num_layers = 6;
+  const auto run = [&](int32_t tokens, double fraction) {
+    ForwardBackwardRequest request = WideRequest();
+    request.groups[0].prompt.assign(200, 3);
+    for (TrainSample& s : request.groups[0].samples) s.tokens.resize(tokens, 5);
+    TinyPolicy whole(config);
+    const ForwardBackwardResult want = whole.trainer().ForwardBackward(request).value();
+    EXPECT_EQ(want.metrics.at("micro_batches"), 1);
+    const double budget = fraction * want.metrics.at("activation_bytes");
+    TinyPolicy some(config, 1, {.activation_bytes = static_cast<int64_t>(budget)});
+    const ForwardBackwardResult got = some.trainer().ForwardBackward(request).value();
+    ExpectSameResults(got, want, "cut");
+    ExpectTensorsNear(config, some.Gradients(), ToDouble(whole.Gradients()),
+                      tolerance::kTreeVersusFlat, "cut");
+    const std::vector<SampleResult> scored = some.trainer().Score(request.groups, 1).value();
+    for (size_t s = 0; s < scored.size(); ++s) {
+      EXPECT_EQ(scored[s].logprobs, got.samples[s].logprobs);
+    }
+    return got.metrics;
+  };
+  const auto few = run(20, 0.7);
+  EXPECT_EQ(few.at("micro_batches"), 1);
+  EXPECT_GE(few.at("recompute"), 2);
+  const auto many = run(300, 0.7);
+  EXPECT_GT(many.at("micro_batches"), 1);
+  EXPECT_LE(many.at("recompute"), 1);
 }
 
 // Whole trees, cut groups and kept prompts take turns within one budget, which the device enforces.

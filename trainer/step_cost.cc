@@ -1,0 +1,44 @@
+#include "trainer/step_cost.h"
+
+#include "kernels/model/parameters.h"
+
+namespace coppice {
+namespace {
+
+// Of a row and layer.
+struct RowCost {
+  double qkv, mlp_inputs, down;  // FLOPs; mlp_inputs: o, gate and up
+  double elementwise;            // bytes of both norms, and of q and k after theirs
+
+  RowCost(const ModelConfig& c, const ops::ActivationTypes& types) {
+    const double h = static_cast<double>(c.hidden), q = static_cast<double>(c.q_dim());
+    qkv = 2 * h * static_cast<double>(c.qkv_dim());
+    mlp_inputs = 2 * q * h + 4 * h * static_cast<double>(c.ffn);
+    down = 2 * h * static_cast<double>(c.ffn);
+    const double f = static_cast<double>(SizeOf(types.compute));
+    elementwise = 2 * h * (static_cast<double>(SizeOf(types.residual)) + f) +
+                  2 * f * (q + static_cast<double>(c.kv_dim()));
+  }
+};
+
+}  // namespace
+
+void StepCost::AddTree(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
+                       double pairs, const Retention& retention) {
+  const RowCost row(config, types);
+  const double n = static_cast<double>(rows);
+  for (int64_t l = 0; l < config.num_layers; ++l) {
+    flops += 3 * n * (row.qkv + row.mlp_inputs + row.down);
+    const Retain retain = retention.of(l);
+    if (retain == Retain::kAll) continue;
+    bytes += n * row.elementwise;
+    if (retain < Retain::kProjections) recomputed += n * row.mlp_inputs;
+    if (retain < Retain::kLean) recomputed += n * row.qkv;
+    if (retain == Retain::kInputs) recomputed += 4 * pairs * static_cast<double>(config.q_dim());
+  }
+  // Weights are read by both products, gradients read and written.
+  const double parameter = 2 * static_cast<double>(SizeOf(types.compute)) + 2 * sizeof(float);
+  bytes += parameter * static_cast<double>(NumParameterElements(config));
+}
+
+}  // namespace coppice
