@@ -1,16 +1,13 @@
-// SwiGLU (Shazeer 2020): out = silu(gate) * up. Backward with s = sigmoid(gate):
-//   d_up = d_out * gate * s,  d_gate = d_out * up * s * (1 + gate * (1 - s)).
-// One thread per 8 columns of a row; 6 bytes per output element forward, 10 backward (12 with the
-// forward's output); bound by memory bandwidth.
+// SwiGLU, forward and backward. One thread per 8 columns of a row; 6 bytes per output element
+// forward, 10 backward (12 with the forward's output); bound by memory bandwidth.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launchers.h"
+#include "kernels/cuda/swiglu.cuh"
 
 namespace coppice::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-__device__ inline float Sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
 
 template <int N>
 __global__ void SwiGluKernel(const bf16* gate_up, int64_t in_stride, bf16* out, int64_t out_stride,
@@ -20,10 +17,7 @@ __global__ void SwiGluKernel(const bf16* gate_up, int64_t in_stride, bf16* out, 
   const bf16* gate = gate_up + row * in_stride + i;
   const Pack<bf16, N> g = Load<bf16, N>(gate), u = Load<bf16, N>(gate + ffn);
   Pack<bf16, N> y;
-  for (int j = 0; j < N; ++j) {
-    const float x = ToFloat(g.v[j]);
-    y.v[j] = FromFloat<bf16>(x * Sigmoid(x) * ToFloat(u.v[j]));
-  }
+  for (int j = 0; j < N; ++j) y.v[j] = FromFloat<bf16>(GatedUnit(ToFloat(g.v[j]), ToFloat(u.v[j])));
   Store<bf16, N>(out + row * out_stride + i, y);
 }
 
@@ -37,10 +31,10 @@ __global__ void SwiGluBackwardKernel(ops::SwiGluBackwardParams p) {
   const Pack<bf16, N> d = Load<bf16, N>(RowOf<bf16>(p.d_out, row) + i);
   Pack<bf16, N> dg, du, y;
   for (int j = 0; j < N; ++j) {
-    const float x = ToFloat(g.v[j]), s = Sigmoid(x), dy = ToFloat(d.v[j]);
-    y.v[j] = FromFloat<bf16>(x * s * ToFloat(u.v[j]));
-    du.v[j] = FromFloat<bf16>(dy * x * s);
-    dg.v[j] = FromFloat<bf16>(dy * ToFloat(u.v[j]) * s * (1.0f + x * (1.0f - s)));
+    const GatedGradient x = GatedUnitBackward(ToFloat(g.v[j]), ToFloat(u.v[j]), ToFloat(d.v[j]));
+    dg.v[j] = FromFloat<bf16>(x.gate);
+    du.v[j] = FromFloat<bf16>(x.up);
+    y.v[j] = FromFloat<bf16>(x.act);
   }
   bf16* to = RowOf<bf16>(p.d_gate_up, row) + i;
   Store<bf16, N>(to, dg);

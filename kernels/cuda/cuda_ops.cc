@@ -152,6 +152,10 @@ absl::Status CudaOps::NormSwiGlu(const ops::NormSwiGluParams& p) {
   if (FitsSkinny(*context_, p)) return SkinnyNormSwiGlu(*context_, p);
   return Ops::NormSwiGlu(p);
 }
+absl::Status CudaOps::MatMulSwiGlu(const ops::MatMulSwiGluParams& p) {
+  if (FitsGated(*context_, p)) return GatedMatMul(*context_, p);
+  return Ops::MatMulSwiGlu(p);
+}
 absl::Status CudaOps::EmbeddingBackward(const ops::EmbeddingBackwardParams& p) {
   return cuda::EmbeddingBackward(*context_, p);
 }
@@ -170,6 +174,10 @@ absl::Status CudaOps::TreeAttentionBackward(const ops::TreeAttentionBackwardPara
 }
 absl::Status CudaOps::SwiGluBackward(const ops::SwiGluBackwardParams& p) {
   return cuda::SwiGluBackward(*context_, p);
+}
+absl::Status CudaOps::MatMulSwiGluBackward(const ops::MatMulSwiGluBackwardParams& p) {
+  if (FitsGated(*context_, p)) return GatedMatMulBackward(*context_, p);
+  return Ops::MatMulSwiGluBackward(p);
 }
 absl::Status CudaOps::LogProbHeadBackward(const ops::LogProbHeadBackwardParams& p) {
   return cuda::LogProbHeadBackward(*context_, p);

@@ -45,6 +45,7 @@ class CudaOps final : public ops::Ops {
   absl::Status SwiGlu(const ops::SwiGluParams& p) override;
   absl::Status LogProbHead(const ops::LogProbHeadParams& p) override;
   absl::Status NormMatMul(const ops::NormMatMulParams& p) override;
+  absl::Status MatMulSwiGlu(const ops::MatMulSwiGluParams& p) override;
   absl::Status NormSwiGlu(const ops::NormSwiGluParams& p) override;
 
   absl::Status EmbeddingBackward(const ops::EmbeddingBackwardParams& p) override;
@@ -54,6 +55,7 @@ class CudaOps final : public ops::Ops {
   absl::Status QkNormRopeBackward(const ops::QkNormRopeBackwardParams& p) override;
   absl::Status TreeAttentionBackward(const ops::TreeAttentionBackwardParams& p) override;
   absl::Status SwiGluBackward(const ops::SwiGluBackwardParams& p) override;
+  absl::Status MatMulSwiGluBackward(const ops::MatMulSwiGluBackwardParams& p) override;
   absl::Status LogProbHeadBackward(const ops::LogProbHeadBackwardParams& p) override;
 
   absl::StatusOr<std::unique_ptr<ops::PendingSample>> StartSample(

@@ -44,6 +44,14 @@ absl::Status SkinnyMatMul(Context& context, const ops::MatMulParams& p);
 absl::Status SkinnyNormMatMul(Context& context, const ops::NormMatMulParams& p);
 absl::Status SkinnyNormSwiGlu(Context& context, const ops::NormSwiGluParams& p);
 
+// gated_matmul.cc: products of many rows with SwiGLU as their epilogue.
+// REQUIRES: FitsGated, which is true where shapes, strides, memory and the device suit, and the
+// context is not deterministic.
+bool FitsGated(const Context& context, const ops::MatMulSwiGluParams& p);
+bool FitsGated(const Context& context, const ops::MatMulSwiGluBackwardParams& p);
+absl::Status GatedMatMul(Context& context, const ops::MatMulSwiGluParams& p);
+absl::Status GatedMatMulBackward(Context& context, const ops::MatMulSwiGluBackwardParams& p);
+
 // rope.cc
 absl::Status QkNormRope(Context& context, const ops::QkNormRopeParams& p);
 absl::Status QkNormRopeBackward(Context& context, const ops::QkNormRopeBackwardParams& p);

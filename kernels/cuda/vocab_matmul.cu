@@ -1,43 +1,25 @@
 // Hidden rows times the vocabulary on wgmma + TMA, with the head's softmax as epilogue.
 //
-// Persistent clusters of two blocks. A work item is 256 rows x 256 tokens, 128 rows a block; each
-// block loads its own rows and half of the tokens' weights, which the copy engine writes to both
-// blocks. Producer: one thread, a ring of four steps of 64 columns (16 + 32 KiB). Two consumer
-// warpgroups of 64 rows each:
-//   acc[64, 256] += hidden weight^T      4 x m64n256k16 a step, one step in flight
-// The second warpgroup starts kLag steps late and so stays behind: while one folds its tile, the
-// other has the tensor cores to itself. Per item and block (128 + 128) * 2 k bytes for
-// 2 * 128 * 256 k FLOP: 128 FLOP per byte of L2. Items go through the vocabulary kRowPairs x 256
-// rows at a time: those rows stay in L2, and the weights come from memory once for all of them.
+// cluster_matmul.cuh has the product; kTokens columns of a tile are tokens.
 // Bound by tensor cores, on a card at its power limit; the statistics write 12 bytes a row and
 // tile, the gradient 2 an element.
-#include <algorithm>
-
-#include "kernels/cuda/attention/hopper.cuh"
-#include "kernels/cuda/attention/tensor_map.cuh"
-#include "kernels/cuda/cluster.cuh"
+#include "kernels/cuda/cluster_matmul.cuh"
 #include "kernels/cuda/vocab_matmul.h"
 
 namespace coppice::cuda {
 namespace {
 
-constexpr int kBlocks = 2;  // of a cluster
-constexpr int kRows = 128;  // of a block
 constexpr int kTokens = static_cast<int>(kVocabTile);
-constexpr int kStages = 4;
-constexpr int kItemStages = 2;
-constexpr int kLag = 2;
-constexpr int kRowPairs = 12;
-constexpr int kConsumerWarps = 8;
-constexpr int kThreads = 384;
-constexpr int kStagedColumns = 128;                  // of d_logits at a time
-constexpr int kLagBarrier = 1, kStagingBarrier = 2;  // named; the second one and the next
+static_assert(kTokens == kTileColumns);
+constexpr int kStagedColumns = 128;               // of d_logits at a time
+constexpr int kStagingBarrier = kLagBarrier + 1;  // named; this one and the next
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 struct VocabParameters {
-  CUtensorMap hidden, weight, d_logits;
+  TileWork work;
+  RightColumns weight;
+  CUtensorMap d_logits;
   VocabMatMulArgs args;
-  int row_pairs, tiles, k_blocks, items;
   // Statistics.
   VocabPartials partials;
   float* target_z;
@@ -46,118 +28,9 @@ struct VocabParameters {
   const float* d_logprobs;
 };
 
-struct VocabShared {
-  alignas(1024) Bf16 hidden[kStages][kRows * kPanel];
-  alignas(1024) Bf16 weight[kStages][kTokens * kPanel];
-  Barrier full[kStages], empty[kStages];
-  int item[kItemStages];
-  Barrier item_full[kItemStages];
-  Barrier item_empty[kItemStages];  // the first block's counts for all
-};
-struct VocabSharedStaged : VocabShared {
+struct VocabSharedStaged : TileShared {
   alignas(1024) Bf16 staged[2][64 * kStagedColumns];  // of a warpgroup
 };
-
-// Until every thread of the cluster came here.
-__device__ __forceinline__ void ClusterSync() {
-  __syncwarp();
-  ClusterArrive();
-  ClusterWait();
-}
-// Counts this thread's arrival at block `rank`'s copy of a barrier. Nothing but reads by the tensor
-// cores, which are over, comes before; release.cluster would put a fence of the whole device here.
-__device__ __forceinline__ void ArriveAt(Barrier& barrier, int rank) {
-  asm volatile(
-      "{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [at];\n}" ::"r"(SharedAddress(&barrier.word)),
-      "r"(rank)
-      : "memory");
-}
-// Waits for SendTo, and returns what it brought.
-__device__ __forceinline__ int Receive(const int& from, Barrier& full, uint32_t parity) {
-  int value;
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
-      "@!done bra again;\n"
-      "ld.shared.b32 %0, [%3];\n}"
-      : "=r"(value)
-      : "r"(SharedAddress(&full.word)), "r"(parity), "r"(SharedAddress(&from))
-      : "memory");
-  return value;
-}
-// LoadBox into both blocks, each told by its own barrier.
-__device__ __forceinline__ void LoadBoxForAll(void* to, const CUtensorMap& map, int column, int row,
-                                              Barrier& full) {
-  constexpr uint16_t kAll = (1 << kBlocks) - 1;
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(SharedAddress(to)),
-      "l"(&map), "r"(column), "r"(0), "r"(row), "r"(SharedAddress(&full.word)), "h"(kAll)
-      : "memory");
-}
-
-#define VOCAB_REGS_64                        \
-  "%64, %65, %66, %67, %68, %69, %70, %71, " \
-  "%72, %73, %74, %75, %76, %77, %78, %79, " \
-  "%80, %81, %82, %83, %84, %85, %86, %87, " \
-  "%88, %89, %90, %91, %92, %93, %94, %95"
-#define VOCAB_REGS_96                                \
-  "%96, %97, %98, %99, %100, %101, %102, %103, "     \
-  "%104, %105, %106, %107, %108, %109, %110, %111, " \
-  "%112, %113, %114, %115, %116, %117, %118, %119, " \
-  "%120, %121, %122, %123, %124, %125, %126, %127"
-// As hopper.cuh's, 256 columns.
-__device__ __forceinline__ void WgmmaStep(float (&d)[128], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" HOPPER_REGS_0 ", " HOPPER_REGS_32
-      ", " VOCAB_REGS_64 ", " VOCAB_REGS_96 "}, %128, %129, p, 1, 1, 0, 0;\n}"
-      : HOPPER_ACC32(d, 0), HOPPER_ACC32(d, 32), HOPPER_ACC32(d, 64), HOPPER_ACC32(d, 96)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
-}
-
-struct Item {
-  int row, tile;  // the block's first row
-};
-__device__ __forceinline__ Item ItemAt(const VocabParameters& p, int item) {
-  const int section = item / (kRowPairs * p.tiles), first = section * kRowPairs;
-  const int pairs = min(kRowPairs, p.row_pairs - first);
-  const int inside = item - first * p.tiles;
-  return {(first + inside % pairs) * kBlocks * kRows + ClusterRank() * kRows, inside / pairs};
-}
-
-// One thread. The first block's takes items from a counter, the next one while this one loads, and
-// sends them to all threads of the cluster: who is ahead takes more, so that all stay close
-// together in the vocabulary.
-__device__ void Produce(const VocabParameters& p, VocabShared& s) {
-  constexpr int kShare = kTokens / kBlocks;
-  constexpr int kStageBytes = (kRows + kTokens) * kPanel * 2;
-  const int rank = ClusterRank();
-  Ring<kItemStages> items;
-  Ring<kStages> ring;
-  for (int next = rank == 0 ? atomicAdd(p.args.counter, 1) : 0;; items.Advance()) {
-    Barrier& full = s.item_full[items.stage];
-    full.ArriveExpecting(sizeof(int));
-    if (rank == 0) {
-      s.item_empty[items.stage].Wait(items.phase ^ 1);
-      for (int to = 0; to < kBlocks; ++to) SendTo(to, &s.item[items.stage], next, full);
-      next = atomicAdd(p.args.counter, 1);
-    }
-    const int index = Receive(s.item[items.stage], full, items.phase);
-    if (index >= p.items) break;
-    ArriveAt(s.item_empty[items.stage], 0);
-    const Item item = ItemAt(p, index);
-    for (int block = 0; block < p.k_blocks; ++block, ring.Advance()) {
-      const int stage = ring.stage, column = block * kPanel;
-      s.empty[stage].Wait(ring.phase ^ 1);
-      s.full[stage].ArriveExpecting(kStageBytes);
-      LoadBox(s.hidden[stage], p.hidden, column, 0, item.row, s.full[stage]);
-      LoadBoxForAll(s.weight[stage] + rank * kShare * kPanel, p.weight, column,
-                    item.tile * kTokens + rank * kShare, s.full[stage]);
-    }
-  }
-}
 
 // This thread's two rows, `first` and 8 below, and what goes with them.
 struct Targets {
@@ -298,125 +171,40 @@ __device__ __forceinline__ void StoreGradient(const VocabParameters& p, const It
   StoreGradientColumns<kStagedColumns>(p, item, group, targets, row, staged, acc);
 }
 
-// A consumer warp has read a stage; both blocks' producers write it.
-__device__ __forceinline__ void ReleaseStage(Barrier& empty) {
-  const int lane = threadIdx.x % 32;
-  if (lane < kBlocks) ArriveAt(empty, lane);
-}
-
-// acc[64, 256] = this warpgroup's rows of the item times its tokens.
-__device__ __forceinline__ void Multiply(const VocabParameters& p, VocabShared& s, int group,
-                                         Ring<kStages>& ring, float (&acc)[128], bool& announce) {
-  Discard(acc);
-  for (int block = 0; block < p.k_blocks; ++block) {
-    const int stage = ring.stage;
-    s.full[stage].Wait(ring.phase);
-    const uint64_t a = ColumnsAreK(s.hidden[stage] + group * 64 * kPanel);
-    const uint64_t b = ColumnsAreK(s.weight[stage]);
-    WgmmaFence();
-#pragma unroll
-    for (int k = 0; k < kPanel; k += 16)
-      WgmmaStep(acc, Advanced(a, k * 2), Advanced(b, k * 2), block != 0 || k != 0);
-    WgmmaCommit();
-    WgmmaWait<1>();
-    if (block > 0) ReleaseStage(s.empty[(stage + kStages - 1) % kStages]);
-    ring.Advance();
-    if (announce && block + 1 >= min(kLag, p.k_blocks)) {
-      NamedArrive(kLagBarrier, 256);
-      announce = false;
-    }
-  }
-  WgmmaWait<0>();
-  Pin(acc);
-  ReleaseStage(s.empty[(ring.stage + kStages - 1) % kStages]);
-}
-
 template <bool kGradient, class Shared>
 __device__ void Consume(const VocabParameters& p, Shared& s, int group) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  Ring<kItemStages> items;
-  Ring<kStages> ring;
-  bool announce = group == 0;
-  if (group == 1) NamedSync(kLagBarrier, 256);
-  for (;; items.Advance()) {
-    const int index = Receive(s.item[items.stage], s.item_full[items.stage], items.phase);
-    if (index >= p.items) break;
-    ArriveAt(s.item_empty[items.stage], 0);
-    const Item item = ItemAt(p, index);
+  ConsumeTiles<RightColumns>(p.work, s, group, [&](const Item& item, const auto& multiply) {
     const Targets targets(p.args, item.row + group * 64 + warp * 16 + lane / 4);
     float acc[128];
-    Multiply(p, s, group, ring, acc, announce);
+    multiply(acc, [] {});
     if constexpr (kGradient) {
       StoreGradient(p, item, group, targets, s.staged[group], acc);
     } else {
       FoldTile(p, item, targets, acc);
     }
-  }
-  if (announce) NamedArrive(kLagBarrier, 256);
+  });
   if (kGradient && threadIdx.x % 128 == 0) WaitStoresRead();
 }
 
 template <bool kGradient, class Shared>
-__global__ void __launch_bounds__(kThreads, 1)
+__global__ void __launch_bounds__(kTileThreads, 1)
     VocabMatMulKernel(const __grid_constant__ VocabParameters p) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& s = *reinterpret_cast<Shared*>(raw);
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStages; ++i) {
-      s.full[i].Init(1);
-      s.empty[i].Init(kBlocks * kConsumerWarps);
-    }
-    for (int i = 0; i < kItemStages; ++i) {
-      s.item_full[i].Init(1);
-      s.item_empty[i].Init(kBlocks * (1 + 32 * kConsumerWarps));
-    }
-    FenceBarrierInit();
-  }
-  ClusterSync();
-  const int group = threadIdx.x / 128;
-  if (group == 0) {
-    GiveRegisters<24>();
-    if (threadIdx.x == 0) Produce(p, s);
-  } else {
-    TakeRegisters<240>();
-    Consume<kGradient>(p, s, group - 1);
-  }
-  ClusterSync();  // nobody leaves while the other block may write here
+  RunTiles(p.work, p.weight, s, [&](int group) { Consume<kGradient>(p, s, group); });
 }
 
 cudaError_t MakeParameters(const VocabMatMulArgs& a, VocabParameters& p) {
+  const int64_t tiles = NumVocabTiles(a.vocab);
+  if (auto e = MakeTileWork(p.work, a.hidden, a.hidden_stride, a.rows, a.k, tiles, a.counter))
+    return e;
   const auto k = static_cast<int32_t>(a.k);
-  if (auto e = MakeMap(p.hidden, {a.hidden, a.rows, a.hidden_stride, 1, k}, kRows)) return e;
-  if (auto e = MakeMap(p.weight, {a.weight, a.vocab, a.weight_stride, 1, k}, kTokens / kBlocks))
-    return e;
+  if (auto e = MakeMap(p.weight.map, {a.weight, a.vocab, a.weight_stride, 1, k}, kShare)) return e;
+  p.weight.tile_stride = kTokens;
+  p.weight.share_stride = kShare;
   p.args = a;
-  p.row_pairs = static_cast<int>((a.rows + kBlocks * kRows - 1) / (kBlocks * kRows));
-  p.tiles = static_cast<int>(NumVocabTiles(a.vocab));
-  p.k_blocks = static_cast<int>((a.k + kPanel - 1) / kPanel);
-  p.items = p.row_pairs * p.tiles;
   return cudaSuccess;
-}
-
-template <class Shared>
-cudaError_t Launch(void (*kernel)(VocabParameters), const VocabParameters& p, cudaStream_t stream) {
-  const int bytes = sizeof(Shared);
-  if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
-    return e;
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {kBlocks, 1, 1};
-  cudaLaunchConfig_t config = {};
-  config.blockDim = kThreads;
-  config.gridDim = kBlocks;
-  config.dynamicSmemBytes = bytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  int clusters = 0;
-  if (auto e = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) return e;
-  config.gridDim = std::max(1, std::min(clusters, p.items)) * kBlocks;
-  if (auto e = cudaMemsetAsync(p.args.counter, 0, sizeof(int), stream)) return e;
-  return cudaLaunchKernelEx(&config, kernel, p);
 }
 
 }  // namespace
@@ -427,7 +215,7 @@ cudaError_t LaunchVocabStats(const VocabMatMulArgs& args, const VocabPartials& p
   if (auto e = MakeParameters(args, p)) return e;
   p.partials = partials;
   p.target_z = target_z;
-  return Launch<VocabShared>(VocabMatMulKernel<false, VocabShared>, p, stream);
+  return LaunchTiles(VocabMatMulKernel<false, TileShared>, p, p.work, sizeof(TileShared), stream);
 }
 
 cudaError_t LaunchVocabGradient(const VocabMatMulArgs& args, const VocabRowGradient* rows,
@@ -439,7 +227,8 @@ cudaError_t LaunchVocabGradient(const VocabMatMulArgs& args, const VocabRowGradi
     return e;
   p.rows = rows;
   p.d_logprobs = d_logprobs;
-  return Launch<VocabSharedStaged>(VocabMatMulKernel<true, VocabSharedStaged>, p, stream);
+  return LaunchTiles(VocabMatMulKernel<true, VocabSharedStaged>, p, p.work,
+                     sizeof(VocabSharedStaged), stream);
 }
 
 }  // namespace coppice::cuda

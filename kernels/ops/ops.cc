@@ -16,9 +16,23 @@ absl::Status Ops::NormMatMul(const NormMatMulParams& p) {
 
 absl::Status Ops::NormSwiGlu(const NormSwiGluParams& p) {
   RETURN_IF_ERROR(RmsNorm(p.norm));
+  return MatMulSwiGlu({.a = p.norm.out,
+                       .b = p.b,
+                       .gate_up = p.gate_up,
+                       .out = p.out,
+                       .keep_gate_up = p.norm.rstd.present() || !p.out.present()});
+}
+
+absl::Status Ops::MatMulSwiGlu(const MatMulSwiGluParams& p) {
   RETURN_IF_ERROR(
-      MatMul({.a = p.norm.out, .b = p.b, .trans_b = true, .c = p.gate_up, .b_is_parameter = true}));
-  return SwiGlu({.gate_up = p.gate_up, .out = p.out});
+      MatMul({.a = p.a, .b = p.b, .trans_b = true, .c = p.gate_up, .b_is_parameter = true}));
+  return p.out.present() ? SwiGlu({.gate_up = p.gate_up, .out = p.out}) : absl::OkStatus();
+}
+
+absl::Status Ops::MatMulSwiGluBackward(const MatMulSwiGluBackwardParams& p) {
+  RETURN_IF_ERROR(MatMul({.a = p.d_y, .b = p.b, .c = p.out}));
+  return SwiGluBackward(
+      {.gate_up = p.gate_up, .d_out = p.out, .d_gate_up = p.d_gate_up, .out = p.out});
 }
 
 absl::Status Ops::Sample(const SampleParams& p) {

@@ -110,6 +110,7 @@ class Ops {
   virtual absl::Status LogProbHead(const LogProbHeadParams& p) = 0;
   // Defined by the ops above, which they call unless a backend knows a shorter way.
   virtual absl::Status NormMatMul(const NormMatMulParams& p);
+  virtual absl::Status MatMulSwiGlu(const MatMulSwiGluParams& p);
   virtual absl::Status NormSwiGlu(const NormSwiGluParams& p);
 
   // Backward, mirroring the forward names.
@@ -121,6 +122,7 @@ class Ops {
   virtual absl::Status TreeAttentionBackward(const TreeAttentionBackwardParams& p) = 0;
   virtual absl::Status SwiGluBackward(const SwiGluBackwardParams& p) = 0;
   virtual absl::Status LogProbHeadBackward(const LogProbHeadBackwardParams& p) = 0;
+  virtual absl::Status MatMulSwiGluBackward(const MatMulSwiGluBackwardParams& p);  // as above
 
   // Generation.
   // Queues the draws: rows and biases are read on return, host outputs written by Wait().

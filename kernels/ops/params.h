@@ -153,19 +153,35 @@ struct SwiGluParams {
   TensorView gate_up;  // [rows, 2 * ffn] f
   TensorView out;      // [rows, ffn] f
 };
-// out = SwiGlu(RmsNorm(x) b^T): the first half of a gated MLP. norm.out and gate_up hold what they
-// are named after if there is norm.rstd; without, they may keep what they held.
+// gate_up = a b^T, out = SwiGlu(gate_up)
+struct MatMulSwiGluParams {
+  TensorView a;              // [rows, hidden] f
+  TensorView b;              // [2 * ffn, hidden] f; unit inner stride; a model parameter
+  TensorView gate_up;        // [rows, 2 * ffn] f
+  TensorView out;            // optional [rows, ffn] f
+  bool keep_gate_up = true;  // false: gate_up may keep what it held
+};
+// The same of RmsNorm(x): the first half of a gated MLP. norm.out and gate_up hold what they are
+// named after if there is norm.rstd; without, they may keep what they held where there is `out`.
 struct NormSwiGluParams {
   RmsNormParams norm;
   TensorView b;        // [2 * ffn, hidden] f; unit inner stride; a model parameter
   TensorView gate_up;  // [rows, 2 * ffn] f
-  TensorView out;      // [rows, ffn] f
+  TensorView out;      // optional [rows, ffn] f
 };
 struct SwiGluBackwardParams {
   TensorView gate_up;    // [rows, 2 * ffn] f
   TensorView d_out;      // [rows, ffn] f
   TensorView d_gate_up;  // [rows, 2 * ffn] f, may alias gate_up
   TensorView out;        // optional [rows, ffn] f: SwiGlu's own output again; may alias d_out
+};
+// Of y = SwiGlu(gate_up) b^T:  SwiGluBackward with d_out = d_y b.
+struct MatMulSwiGluBackwardParams {
+  TensorView d_y;        // [rows, hidden] f
+  TensorView b;          // [hidden, ffn] f; unit inner stride; a model parameter
+  TensorView gate_up;    // [rows, 2 * ffn] f
+  TensorView d_gate_up;  // [rows, 2 * ffn] f, may alias gate_up
+  TensorView out;        // [rows, ffn] f: SwiGlu's own output again
 };
 
 // The language-model head without ever holding all logits: rows are processed in chunks.

@@ -8,8 +8,10 @@ namespace coppice::ops {
 
 const char* Name(OpFamily family) {
   static constexpr const char* kNames[kNumOpFamilies] = {
-      "matmul", "attention", "attention_backward", "norm",  "rope", "swiglu", "head",
-      "rows",   "memory",    "gradient_norm",      "adamw", "other"};
+      "matmul", "attention", "attention_backward", "norm",
+      "rope",   "swiglu",    "gated_matmul",       "head",
+      "rows",   "memory",    "gradient_norm",      "adamw",
+      "other"};
   return kNames[static_cast<int>(family)];
 }
 
@@ -102,6 +104,12 @@ absl::Status ProfiledOps::TreeAttentionBackward(const TreeAttentionBackwardParam
 }
 absl::Status ProfiledOps::SwiGluBackward(const SwiGluBackwardParams& p) {
   return Timed(OpFamily::kSwiGlu, [&] { return inner_->SwiGluBackward(p); });
+}
+absl::Status ProfiledOps::MatMulSwiGlu(const MatMulSwiGluParams& p) {
+  return Timed(OpFamily::kGatedMatMul, [&] { return inner_->MatMulSwiGlu(p); });
+}
+absl::Status ProfiledOps::MatMulSwiGluBackward(const MatMulSwiGluBackwardParams& p) {
+  return Timed(OpFamily::kGatedMatMul, [&] { return inner_->MatMulSwiGluBackward(p); });
 }
 absl::Status ProfiledOps::LogProbHeadBackward(const LogProbHeadBackwardParams& p) {
   return Timed(OpFamily::kHead, [&] { return inner_->LogProbHeadBackward(p); });

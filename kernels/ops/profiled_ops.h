@@ -21,9 +21,10 @@ enum class OpFamily {
   kNorm,  // RMSNorm, forward and backward
   kRope,  // with qk-norm
   kSwiGlu,
-  kHead,    // log-probs; its own products are among these
-  kRows,    // embedding, gather, scatter, sums over rows
-  kMemory,  // copies, zeroes, transfers
+  kGatedMatMul,  // products with SwiGLU behind
+  kHead,         // log-probs; its own products are among these
+  kRows,         // embedding, gather, scatter, sums over rows
+  kMemory,       // copies, zeroes, transfers
   kGradientNorm,
   kAdamW,
   kOther,
@@ -82,6 +83,8 @@ class ProfiledOps final : public Ops {
   absl::Status QkNormRopeBackward(const QkNormRopeBackwardParams& p) override;
   absl::Status TreeAttentionBackward(const TreeAttentionBackwardParams& p) override;
   absl::Status SwiGluBackward(const SwiGluBackwardParams& p) override;
+  absl::Status MatMulSwiGlu(const MatMulSwiGluParams& p) override;
+  absl::Status MatMulSwiGluBackward(const MatMulSwiGluBackwardParams& p) override;
   absl::Status LogProbHeadBackward(const LogProbHeadBackwardParams& p) override;
 
   absl::StatusOr<std::unique_ptr<PendingSample>> StartSample(const SampleParams& p) override;

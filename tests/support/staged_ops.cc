@@ -259,6 +259,18 @@ absl::Status StagedOps::SwiGluBackward(const ops::SwiGluBackwardParams& params) 
   if (p.out.present()) s.Out(p.out);
   return s.Finish(ops_->SwiGluBackward(p));
 }
+absl::Status StagedOps::MatMulSwiGlu(const ops::MatMulSwiGluParams& params) {
+  ops::MatMulSwiGluParams p = params;
+  Staging s(*ops_);
+  s.In(p.a).In(p.b).Out(p.gate_up).Out(p.out);
+  return s.Finish(ops_->MatMulSwiGlu(p));
+}
+absl::Status StagedOps::MatMulSwiGluBackward(const ops::MatMulSwiGluBackwardParams& params) {
+  ops::MatMulSwiGluBackwardParams p = params;
+  Staging s(*ops_);
+  s.In(p.d_y).In(p.b).In(p.gate_up).Out(p.d_gate_up).Out(p.out);
+  return s.Finish(ops_->MatMulSwiGluBackward(p));
+}
 absl::Status StagedOps::NormMatMul(const ops::NormMatMulParams& params) {
   ops::NormMatMulParams p = params;
   Staging s(*ops_);

@@ -45,6 +45,7 @@ class StagedOps final : public ops::Ops {
   absl::Status SwiGlu(const ops::SwiGluParams& p) override;
   absl::Status LogProbHead(const ops::LogProbHeadParams& p) override;
   absl::Status NormMatMul(const ops::NormMatMulParams& p) override;
+  absl::Status MatMulSwiGlu(const ops::MatMulSwiGluParams& p) override;
   absl::Status NormSwiGlu(const ops::NormSwiGluParams& p) override;
   absl::Status EmbeddingBackward(const ops::EmbeddingBackwardParams& p) override;
   absl::Status ScatterAddRows(const ops::ScatterAddRowsParams& p) override;
@@ -53,6 +54,7 @@ class StagedOps final : public ops::Ops {
   absl::Status QkNormRopeBackward(const ops::QkNormRopeBackwardParams& p) override;
   absl::Status TreeAttentionBackward(const ops::TreeAttentionBackwardParams& p) override;
   absl::Status SwiGluBackward(const ops::SwiGluBackwardParams& p) override;
+  absl::Status MatMulSwiGluBackward(const ops::MatMulSwiGluBackwardParams& p) override;
   absl::Status LogProbHeadBackward(const ops::LogProbHeadBackwardParams& p) override;
   // Done on return: the outputs are host memory for the caller.
   absl::StatusOr<std::unique_ptr<ops::PendingSample>> StartSample(
