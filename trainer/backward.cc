@@ -35,15 +35,17 @@ struct HalfGradients {
   TensorView mlp_act;   // [rows, ffn] f, second half only
 };
 
-// Second half of a layer: d_output -> d_mid + d_attn_out. Consumes acts.gate_up. d.mlp_act holds
-// the gradient of the SwiGLU output, then that output itself, for down's own gradient.
+// Second half of a layer: d_output -> d_mid + d_attn_out. Consumes acts.gate_up. d.mlp_act gets the
+// SwiGLU output again, for down's own gradient.
 absl::Status MlpBackward(ops::Ops& ops, const LayerParameters& params, const LayerActivations& acts,
                          const GradientSink& sink, const HalfGradients& d) {
   const LayerParameters& grads = sink.grads;
   const TensorView d_gate_up = acts.gate_up;
-  RETURN_IF_ERROR(ops.MatMul({.a = d.residual, .b = params.down, .c = d.mlp_act}));
-  RETURN_IF_ERROR(ops.SwiGluBackward(
-      {.gate_up = acts.gate_up, .d_out = d.mlp_act, .d_gate_up = d_gate_up, .out = d.mlp_act}));
+  RETURN_IF_ERROR(ops.MatMulSwiGluBackward({.d_y = d.residual,
+                                            .b = params.down,
+                                            .gate_up = acts.gate_up,
+                                            .d_gate_up = d_gate_up,
+                                            .out = d.mlp_act}));
   RETURN_IF_ERROR(WeightGradient(ops, d.residual, d.mlp_act, grads.down, sink.accumulate));
   RETURN_IF_ERROR(LinearBackward(ops, d_gate_up, acts.mlp_in, params.gate_up, grads.gate_up,
                                  sink.accumulate, d.normed));

@@ -141,7 +141,8 @@ ops::RmsNormParams Decoder::MlpNorm(const LayerParameters& params,
 absl::Status Decoder::GateUpForward(const LayerParameters& params,
                                     const LayerActivations& acts) const {
   RETURN_IF_ERROR(MidForward(params, acts));
-  return ops_->NormMatMul({.norm = MlpNorm(params, acts), .b = params.gate_up, .c = acts.gate_up});
+  return ops_->NormSwiGlu(
+      {.norm = MlpNorm(params, acts), .b = params.gate_up, .gate_up = acts.gate_up});
 }
 
 absl::Status Decoder::MlpForward(const LayerParameters& params,
