@@ -50,7 +50,18 @@ absl::Status Context::Init() {
   RETURN_IF_ERROR(Check(cudaMalloc(&workspace_, kWorkspaceBytes), "workspace"));
   matmuls_ = std::make_unique<MatMulCache>();
   pinned_ = std::make_unique<PinnedMemory>();
+  if (compute_capability_ == 90 && !deterministic_) RETURN_IF_ERROR(InitChainMemory());
   return Scratch(kInitialScratchBytes).status();
+}
+
+absl::Status Context::InitChainMemory() {
+  LayerChainMemory memory;
+  RETURN_IF_ERROR(Check(CountChainBlocks(memory.blocks), "layer chain"));
+  if (memory.blocks == 0) return absl::OkStatus();
+  const int64_t size_bytes = LayerChainMemoryBytes(memory.blocks);
+  RETURN_IF_ERROR(Check(cudaMalloc(&memory.data, size_bytes), "layer chain memory"));
+  chain_memory_ = memory;
+  return Check(InitLayerChainMemory(memory, stream_), "layer chain memory");
 }
 
 Context::Context(bool deterministic) : deterministic_(deterministic) {}
@@ -61,6 +72,7 @@ Context::~Context() {
   pinned_.reset();
   cudaFree(scratch_);
   cudaFree(workspace_);
+  cudaFree(chain_memory_.data);
   if (blas_ != nullptr) cublasLtDestroy(blas_);
   if (stream_ != nullptr) cudaStreamDestroy(stream_);
 }

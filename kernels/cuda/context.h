@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "kernels/cuda/layer_chain.h"
 #include "kernels/cuda/pinned_memory.h"
 
 namespace coppice::cuda {
@@ -35,7 +36,8 @@ class Context {
   cublasLtHandle_t blas() const { return blas_; }
   void* workspace() const { return workspace_; }
   bool deterministic() const { return deterministic_; }
-  int compute_capability() const { return compute_capability_; }  // major * 10 + minor
+  int compute_capability() const { return compute_capability_; }          // major * 10 + minor
+  const LayerChainMemory& chain_memory() const { return chain_memory_; }  // null: no such kernel
   int64_t scratch_bytes() const { return scratch_bytes_; }
   MatMulCache& matmuls() { return *matmuls_; }
   PinnedMemory& pinned() { return *pinned_; }
@@ -51,6 +53,7 @@ class Context {
  private:
   explicit Context(bool deterministic);
   absl::Status Init();
+  absl::Status InitChainMemory();
 
   const bool deterministic_;
   int compute_capability_ = 0;
@@ -59,6 +62,7 @@ class Context {
   void* workspace_ = nullptr;
   char* scratch_ = nullptr;
   int64_t scratch_bytes_ = 0;
+  LayerChainMemory chain_memory_;
   absl::Status failure_;
   std::unique_ptr<MatMulCache> matmuls_;
   std::unique_ptr<PinnedMemory> pinned_;

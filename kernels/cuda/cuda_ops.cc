@@ -156,6 +156,10 @@ absl::Status CudaOps::MatMulSwiGlu(const ops::MatMulSwiGluParams& p) {
   if (FitsGated(*context_, p)) return GatedMatMul(*context_, p);
   return Ops::MatMulSwiGlu(p);
 }
+absl::Status CudaOps::MlpBlock(const ops::MlpBlockParams& p) {
+  if (FitsChain(*context_, p)) return LayerChain(*context_, p);
+  return Ops::MlpBlock(p);
+}
 absl::Status CudaOps::EmbeddingBackward(const ops::EmbeddingBackwardParams& p) {
   return cuda::EmbeddingBackward(*context_, p);
 }

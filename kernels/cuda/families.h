@@ -52,6 +52,12 @@ bool FitsGated(const Context& context, const ops::MatMulSwiGluBackwardParams& p)
 absl::Status GatedMatMul(Context& context, const ops::MatMulSwiGluParams& p);
 absl::Status GatedMatMulBackward(Context& context, const ops::MatMulSwiGluBackwardParams& p);
 
+// layer_chain.cc: the products from one attention to the next for few rows. REQUIRES: FitsChain,
+// which is true where shapes, strides, memory and the device suit, and the context is not
+// deterministic.
+bool FitsChain(const Context& context, const ops::MlpBlockParams& p);
+absl::Status LayerChain(Context& context, const ops::MlpBlockParams& p);
+
 // rope.cc
 absl::Status QkNormRope(Context& context, const ops::QkNormRopeParams& p);
 absl::Status QkNormRopeBackward(Context& context, const ops::QkNormRopeBackwardParams& p);

@@ -77,16 +77,21 @@ int64_t Decoder::WorkspaceBytes(int64_t max_rows, int64_t max_head_rows) const {
       .size_bytes;
 }
 
+ops::NormMatMulParams Decoder::Projections(const LayerParameters& params,
+                                           const LayerActivations& acts) const {
+  return {.norm = {.x = acts.input,
+                   .weight = params.attn_norm,
+                   .eps = config_.rms_eps,
+                   .out = acts.attn_in,
+                   .rstd = acts.attn_rstd},
+          .b = params.qkv,
+          .bias = params.qkv_bias,
+          .c = acts.qkv};
+}
+
 absl::Status Decoder::QkvForward(const LayerParameters& params, const ops::BatchPlan& plan,
                                  const ops::PagedKv& kv, const LayerActivations& acts) const {
-  RETURN_IF_ERROR(ops_->NormMatMul({.norm = {.x = acts.input,
-                                             .weight = params.attn_norm,
-                                             .eps = config_.rms_eps,
-                                             .out = acts.attn_in,
-                                             .rstd = acts.attn_rstd},
-                                    .b = params.qkv,
-                                    .bias = params.qkv_bias,
-                                    .c = acts.qkv}));
+  RETURN_IF_ERROR(ops_->NormMatMul(Projections(params, acts)));
   return RotateForward(params, plan, kv, acts);
 }
 
@@ -109,6 +114,11 @@ absl::Status Decoder::RotateForward(const LayerParameters& params, const ops::Ba
 absl::Status Decoder::AttentionForward(const LayerParameters& params, const ops::BatchPlan& plan,
                                        const ops::PagedKv& kv, const LayerActivations& acts) const {
   RETURN_IF_ERROR(QkvForward(params, plan, kv, acts));
+  return Attend(plan, kv, acts);
+}
+
+absl::Status Decoder::Attend(const ops::BatchPlan& plan, const ops::PagedKv& kv,
+                             const LayerActivations& acts) const {
   return ops_->TreeAttention({.plan = &plan,
                               .q = acts.q,
                               .k = acts.k,
@@ -145,19 +155,22 @@ absl::Status Decoder::GateUpForward(const LayerParameters& params,
       {.norm = MlpNorm(params, acts), .b = params.gate_up, .gate_up = acts.gate_up});
 }
 
+ops::MlpBlockParams Decoder::Block(const LayerParameters& params,
+                                   const LayerActivations& acts) const {
+  return {.attn_out = acts.attn_out,
+          .o = params.o,
+          .input = acts.input,
+          .mlp = {.norm = MlpNorm(params, acts),
+                  .b = params.gate_up,
+                  .gate_up = acts.gate_up,
+                  .out = acts.mlp_act},
+          .down = params.down,
+          .output = acts.output};
+}
+
 absl::Status Decoder::MlpForward(const LayerParameters& params,
                                  const LayerActivations& acts) const {
-  RETURN_IF_ERROR(MidForward(params, acts));
-  RETURN_IF_ERROR(ops_->NormSwiGlu({.norm = MlpNorm(params, acts),
-                                    .b = params.gate_up,
-                                    .gate_up = acts.gate_up,
-                                    .out = acts.mlp_act}));
-  return ops_->MatMul({.a = acts.mlp_act,
-                       .b = params.down,
-                       .trans_b = true,
-                       .addend = acts.mid,
-                       .c = acts.output,
-                       .b_is_parameter = true});
+  return ops_->MlpBlock(Block(params, acts));
 }
 
 absl::StatusOr<TensorView> Decoder::Forward(const Parameters& params, const ops::BatchPlan& plan,
@@ -171,17 +184,19 @@ absl::StatusOr<TensorView> Decoder::Forward(const Parameters& params, const ops:
 
   RETURN_IF_ERROR(
       ops_->Embedding({.ids = plan.tokens(), .table = params.embedding, .out = w.body.input}));
+  RETURN_IF_ERROR(ops_->NormMatMul(Projections(params.layers[0], w.body)));
   const int64_t last = config_.num_layers - 1;
   for (int64_t l = 0; l <= last; ++l) {
     const ops::PagedKv pages = kv == nullptr ? ops::PagedKv{} : kv->layer(l);
+    RETURN_IF_ERROR(RotateForward(params.layers[l], plan, pages, w.body));
     // A prefill chunk that nobody reads leaves only keys and values.
-    if (l == last && observer == nullptr && head_rows == 0) {
-      RETURN_IF_ERROR(QkvForward(params.layers[l], plan, pages, w.body));
-      return w.hidden;
-    }
-    RETURN_IF_ERROR(AttentionForward(params.layers[l], plan, pages, w.body));
+    if (l == last && observer == nullptr && head_rows == 0) return w.hidden;
+    RETURN_IF_ERROR(Attend(plan, pages, w.body));
     if (observer != nullptr) RETURN_IF_ERROR(observer->OnAttention(l, w.body));
-    if (l < last) RETURN_IF_ERROR(MlpForward(params.layers[l], w.body));
+    if (l == last) break;
+    ops::MlpBlockParams block = Block(params.layers[l], w.body);
+    block.next = Projections(params.layers[l + 1], w.body);
+    RETURN_IF_ERROR(ops_->MlpBlock(block));
   }
   if (head_rows == 0) return w.hidden;
   RETURN_IF_ERROR(

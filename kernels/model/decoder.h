@@ -105,6 +105,12 @@ class Decoder {
  private:
   Decoder(const ModelConfig& config, ops::Ops& ops) : config_(config), ops_(&ops) {}
 
+  ops::NormMatMulParams Projections(const LayerParameters& params,
+                                    const LayerActivations& acts) const;
+  absl::Status Attend(const ops::BatchPlan& plan, const ops::PagedKv& kv,
+                      const LayerActivations& acts) const;
+  // The second half, without the next layer's projections.
+  ops::MlpBlockParams Block(const LayerParameters& params, const LayerActivations& acts) const;
   // mid = input + attn_out Wo
   absl::Status MidForward(const LayerParameters& params, const LayerActivations& acts) const;
   ops::RmsNormParams MlpNorm(const LayerParameters& params, const LayerActivations& acts) const;

@@ -35,6 +35,24 @@ absl::Status Ops::MatMulSwiGluBackward(const MatMulSwiGluBackwardParams& p) {
       {.gate_up = p.gate_up, .d_out = p.out, .d_gate_up = p.d_gate_up, .out = p.out});
 }
 
+absl::Status Ops::MlpBlock(const MlpBlockParams& p) {
+  const TensorView& mid = p.mlp.norm.x;
+  RETURN_IF_ERROR(MatMul({.a = p.attn_out,
+                          .b = p.o,
+                          .trans_b = true,
+                          .addend = p.input,
+                          .c = mid,
+                          .b_is_parameter = true}));
+  RETURN_IF_ERROR(NormSwiGlu(p.mlp));
+  RETURN_IF_ERROR(MatMul({.a = p.mlp.out,
+                          .b = p.down,
+                          .trans_b = true,
+                          .addend = mid,
+                          .c = p.output,
+                          .b_is_parameter = true}));
+  return p.next.c.present() ? NormMatMul(p.next) : absl::OkStatus();
+}
+
 absl::Status Ops::Sample(const SampleParams& p) {
   ASSIGN_OR_RETURN(const std::unique_ptr<PendingSample> pending, StartSample(p));
   return pending->Wait();

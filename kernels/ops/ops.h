@@ -112,6 +112,7 @@ class Ops {
   virtual absl::Status NormMatMul(const NormMatMulParams& p);
   virtual absl::Status MatMulSwiGlu(const MatMulSwiGluParams& p);
   virtual absl::Status NormSwiGlu(const NormSwiGluParams& p);
+  virtual absl::Status MlpBlock(const MlpBlockParams& p);
 
   // Backward, mirroring the forward names.
   virtual absl::Status EmbeddingBackward(const EmbeddingBackwardParams& p) = 0;

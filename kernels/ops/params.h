@@ -169,6 +169,18 @@ struct NormSwiGluParams {
   TensorView gate_up;  // [rows, 2 * ffn] f
   TensorView out;      // optional [rows, ffn] f
 };
+// The second half of a layer, and the projections of the next:
+//   mid = input + attn_out o^T,  output = mid + mlp.out down^T,  next.c = RmsNorm(output) next.b^T
+// with mlp.out = SwiGlu(RmsNorm(mid) mlp.b^T). Weights are model parameters (MatMulParams).
+struct MlpBlockParams {
+  TensorView attn_out;    // [rows, q_dim] f
+  TensorView o;           // [hidden, q_dim] f
+  TensorView input;       // [rows, hidden] r
+  NormSwiGluParams mlp;   // mlp.norm.x is mid: written, may be input
+  TensorView down;        // [hidden, ffn] f
+  TensorView output;      // [rows, hidden] r, may be mid
+  NormMatMulParams next;  // optional (no next.c): next.norm.x is output
+};
 struct SwiGluBackwardParams {
   TensorView gate_up;    // [rows, 2 * ffn] f
   TensorView d_out;      // [rows, ffn] f

@@ -285,6 +285,16 @@ absl::Status StagedOps::NormSwiGlu(const ops::NormSwiGluParams& params) {
   s.OutAs(p.norm.rstd, DType::kF32).In(p.b).Out(p.gate_up).Out(p.out);
   return s.Finish(ops_->NormSwiGlu(p));
 }
+absl::Status StagedOps::MlpBlock(const ops::MlpBlockParams& params) {
+  ops::MlpBlockParams p = params;
+  Staging s(*ops_);
+  s.In(p.attn_out).In(p.o).InAs(p.input, residual_dtype_).In(p.down);
+  s.OutAs(p.mlp.norm.x, residual_dtype_).In(p.mlp.norm.weight).Out(p.mlp.norm.out);
+  s.In(p.mlp.b).Out(p.mlp.gate_up).Out(p.mlp.out).OutAs(p.output, residual_dtype_);
+  s.OutAs(p.next.norm.x, residual_dtype_).In(p.next.norm.weight).Out(p.next.norm.out);
+  s.In(p.next.b).In(p.next.bias).Out(p.next.c);
+  return s.Finish(ops_->MlpBlock(p));
+}
 absl::Status StagedOps::LogProbHead(const ops::LogProbHeadParams& params) {
   ops::LogProbHeadParams p = params;
   Staging s(*ops_);

@@ -1,0 +1,170 @@
+// The second half of a layer with the next layer's projections behind it: on a backend of its own
+// kind one kernel, where rows are few.
+#include <gtest/gtest.h>
+
+#include <random>
+#include <vector>
+
+#include "kernels/ops/ops.h"
+#include "tests/support/device_test.h"
+#include "tests/support/guarded_tensor.h"
+#include "tests/support/reference.h"
+#include "tests/support/share.h"
+
+namespace coppice {
+namespace {
+
+using reference::Vector;
+
+constexpr float kEps = 1e-5f;
+
+struct Shape {
+  int64_t rows, hidden, q_dim, ffn, qkv_dim;
+};
+// Rows around every size a backend rounds up to; widths below and above its tiles, with ragged
+// ends, and so many that every multiprocessor has some.
+std::vector<Shape> Shapes() {
+  std::vector<Shape> shapes;
+  for (const int64_t rows : {1, 7, 8, 9, 16, 17, 32, 33, 64, 65}) {
+    shapes.push_back({rows, 64, 64, 8, 64});
+    shapes.push_back({rows, 136, 200, 72, 328});
+  }
+  shapes.push_back({5, 320, 1096, 1000, 776});
+  shapes.push_back({40, 448, 320, 1352, 264});
+  return Share(shapes);
+}
+
+// One layer's tensors, filled at random.
+struct Block {
+  Block(const Shape& s, std::mt19937_64& random)
+      : attn_out({s.rows, s.q_dim}, 8),
+        o({s.hidden, s.q_dim}, 16),
+        stream({s.rows, s.hidden}, 2),
+        output({s.rows, s.hidden}, 4),
+        mlp_norm({s.hidden}),
+        next_norm({s.hidden}),
+        normed({s.rows, s.hidden}, 8),
+        gate_up_weight({2 * s.ffn, s.hidden}),
+        gate_up({s.rows, 2 * s.ffn}),
+        act({s.rows, s.ffn}, 8),
+        down({s.hidden, s.ffn}, 8),
+        qkv_weight({s.qkv_dim, s.hidden}, 8),
+        bias({s.qkv_dim}),
+        qkv({s.rows, s.qkv_dim}, 8) {
+    for (GuardedTensor* t : {&attn_out, &stream, &mlp_norm, &next_norm, &bias})
+      t->FillNormal(random);
+    o.FillNormal(random, 1 / std::sqrt(static_cast<float>(s.q_dim)));
+    down.FillNormal(random, 1 / std::sqrt(static_cast<float>(s.ffn)));
+    for (GuardedTensor* t : {&gate_up_weight, &qkv_weight})
+      t->FillNormal(random, 1 / std::sqrt(static_cast<float>(s.hidden)));
+  }
+  // Over one residual stream, or with an output of its own.
+  ops::MlpBlockParams Params(bool in_place, bool with_next, bool with_bias) const {
+    const TensorView out = in_place ? stream.view() : output.view();
+    ops::MlpBlockParams p = {.attn_out = attn_out.view(),
+                             .o = o.view(),
+                             .input = stream.view(),
+                             .mlp = {.norm = {.x = stream.view(),
+                                              .weight = mlp_norm.view(),
+                                              .eps = kEps,
+                                              .out = normed.view()},
+                                     .b = gate_up_weight.view(),
+                                     .gate_up = gate_up.view(),
+                                     .out = act.view()},
+                             .down = down.view(),
+                             .output = out};
+    if (with_next)
+      p.next = {.norm = {.x = out, .weight = next_norm.view(), .eps = kEps, .out = normed.view()},
+                .b = qkv_weight.view(),
+                .bias = with_bias ? bias.view() : TensorView{},
+                .c = qkv.view()};
+    return p;
+  }
+
+  GuardedTensor attn_out, o, stream, output, mlp_norm, next_norm, normed, gate_up_weight, gate_up,
+      act, down, qkv_weight, bias, qkv;
+};
+
+struct Want {
+  Vector output, qkv;
+};
+Want Reference(const Shape& s, const Block& b, bool with_bias) {
+  Want want;
+  Vector mid = reference::MatMul(b.attn_out.ToDouble(), b.o.ToDouble(), s.rows, s.hidden, s.q_dim,
+                                 false, true);
+  const Vector input = b.stream.ToDouble();
+  for (size_t i = 0; i < mid.size(); ++i) mid[i] += input[i];
+  const Vector normed = reference::RmsNorm(mid, b.mlp_norm.ToDouble(), kEps);
+  const Vector act = reference::SwiGlu(reference::MatMul(normed, b.gate_up_weight.ToDouble(),
+                                                         s.rows, 2 * s.ffn, s.hidden, false, true),
+                                       s.rows, s.ffn);
+  want.output = reference::MatMul(act, b.down.ToDouble(), s.rows, s.hidden, s.ffn, false, true);
+  for (size_t i = 0; i < mid.size(); ++i) want.output[i] += mid[i];
+  want.qkv = reference::MatMul(reference::RmsNorm(want.output, b.next_norm.ToDouble(), kEps),
+                               b.qkv_weight.ToDouble(), s.rows, s.qkv_dim, s.hidden, false, true);
+  for (size_t i = 0; i < want.qkv.size() && with_bias; ++i) want.qkv[i] += b.bias[i % s.qkv_dim];
+  return want;
+}
+
+class MlpBlockTest : public DeviceTest {
+ protected:
+  std::mt19937_64 random_{23};
+};
+INSTANTIATE_TEST_SUITE_P(Devices, MlpBlockTest, testing::ValuesIn(kDevices));
+
+TEST_P(MlpBlockTest, MatchesReference) {
+  for (const Shape& s : Shapes()) {
+    for (const int variant : {0, 1, 2, 3}) {
+      const bool in_place = variant % 2 == 0, with_next = variant != 1, with_bias = variant == 2;
+      SCOPED_TRACE(testing::Message() << s.rows << " x " << s.hidden << " variant " << variant);
+      Block block(s, random_);
+      const Want want = Reference(s, block, with_bias);
+      const absl::Status status = ops_->MlpBlock(block.Params(in_place, with_next, with_bias));
+      ASSERT_TRUE(status.ok()) << status;
+      const GuardedTensor& output = in_place ? block.stream : block.output;
+      EXPECT_LT(RelativeError(output, want.output), backward_tolerance());
+      output.ExpectGuardsIntact("output");
+      if (!with_next) continue;
+      EXPECT_LT(RelativeError(block.qkv, want.qkv), backward_tolerance());
+      block.qkv.ExpectGuardsIntact("qkv");
+    }
+  }
+}
+
+TEST_P(MlpBlockTest, EqualInputsGiveEqualBits) {
+  for (const int64_t rows : Share<int64_t>({2, 12, 24, 64})) {
+    SCOPED_TRACE(testing::Message() << rows << " rows");
+    const Shape shape = {rows, 256, 384, 640, 512};
+    Block block(shape, random_);
+    const std::vector<float> input = block.stream.ToFloat();
+    std::vector<float> first;
+    for (int run = 0; run < (on_cuda() ? 20 : 2); ++run) {
+      for (size_t i = 0; i < input.size(); ++i) block.stream[static_cast<int64_t>(i)] = input[i];
+      const absl::Status status = ops_->MlpBlock(block.Params(true, true, true));
+      ASSERT_TRUE(status.ok()) << status;
+      std::vector<float> got = block.stream.ToFloat();
+      const std::vector<float> qkv = block.qkv.ToFloat();
+      got.insert(got.end(), qkv.begin(), qkv.end());
+      if (run == 0) first = got;
+      ASSERT_EQ(got, first) << "run " << run;
+    }
+  }
+}
+
+TEST_P(MlpBlockTest, ShapesThatDoNotMatchAreRefused) {
+  const Shape shape = {4, 64, 64, 64, 64};
+  Block block(shape, random_);
+  GuardedTensor narrow({64, 56}), few({3, 64});
+  ops::MlpBlockParams p = block.Params(true, true, true);
+  p.down = narrow.view();
+  EXPECT_EQ(ops_->MlpBlock(p).code(), absl::StatusCode::kInvalidArgument);
+  p = block.Params(true, true, true);
+  p.o = narrow.view();
+  EXPECT_EQ(ops_->MlpBlock(p).code(), absl::StatusCode::kInvalidArgument);
+  p = block.Params(true, true, true);
+  p.next.c = few.view();
+  EXPECT_EQ(ops_->MlpBlock(p).code(), absl::StatusCode::kInvalidArgument);
+}
+
+}  // namespace
+}  // namespace coppice
