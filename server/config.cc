@@ -125,6 +125,13 @@ const std::vector<Flag>& Flags() {
        "optimizer "
        "and scratch need.",
        0, INT64_MAX, Unit::kBytes},
+      {.group = "Training",
+       .name = "gradient_dtype",
+       .field = &Config::gradient_dtype,
+       .help =
+           "Of the gradients of layers' matrices. bf16: half of their memory, which activations "
+           "may use, rounded once more for every micro-batch.",
+       .choices = {"f32", "bf16"}},
       {"Training", "max_rollouts", &Config::max_rollouts,
        "Rollouts kept for training by id; the oldest goes first.", 1, kMaxCount},
       {"Training", "prompt_state_bytes", &Config::prompt_state_bytes,

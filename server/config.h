@@ -14,6 +14,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "kernels/base/dtype.h"
 
 namespace coppice {
 
@@ -50,6 +51,7 @@ struct Config {
   // Training
   int64_t max_train_rows = 16384;
   int64_t activation_bytes = 0;
+  std::string gradient_dtype = "f32";
   int64_t max_rollouts = 4096;
   int64_t prompt_state_bytes = 0;
   int64_t max_step_records = 1024;
@@ -70,6 +72,7 @@ struct Config {
   bool help = false;
   bool version = false;
 
+  DType GradientDType() const { return gradient_dtype == "bf16" ? DType::kBF16 : DType::kF32; }
   // What `overlap` means for this device.
   bool OverlapsSteps() const { return overlap == "auto" ? device == "cuda" : overlap == "true"; }
 };

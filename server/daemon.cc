@@ -134,6 +134,7 @@ EngineOptions Daemon::MakeEngineOptions() const {
   options.max_reader_stall = absl::Seconds(config_.max_reader_stall_s);
   options.trainer.max_rows = config_.max_train_rows;
   options.trainer.activation_bytes = memory_.activation_bytes;
+  options.trainer.gradient_dtype = config_.GradientDType();
   return options;
 }
 

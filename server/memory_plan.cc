@@ -7,6 +7,7 @@
 #include "kernels/base/status_macros.h"
 #include "kernels/model/kv_pool.h"
 #include "kernels/model/parameters.h"
+#include "trainer/gradient_arena.h"
 
 namespace coppice {
 namespace {
@@ -40,7 +41,7 @@ FixedBytes FixedBytesOf(const Config& config, const ModelConfig& model,
   return {.weights = elements * SizeOf(device.compute_dtype),
           .workspace = workspace_bytes,
           .scratch = ScratchBytes(device),
-          .gradients = masters,
+          .gradients = GradientArena::SizeBytes(model, config.GradientDType()),
           .optimizer = 2 * masters + (has_remainder ? masters / 2 : 0),
           .prompt_states = config.prompt_state_bytes};
 }

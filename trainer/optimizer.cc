@@ -60,23 +60,27 @@ absl::StatusOr<Optimizer> Optimizer::Create(const ModelConfig& config, const Par
 
 absl::StatusOr<Optimizer::Outcome> Optimizer::Step(const AdamConfig& config,
                                                    const Parameters& params,
-                                                   const Parameters& grads, ops::Ops& ops) {
-  ASSIGN_OR_RETURN(const double sum_squares, ops.SumSquares(grads.flat));
+                                                   const GradientArena& grads, ops::Ops& ops) {
+  ASSIGN_OR_RETURN(const double sum_squares, grads.SumSquares(ops));
   const double norm = std::sqrt(sum_squares);
   if (!std::isfinite(norm)) return Outcome{.grad_norm = norm, .updated = false};
-  RETURN_IF_ERROR(ops.AdamW({.param = params.flat,
-                             .master_remainder = remainder_,
-                             .grad = grads.flat,
-                             .m = m_,
-                             .v = v_,
-                             .decay_mask = decay_mask_,
-                             .step = num_steps_ + 1,
-                             .learning_rate = config.learning_rate,
-                             .beta1 = config.beta1,
-                             .beta2 = config.beta2,
-                             .eps = config.eps,
-                             .weight_decay = config.weight_decay,
-                             .grad_scale = ClipFactor(norm, config.grad_clip_norm)}));
+  for (const GradientArena::Slice& slice : grads.slices()) {
+    const int64_t begin = slice.begin, end = begin + slice.values.dim(0);
+    RETURN_IF_ERROR(ops.AdamW(
+        {.param = params.flat.Rows(begin, end),
+         .master_remainder = remainder_.present() ? remainder_.Rows(begin, end) : TensorView{},
+         .grad = slice.values,
+         .m = m_.Rows(begin, end),
+         .v = v_.Rows(begin, end),
+         .decay_mask = decay_mask_.Rows(begin / kDecayGroup, end / kDecayGroup),
+         .step = num_steps_ + 1,
+         .learning_rate = config.learning_rate,
+         .beta1 = config.beta1,
+         .beta2 = config.beta2,
+         .eps = config.eps,
+         .weight_decay = config.weight_decay,
+         .grad_scale = ClipFactor(norm, config.grad_clip_norm)}));
+  }
   ++num_steps_;
   return Outcome{.grad_norm = norm, .updated = true};
 }

@@ -10,6 +10,7 @@
 #include "kernels/model/model_config.h"
 #include "kernels/model/parameters.h"
 #include "kernels/ops/ops.h"
+#include "trainer/gradient_arena.h"
 #include "trainer/train_types.h"
 
 namespace coppice {
@@ -27,7 +28,7 @@ class Optimizer {
   // params -= AdamW(grads clipped to config.grad_clip_norm). One pass for the norm, one for the
   // update.
   absl::StatusOr<Outcome> Step(const AdamConfig& config, const Parameters& params,
-                               const Parameters& grads, ops::Ops& ops);
+                               const GradientArena& grads, ops::Ops& ops);
 
   int64_t num_steps() const { return num_steps_; }
   void set_num_steps(int64_t n) { num_steps_ = n; }

@@ -12,10 +12,12 @@ namespace {
 // On the CPU half of what is free, since others live there. On a device what is left beside
 // gradients, both moments, the remainders of masters and what ops need; should that be little, an
 // eighth.
-int64_t DefaultActivationBytes(const ModelConfig& config, const ops::DeviceInfo& info) {
+int64_t DefaultActivationBytes(const ModelConfig& config, DType gradient_dtype,
+                               const ops::DeviceInfo& info) {
   if (info.kind == DeviceKind::kCpu) return info.free_bytes / 2;
   const int64_t state_bytes =
-      NumParameterElements(config) * (3 * SizeOf(DType::kF32) + SizeOf(DType::kBF16));
+      GradientArena::SizeBytes(config, gradient_dtype) +
+      NumParameterElements(config) * (2 * SizeOf(DType::kF32) + SizeOf(DType::kBF16));
   return std::max(info.free_bytes - state_bytes - info.op_scratch_bytes, info.free_bytes / 8);
 }
 
@@ -29,9 +31,14 @@ absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const Options& options,
         "trainer refused: max_rows wants to be positive and activation_bytes not negative, got ",
         options.max_rows, " and ", options.activation_bytes));
   }
-  const int64_t budget = options.activation_bytes > 0
-                             ? options.activation_bytes
-                             : DefaultActivationBytes(decoder.config(), decoder.ops().Info());
+  if (options.gradient_dtype != DType::kF32 && options.gradient_dtype != DType::kBF16) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "trainer refused: gradient_dtype wants f32 or bf16, got ", Name(options.gradient_dtype)));
+  }
+  const int64_t budget =
+      options.activation_bytes > 0
+          ? options.activation_bytes
+          : DefaultActivationBytes(decoder.config(), options.gradient_dtype, decoder.ops().Info());
   const ops::ActivationTypes types = decoder.ops().Info().activation_types();
   if (Activations::MaxRows(decoder.config(), types, budget) < 1) {
     return absl::ResourceExhaustedError(
@@ -48,7 +55,8 @@ PolicyTrainer::PolicyTrainer(const Options& options, int64_t activation_bytes, M
       decoder_(decoder),
       ops_(decoder.ops()),
       clock_(clock),
-      limits_(MakeLimits(options)) {}
+      limits_(MakeLimits(options)),
+      gradient_dtype_(options.gradient_dtype) {}
 
 PassLimits PolicyTrainer::MakeLimits(const Options& options) const {
   const ops::DeviceInfo device = ops_.Info();

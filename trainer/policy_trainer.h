@@ -17,6 +17,7 @@
 #include "trainer/activations.h"
 #include "trainer/backward.h"
 #include "trainer/forward.h"
+#include "trainer/gradient_arena.h"
 #include "trainer/optimizer.h"
 #include "trainer/phase_timer.h"
 #include "trainer/prompt_state.h"
@@ -42,7 +43,7 @@ class PolicyTrainer final : public Trainer {
   PolicyVersion policy_version() const override { return version_; }
   bool has_pending_gradients() const override { return pending_gradients_; }
   bool has_optimizer_state() const override { return optimizer_.has_value(); }
-  const Parameters& gradients() const override { return gradients_; }
+  const Parameters& gradients() const override { return gradients_.parameters(); }
 
   absl::Status SaveCheckpoint(absl::string_view directory) override;
   absl::Status LoadCheckpoint(absl::string_view directory) override;
@@ -162,8 +163,8 @@ class PolicyTrainer final : public Trainer {
   Activations prompt_activations_;  // of a prompt that retains some, while its branches run
   PromptState prompt_state_;
   PromptGradients prompt_gradients_;
-  DeviceBuffer gradient_buffer_;
-  Parameters gradients_;  // f32; empty until the first ForwardBackward
+  const DType gradient_dtype_;
+  GradientArena gradients_;  // empty until the first ForwardBackward
   bool pending_gradients_ = false;
   bool gradients_written_ = false;  // false: what the arena holds counts for nothing
   Retention logged_retention_;

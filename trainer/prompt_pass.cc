@@ -78,10 +78,11 @@ absl::Status PolicyTrainer::RunPromptBackward(const TreeRun& run, float temperat
   const Activations& activations = Retained(run) ? prompt_activations_ : activations_;
   const bool accumulate = std::exchange(gradients_written_, true);
   RETURN_IF_ERROR(HeadBackward(ops_, model_.params, run.tree, temperature, run.head, run.d_head,
-                               activations, gradients_, accumulate));
+                               activations, gradients_.parameters(), accumulate));
   phases.Lap("head");
-  RETURN_IF_ERROR(BackwardTree(decoder_, model_.params, *run.batch, activations, gradients_,
-                               accumulate, {.gradients = &prompt_gradients_}, PromptStemOf(run)));
+  RETURN_IF_ERROR(BackwardTree(decoder_, model_.params, *run.batch, activations,
+                               gradients_.parameters(), accumulate,
+                               {.gradients = &prompt_gradients_}, PromptStemOf(run)));
   RETURN_IF_ERROR(ops_.Synchronize());
   phases.Lap("backward");
   return absl::OkStatus();

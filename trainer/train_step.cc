@@ -50,7 +50,7 @@ absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
     RETURN_IF_ERROR(DropGradients());
     return status;
   }
-  if (!gradients_written_) RETURN_IF_ERROR(ops_.Zero(gradients_.flat));  // nothing had a target
+  if (!gradients_written_) RETURN_IF_ERROR(gradients_.Zero(ops_));  // nothing had a target
   gradients_written_ = pending_gradients_ = true;
 
   result.loss = totals.loss.loss();
@@ -137,10 +137,10 @@ absl::Status PolicyTrainer::RunBackward(const TreeRun& run, float temperature, P
   if (run.tree.targets.empty()) return absl::OkStatus();
   const bool accumulate = std::exchange(gradients_written_, true);
   RETURN_IF_ERROR(HeadBackward(ops_, model_.params, run.tree, temperature, run.head, run.d_head,
-                               activations_, gradients_, accumulate));
+                               activations_, gradients_.parameters(), accumulate));
   phases.Lap("head");
-  RETURN_IF_ERROR(BackwardTree(decoder_, model_.params, *run.batch, activations_, gradients_,
-                               accumulate, run.link, StemOf(run)));
+  RETURN_IF_ERROR(BackwardTree(decoder_, model_.params, *run.batch, activations_,
+                               gradients_.parameters(), accumulate, run.link, StemOf(run)));
   RETURN_IF_ERROR(ops_.Synchronize());
   phases.Lap("backward");
   return absl::OkStatus();
@@ -213,11 +213,8 @@ absl::Status PolicyTrainer::ScorePass(const PlannedPass& planned, Pass pass, flo
 }
 
 absl::Status PolicyTrainer::EnsureGradients() {
-  if (gradients_.flat.present()) return absl::OkStatus();
-  const ModelConfig& config = decoder_.config();
-  const int64_t bytes = NumParameterElements(config) * SizeOf(DType::kF32);
-  ASSIGN_OR_RETURN(gradient_buffer_, ops_.Allocate(bytes, "gradients"));
-  gradients_ = MapParameters(config, gradient_buffer_.data(), DType::kF32);
+  if (gradients_.present()) return absl::OkStatus();
+  ASSIGN_OR_RETURN(gradients_, GradientArena::Create(decoder_.config(), gradient_dtype_, ops_));
   return absl::OkStatus();
 }
 

@@ -28,6 +28,9 @@ class Trainer {
     // Memory for activations; decides what is retained for backward. 0 = half of a CPU's free
     // memory at Create; on a GPU what is free beside gradients and optimizer.
     int64_t activation_bytes = 0;
+    // Of the gradients of layers' matrices: f32, or bf16 for half of their memory and less
+    // precision (gradient_arena.h).
+    DType gradient_dtype = DType::kF32;
     // false: every sequence runs on its own, the baseline of benchmarks.
     bool share_prefixes = true;
     // Where the engine checkpoints durable steps; empty = durable is refused.
@@ -59,8 +62,8 @@ class Trainer {
   virtual PolicyVersion policy_version() const = 0;
   virtual bool has_pending_gradients() const = 0;
   virtual bool has_optimizer_state() const = 0;
-  // The gradient arena, mapped like the weights; for tests and parity. Holds something while
-  // gradients are pending.
+  // The gradients, mapped like the weights, `flat` if all are f32; for tests and parity. Hold
+  // something while gradients are pending.
   virtual const Parameters& gradients() const = 0;
 
   // Weights, optimizer, version; temp directory, fsync, rename. `directory` must not exist or be a

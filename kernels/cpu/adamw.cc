@@ -6,6 +6,7 @@
 
 #include "kernels/base/status_macros.h"
 #include "kernels/cpu/families.h"
+#include "kernels/cpu/float16.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/simd/kernels.h"
 #include "kernels/ops/shape_check.h"
@@ -16,15 +17,29 @@ namespace {
 constexpr int64_t kGrain = int64_t{1}
                            << 15;  // a multiple of the 64 elements of one decay_mask entry
 
+// Elements [begin, end) as f32; `buffer` holds them if they are not.
+const float* Floats(const TensorView& x, int64_t begin, int64_t end, std::vector<float>& buffer) {
+  if (x.dtype == DType::kF32) return x.f32() + begin;
+  buffer.resize(end - begin);
+  for (int64_t i = begin; i < end; ++i) buffer[i - begin] = FloatFromBf16(x.as<uint16_t>()[i]);
+  return buffer.data();
+}
+
+DType FloatType(const TensorView& t) {
+  return t.dtype == DType::kBF16 ? DType::kBF16 : DType::kF32;
+}
+
 }  // namespace
 
 // Pieces of kGrain elements are summed apart in double precision, then in order.
 absl::StatusOr<double> SumSquares(Context& context, TensorView x) {
   const int64_t n = x.dim(0);
-  RETURN_IF_ERROR(ops::ShapeCheck("sum_squares").Tensor("x", x, DType::kF32, {n}).status());
+  RETURN_IF_ERROR(ops::ShapeCheck("sum_squares").Tensor("x", x, FloatType(x), {n}).status());
   std::vector<double> partials((n + kGrain - 1) / kGrain);
   ParallelRanges(context, n, kGrain, [&](int64_t begin, int64_t end) {
-    partials[begin / kGrain] = SimdKernels().sum_squares(x.f32() + begin, end - begin);
+    std::vector<float> buffer;
+    partials[begin / kGrain] =
+        SimdKernels().sum_squares(Floats(x, begin, end, buffer), end - begin);
   });
   double sum = 0;
   for (const double partial : partials) sum += partial;
@@ -36,7 +51,7 @@ absl::Status AdamW(Context& context, const ops::AdamWParams& p) {
   RETURN_IF_ERROR(
       ops::ShapeCheck("adamw")
           .Tensor("param", p.param, DType::kF32, {n})
-          .Tensor("grad", p.grad, DType::kF32, {n})
+          .Tensor("grad", p.grad, FloatType(p.grad), {n})
           .Tensor("m", p.m, DType::kF32, {n})
           .Tensor("v", p.v, DType::kF32, {n})
           .Optional("decay_mask", p.decay_mask, DType::kU8, {n / 64})
@@ -57,8 +72,9 @@ absl::Status AdamW(Context& context, const ops::AdamWParams& p) {
   ParallelRanges(context, n, kGrain, [&](int64_t begin, int64_t end) {
     const uint8_t* mask =
         p.decay_mask.present() ? p.decay_mask.as<uint8_t>() + begin / 64 : nullptr;
-    SimdKernels().adamw(step, p.grad.f32() + begin, mask, p.param.f32() + begin, p.m.f32() + begin,
-                        p.v.f32() + begin, end - begin);
+    std::vector<float> buffer;
+    SimdKernels().adamw(step, Floats(p.grad, begin, end, buffer), mask, p.param.f32() + begin,
+                        p.m.f32() + begin, p.v.f32() + begin, end - begin);
   });
   return absl::OkStatus();
 }

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
@@ -127,10 +128,28 @@ absl::Status Gemm(Context& context, const GemmArgs& g) {
   return absl::OkStatus();
 }
 
+namespace {
+
+// A weight gradient in bf16: the product and what it is added to in f32, then rounded once.
+absl::Status MatMulIntoBf16(Context& context, ops::MatMulParams p, int64_t m, int64_t n) {
+  std::vector<float> sums(m * n);
+  const TensorView c = p.c, sum = View2D(sums.data(), DType::kF32, m, n);
+  if (p.addend.present()) {
+    RETURN_IF_ERROR(Copy(context, p.addend, sum));
+    p.addend = sum;
+  }
+  p.c = sum;
+  RETURN_IF_ERROR(MatMul(context, p));
+  return Copy(context, sum, c);
+}
+
+}  // namespace
+
 absl::Status MatMul(Context& context, const ops::MatMulParams& p) {
   const int64_t m = p.trans_a ? p.a.dim(1) : p.a.dim(0);
   const int64_t k = p.trans_a ? p.a.dim(0) : p.a.dim(1);
   const int64_t n = p.trans_b ? p.b.dim(0) : p.b.dim(1);
+  if (p.c.dtype == DType::kBF16 && p.trans_a) return MatMulIntoBf16(context, p, m, n);
   RETURN_IF_ERROR(CheckMatMul(p, m, n, k));
   const bool accumulate = p.bias.present() || p.addend.present();
   const bool in_place = p.addend.data == p.c.data && p.addend.stride[0] == p.c.stride[0];

@@ -8,15 +8,19 @@
 #include "kernels/ops/shape_check.h"
 
 namespace coppice::cuda {
+namespace {
+
+DType FloatType(const TensorView& t) { return t.dtype == DType::kF32 ? DType::kF32 : DType::kBF16; }
+
+}  // namespace
 
 // Blocks sum fixed shares in double precision; the host adds them in order.
 absl::StatusOr<double> SumSquares(Context& context, TensorView x) {
-  RETURN_IF_ERROR(ops::ShapeCheck("sum_squares").Tensor("x", x, DType::kF32, {x.dim(0)}).status());
+  RETURN_IF_ERROR(ops::ShapeCheck("sum_squares").Tensor("x", x, FloatType(x), {x.dim(0)}).status());
   ASSIGN_OR_RETURN(char* scratch,
                    context.Scratch(kSumSquaresPartials * static_cast<int64_t>(sizeof(double))));
   double* partials = reinterpret_cast<double*>(scratch);
-  RETURN_IF_ERROR(context.Check(LaunchSumSquares(x.f32(), x.dim(0), partials, context.stream()),
-                                "sum_squares"));
+  RETURN_IF_ERROR(context.Check(LaunchSumSquares(x, partials, context.stream()), "sum_squares"));
   std::vector<double> host(kSumSquaresPartials);
   RETURN_IF_ERROR(context.Check(cudaMemcpyAsync(host.data(), partials, host.size() * sizeof(double),
                                                 cudaMemcpyDeviceToHost, context.stream()),
@@ -29,10 +33,10 @@ absl::StatusOr<double> SumSquares(Context& context, TensorView x) {
 
 absl::Status AdamW(Context& context, const ops::AdamWParams& p) {
   const int64_t n = p.param.dim(0);
-  const DType param = p.param.dtype == DType::kF32 ? DType::kF32 : DType::kBF16;
+  const DType param = FloatType(p.param);
   RETURN_IF_ERROR(ops::ShapeCheck("adamw")
                       .Tensor("param", p.param, param, {n})
-                      .Tensor("grad", p.grad, DType::kF32, {n})
+                      .Tensor("grad", p.grad, FloatType(p.grad), {n})
                       .Tensor("m", p.m, DType::kF32, {n})
                       .Tensor("v", p.v, DType::kF32, {n})
                       .Optional("master_remainder", p.master_remainder, DType::kBF16, {n})

@@ -115,7 +115,7 @@ cudaError_t LaunchSample(const SampleInputs& in, cudaStream_t stream);
 
 // adamw.cu.  partials: [kSumSquaresPartials] double
 constexpr int64_t kSumSquaresPartials = 1056;
-cudaError_t LaunchSumSquares(const float* x, int64_t n, double* partials, cudaStream_t stream);
+cudaError_t LaunchSumSquares(const TensorView& x, double* partials, cudaStream_t stream);
 struct AdamWStep {
   float step_size = 0;   // learning_rate / (1 - beta1^t)
   float inv_sqrt_v = 0;  // 1 / sqrt(1 - beta2^t)

@@ -132,7 +132,8 @@ class Ops {
   virtual absl::Status CopyBlocks(const CopyBlocksParams& p) = 0;
 
   // Update.
-  virtual absl::StatusOr<double> SumSquares(TensorView x) = 0;  // [n] f32; fixed order of summation
+  virtual absl::StatusOr<double> SumSquares(
+      TensorView x) = 0;  // [n] f32|bf16; fixed order of summation
   virtual absl::Status AdamW(const AdamWParams& p) = 0;
 };
 

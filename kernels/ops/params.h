@@ -63,7 +63,9 @@ struct MatMulParams {
   bool trans_b = false;
   TensorView bias;    // optional [n] f
   TensorView addend;  // optional [m, n], dtype of c; may be c itself (c +=)
-  TensorView c;       // [m, n] f, or f32 for weight gradients, logits and the residual stream
+  // [m, n] f, or f32 for weight gradients, logits and the residual stream; weight gradients may be
+  // bf16 everywhere.
+  TensorView c;
   // b is a model parameter, which only loads and updates write: it may be read ahead of its turn.
   bool b_is_parameter = false;
 };
@@ -269,7 +271,7 @@ struct AdamWParams {
   TensorView param;  // [params] f (f32 master on the CPU; CUDA keeps master_remainder)
   // Optional [params] 16-bit: bf16 param + remainder = exact f32 master.
   TensorView master_remainder;
-  TensorView grad;        // [params] f32
+  TensorView grad;        // [params] f32 or bf16
   TensorView m;           // [params] f32
   TensorView v;           // [params] f32
   TensorView decay_mask;  // optional [params / 64] u8: 1 = decay this 64-element group (norms and

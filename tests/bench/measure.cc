@@ -51,6 +51,7 @@ void Print(const Options& options, const Result& result) {
       {"threads", options.threads},   {"repeats", options.repeats},
       {"seed", options.seed},
   };
+  if (options.bf16_gradients) shape["gradients"] = "bf16";
   if (options.cached > 0) shape["cached"] = options.cached;
   if (!result.pass.empty()) shape["pass"] = result.pass;
   nlohmann::ordered_json line = {

@@ -42,6 +42,7 @@ Options
   --threads N          CPU threads, 0 = all cores (default)
   --repeats N          timed runs, of which the median counts (default 5)
   --seed N             of weights and tokens (default 1)
+  --bf16_gradients 0|1 train_step: gradients of layers' matrices in bf16, not f32 (default 0)
   --phases 0|1         train_step: also the device's seconds by family of ops (default 0)
   --help               this text
 )";
@@ -90,6 +91,8 @@ absl::Status Set(absl::string_view name, absl::string_view value, Options& optio
     return SetNumber(name, value, 1, options.repeats);
   } else if (name == "--phases") {
     return SetBool(name, value, options.phases);
+  } else if (name == "--bf16_gradients") {
+    return SetBool(name, value, options.bf16_gradients);
   } else if (name == "--seed") {
     return SetNumber(name, value, 0, options.seed);
   } else {

@@ -26,6 +26,7 @@ struct Options {
   int64_t repeats = 5;
   int64_t seed = 1;
   bool phases = false;
+  bool bf16_gradients = false;
 };
 
 inline const char* Name(Mode mode) {

@@ -17,6 +17,7 @@
 #include "tests/bench/measure.h"
 #include "tests/support/kept_prompt.h"
 #include "tests/support/tolerances.h"
+#include "trainer/gradient_arena.h"
 #include "trainer/trainer.h"
 
 namespace coppice::bench {
@@ -53,6 +54,7 @@ absl::StatusOr<std::unique_ptr<Trainer>> MakeTrainer(const Options& options, Ben
   Trainer::Options trainer_options;
   trainer_options.share_prefixes = options.mode != Mode::kFlat;
   trainer_options.max_rows = RowsOfAPass(options);
+  if (options.bf16_gradients) trainer_options.gradient_dtype = DType::kBF16;
   return Trainer::Create(trainer_options, bench.model(), bench.decoder(), kClock);
 }
 
@@ -89,6 +91,7 @@ absl::Status VerifyGradients(Options options, BenchModel& bench) {
   options.response = std::min<int64_t>(options.response, 5);
   options.group = std::min<int64_t>(options.group, 3);
   if (options.mode == Mode::kFlat) options.mode = Mode::kShared;
+  options.bf16_gradients = false;  // exact sums are compared
   ASSIGN_OR_RETURN(const std::vector<float> shared, Gradients(options, bench));
   options.mode = Mode::kFlat;
   ASSIGN_OR_RETURN(const std::vector<float> flat, Gradients(options, bench));
@@ -126,6 +129,14 @@ absl::Status AddPhases(ops::ProfiledOps& profiled, const Stage& forward_backward
   return absl::OkStatus();
 }
 
+// The norm and the update read each gradient once.
+double UpdateBytes(const Options& options, const ModelConfig& config) {
+  if (!options.bf16_gradients) return bench::UpdateBytes(config);
+  const int64_t saved = GradientArena::SizeBytes(config, DType::kF32) -
+                        GradientArena::SizeBytes(config, DType::kBF16);
+  return bench::UpdateBytes(config) - 2 * static_cast<double>(saved);
+}
+
 // What a step ran and held.
 std::vector<std::pair<std::string, int64_t>> Counts(const Options& options,
                                                     const ForwardBackwardResult& done,
@@ -136,6 +147,7 @@ std::vector<std::pair<std::string, int64_t>> Counts(const Options& options,
       {"tokens_run", done.tokens.unique - done.tokens.prompt_forward_skipped},
       {"prompt_tokens_run", prompts * options.prompt - done.tokens.prompt_forward_skipped},
       {"passes", metric("passes")},
+      {"micro_batches", metric("micro_batches")},
       {"recompute", metric("recompute")},
       {"activation_bytes", metric("activation_bytes")}};
   // Buffers only grow: what the device lacks now is the most that it lacked.
@@ -185,7 +197,7 @@ absl::Status RunTrainStep(const Options& options) {
   Result adamw{.bench = "train_step", .seconds = seconds[1], .device = device, .pass = "adamw"};
   ASSIGN_OR_RETURN(const double bandwidth,
                    MemoryBandwidth(bench->ops(), static_cast<int>(options.threads)));
-  adamw.bound_seconds = UpdateBytes(bench->config()) / bandwidth;
+  adamw.bound_seconds = UpdateBytes(options, bench->config()) / bandwidth;
   adamw.bound = BandwidthBoundName(bandwidth);
   Print(options, adamw);
   return absl::OkStatus();

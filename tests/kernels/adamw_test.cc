@@ -1,7 +1,9 @@
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <cmath>
 #include <random>
+#include <vector>
 
 #include "kernels/ops/ops.h"
 #include "tests/support/device_test.h"
@@ -57,6 +59,43 @@ TEST_P(AdamWTest, MatchesTheFormulaOverSeveralSteps) {
   }
 }
 
+// bf16 values of `x` for a gradient, and the same numbers in f32.
+std::vector<uint16_t> RoundToBf16(GuardedTensor& x) {
+  std::vector<uint16_t> bits(x.size());
+  for (int64_t i = 0; i < x.size(); ++i) {
+    const uint32_t upper = std::bit_cast<uint32_t>(x[i]) & 0xffff0000u;
+    bits[i] = static_cast<uint16_t>(upper >> 16);
+    x[i] = std::bit_cast<float>(upper);
+  }
+  return bits;
+}
+
+TEST_P(AdamWTest, TakesGradientsInBf16) {
+  std::mt19937_64 random(4);
+  const int64_t n = 40000 / 64 * 64;
+  GuardedTensor param({n}), m({n}), v({n}), grad({n});
+  param.FillNormal(random);
+  grad.FillNormal(random);
+  GuardedTensor same_param({n}), same_m({n}), same_v({n});
+  for (int64_t i = 0; i < n; ++i) same_param[i] = param[i];
+  std::vector<uint16_t> bits = RoundToBf16(grad);
+  ops::AdamWParams p = {.param = param.view(),
+                        .grad = View1D(bits.data(), DType::kBF16, n),
+                        .m = m.view(),
+                        .v = v.view(),
+                        .learning_rate = 0.01f,
+                        .weight_decay = 0.1f};
+  ASSERT_TRUE(ops_->AdamW(p).ok());
+  p.param = same_param.view();
+  p.grad = grad.view();
+  p.m = same_m.view();
+  p.v = same_v.view();
+  ASSERT_TRUE(ops_->AdamW(p).ok());
+  EXPECT_EQ(param.ToFloat(), same_param.ToFloat());
+  EXPECT_EQ(m.ToFloat(), same_m.ToFloat());
+  EXPECT_EQ(v.ToFloat(), same_v.ToFloat());
+}
+
 TEST_P(AdamWTest, ZeroGradientAndNoDecayChangeNothing) {
   GuardedTensor param({64}), grad({64}), m({64}), v({64});
   param.Fill(3);
@@ -97,6 +136,19 @@ TEST_P(SumSquaresDeviceTest, MatchesTheReference) {
     GuardedTensor x({n});
     x.FillNormal(random);
     const auto got = ops_->SumSquares(x.view());
+    ASSERT_TRUE(got.ok()) << got.status();
+    const double want = reference::Dot(x.ToDouble(), x.ToDouble());
+    EXPECT_NEAR(*got, want, tolerance::kOpForward * want);
+  }
+}
+
+TEST_P(SumSquaresDeviceTest, TakesBf16) {
+  std::mt19937_64 random(5);
+  for (const int64_t n : {1, 15, 32769}) {
+    GuardedTensor x({n});
+    x.FillNormal(random);
+    std::vector<uint16_t> bits = RoundToBf16(x);
+    const auto got = ops_->SumSquares(View1D(bits.data(), DType::kBF16, n));
     ASSERT_TRUE(got.ok()) << got.status();
     const double want = reference::Dot(x.ToDouble(), x.ToDouble());
     EXPECT_NEAR(*got, want, tolerance::kOpForward * want);

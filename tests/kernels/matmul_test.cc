@@ -1,6 +1,9 @@
 #include <gtest/gtest.h>
 
+#include <bit>
 #include <random>
+#include <tuple>
+#include <vector>
 
 #include "kernels/ops/ops.h"
 #include "tests/support/device_test.h"
@@ -52,6 +55,32 @@ class MatMulDeviceTest : public DeviceTest {
   }
 };
 INSTANTIATE_TEST_SUITE_P(Devices, MatMulDeviceTest, testing::ValuesIn(kDevices));
+
+// A weight gradient: the product, then added to itself.
+TEST_P(MatMulDeviceTest, SumsWeightGradientsInBf16) {
+  std::mt19937_64 random(6);
+  for (const auto& [m, n, k] : {std::tuple{8, 16, 3}, {64, 40, 130}, {130, 72, 33}}) {
+    GuardedTensor d_y({k, m}, 8), x({k, n}, 8);
+    d_y.FillNormal(random);
+    x.FillNormal(random);
+    const Vector want = reference::MatMul(d_y.ToDouble(), x.ToDouble(), m, n, k, true, false);
+    std::vector<uint16_t> bits(m * n);
+    ops::MatMulParams p = {.a = d_y.view(), .b = x.view(), .trans_a = true};
+    p.c = View2D(bits.data(), DType::kBF16, m, n);
+    for (const double times : {1.0, 2.0, 3.0}) {
+      const absl::Status status = ops_->MatMul(p);
+      ASSERT_TRUE(status.ok()) << status;
+      GuardedTensor got({m, n});
+      Vector sum = want;
+      for (int64_t i = 0; i < got.size(); ++i) {
+        got[i] = std::bit_cast<float>(uint32_t{bits[i]} << 16);
+        sum[i] *= times;
+      }
+      EXPECT_LT(RelativeError(got, sum), times / 256) << m << " x " << n;
+      p.addend = p.c;
+    }
+  }
+}
 
 TEST_P(MatMulDeviceTest, MatchesReferenceForEveryTransposeAndExtra) {
   std::mt19937_64 random(1);

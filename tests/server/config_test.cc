@@ -65,6 +65,7 @@ TEST(ConfigTest, ErrorsNameFlagWantAndGot) {
     ExpectBad({"--model=m", "--device=cuda", tokens}, "a power of two, at least 8");
     EXPECT_TRUE(Parse({"--model=m", tokens}).ok());
   }
+  ExpectBad({"--model=m", "--gradient_dtype=f16"}, "want f32 or bf16");
   ExpectBad({}, "exactly one of --model and --model_geometry");
   ExpectBad({"--model=m", "--model_geometry=tiny-llama"}, "exactly one of");
   ExpectBad({"--model=m", "--kv_bytes=1", "--kv_blocks=1"}, "one of --kv_bytes, --kv_blocks");

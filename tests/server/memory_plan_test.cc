@@ -80,6 +80,15 @@ TEST_F(MemoryPlanTest, CountsWhatOpsMayTakeAndKeptPrompts) {
   EXPECT_THAT(std::string(Plan().status().message()), HasSubstr("prompt states, got"));
 }
 
+TEST_F(MemoryPlanTest, GradientsInBf16LeaveMore) {
+  const auto plan = Plan();
+  ASSERT_TRUE(plan.ok()) << plan.status();
+  config_.gradient_dtype = "bf16";
+  const auto less = Plan();
+  ASSERT_TRUE(less.ok()) << less.status();
+  EXPECT_LT(less->total_bytes(), plan->total_bytes());
+}
+
 // 0 would mean the trainer's own choice, which the plan knows nothing of.
 TEST_F(MemoryPlanTest, WritesDownTheLeastOfActivations) {
   device_ = {.kind = DeviceKind::kCuda,

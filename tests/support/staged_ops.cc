@@ -187,7 +187,8 @@ absl::Status StagedOps::RmsNormBackward(const ops::RmsNormBackwardParams& params
 absl::Status StagedOps::MatMul(const ops::MatMulParams& params) {
   ops::MatMulParams p = params;
   const bool f32 = (p.trans_a || p.addend.present()) && !p.bias.present();
-  const DType c = f32 ? DType::kF32 : ops_->Info().compute_dtype;
+  const DType wide = f32 ? DType::kF32 : ops_->Info().compute_dtype;
+  const DType c = p.c.dtype == DType::kBF16 ? DType::kBF16 : wide;
   Staging s(*ops_);
   s.In(p.a).In(p.b).In(p.bias).InAs(p.addend, c).OutAs(p.c, c);
   return s.Finish(ops_->MatMul(p));
@@ -326,7 +327,7 @@ absl::Status StagedOps::CopyBlocks(const ops::CopyBlocksParams& params) {
 }
 absl::StatusOr<double> StagedOps::SumSquares(TensorView x) {
   Staging s(*ops_);
-  s.InAs(x, DType::kF32);
+  s.InAs(x, x.dtype);
   absl::StatusOr<double> sum = ops_->SumSquares(x);
   RETURN_IF_ERROR(s.Finish(sum.status()));
   return sum;
@@ -336,7 +337,7 @@ absl::Status StagedOps::AdamW(const ops::AdamWParams& params) {
   Staging s(*ops_);
   s.OutAs(p.param, p.param.dtype)
       .Out(p.master_remainder)
-      .InAs(p.grad, DType::kF32)
+      .InAs(p.grad, p.grad.dtype)
       .OutAs(p.m, DType::kF32);
   s.OutAs(p.v, DType::kF32).In(p.decay_mask);
   return s.Finish(ops_->AdamW(p));

@@ -95,16 +95,16 @@ class Policy {
   }
 
   std::vector<float> Gradients(const ForwardBackwardRequest& request, bool share,
-                               int64_t activation_bytes = 0, int64_t max_rows = 16384) {
-    const Trainer::Options options = {
-        .max_rows = max_rows, .activation_bytes = activation_bytes, .share_prefixes = share};
+                               int64_t activation_bytes = 0, int64_t max_rows = 16384,
+                               DType gradient_dtype = DType::kF32) {
+    const Trainer::Options options = {.max_rows = max_rows,
+                                      .activation_bytes = activation_bytes,
+                                      .gradient_dtype = gradient_dtype,
+                                      .share_prefixes = share};
     const auto trainer = Trainer::Create(options, model_, *decoder_, clock_).value();
     const auto result = trainer->ForwardBackward(request);
     EXPECT_TRUE(result.ok()) << result.status();
-    const TensorView flat = trainer->gradients().flat;
-    std::vector<float> gradients(flat.num_elements());
-    EXPECT_TRUE(ops_->Download(flat, gradients.data()).ok());
-    return gradients;
+    return Download(trainer->gradients());
   }
 
   void Keep(TrainGroup& group) {
@@ -113,6 +113,26 @@ class Policy {
   }
 
  private:
+  // In the order of the arena, whatever the types of tensors.
+  std::vector<float> Download(const Parameters& gradients) {
+    const ModelConfig& config = model_.config;
+    std::vector<float> arena(NumParameterElements(config));
+    const auto wanted = ArenaTensors(MapParameters(config, arena.data(), DType::kF32));
+    const auto held = ArenaTensors(gradients);
+    for (size_t i = 0; i < wanted.size(); ++i) {
+      const TensorView& from = held[i].second;
+      float* to = wanted[i].second.f32();
+      if (from.dtype == DType::kF32) {
+        EXPECT_TRUE(ops_->Download(from, to).ok());
+        continue;
+      }
+      std::vector<uint16_t> bits(from.num_elements());
+      EXPECT_TRUE(ops_->Download(from, bits.data()).ok());
+      std::transform(bits.begin(), bits.end(), to, FromBf16);
+    }
+    return arena;
+  }
+
   SteadyClock clock_;
   std::unique_ptr<ops::Ops> ops_;
   Model model_;
@@ -300,6 +320,24 @@ TEST_P(CudaGradientTest, BranchesBehindTheirPromptAreAsClose) {
   for (TrainGroup& group : request_.groups) cuda->Keep(group);
   const std::vector<float> kept = cuda->Gradients(request_, /*share=*/true);
   EXPECT_LE(Compare(config_, kept, exact).worst, tolerance::kBf16Gradient);
+}
+
+// Each tree that runs rounds its sum once.
+TEST_P(CudaGradientTest, MatricesInBf16AddOneRoundingATree) {
+  const auto cuda = Policy::Create("cuda", config_, Scale::kLarge).value();
+  int64_t rows = 1;
+  for (const TrainGroup& group : request_.groups) {
+    rows = std::max(rows, static_cast<int64_t>(group.prompt.size()));
+    for (const TrainSample& s : group.samples) {
+      rows = std::max(rows, static_cast<int64_t>(s.tokens.size()));
+    }
+  }
+  for (const int64_t max_rows : {int64_t{16384}, rows}) {
+    const std::vector<float> f32 = cuda->Gradients(request_, /*share=*/true, 0, max_rows);
+    const std::vector<float> bf16 =
+        cuda->Gradients(request_, /*share=*/true, 0, max_rows, DType::kBF16);
+    EXPECT_LE(Compare(config_, bf16, f32).worst, tolerance::kBf16Gradient / 2);
+  }
 }
 
 std::string CaseName(const testing::TestParamInfo<Parameter>& info) {

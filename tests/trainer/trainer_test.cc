@@ -215,6 +215,46 @@ TEST(TrainerTest, LendsAttentionTheMemoryThatIsLeft) {
   }
 }
 
+// Of two micro-batches, so that gradients are added to rounded ones, and the update from them.
+TEST(TrainerTest, GradientsOfMatricesInBf16AreCloseAndSoIsTheUpdate) {
+  for (const Architecture architecture :
+       {Architecture::kLlama, Architecture::kQwen2, Architecture::kQwen3}) {
+    const ModelConfig config = TinyConfig(architecture, architecture == Architecture::kQwen2);
+    TinyPolicy exact(config, 1, {.max_rows = 8});
+    TinyPolicy rounded(config, 1, {.max_rows = 8, .gradient_dtype = DType::kBF16});
+    const std::vector<float> before = exact.Weights();
+    ForwardBackwardRequest request = SmallRequest();
+    request.groups.push_back(
+        {.prompt = {9, 8, 7}, .samples = {{.tokens = {1, 2, 3, 4}, .advantages = {1}}}});
+    const ForwardBackwardResult want = exact.trainer().ForwardBackward(request).value();
+    const ForwardBackwardResult got = rounded.trainer().ForwardBackward(request).value();
+    EXPECT_GT(got.metrics.at("micro_batches"), 1);
+    EXPECT_EQ(got.loss, want.loss);
+
+    const AdamConfig adam = {.learning_rate = 1e-3f};
+    const OptimStepResult step = exact.trainer().OptimStep(adam).value();
+    const OptimStepResult same = rounded.trainer().OptimStep(adam).value();
+    EXPECT_NEAR(same.grad_norm, step.grad_norm, step.grad_norm / 256);
+    EXPECT_NE(same.grad_norm, step.grad_norm);
+    const std::vector<float> weights = exact.Weights(), close = rounded.Weights();
+    double moved = 0, apart = 0;
+    for (size_t i = 0; i < weights.size(); ++i) {
+      moved += std::abs(double{weights[i]} - before[i]);
+      apart += std::abs(double{weights[i]} - close[i]);
+    }
+    EXPECT_LT(apart, moved / 100);
+  }
+}
+
+TEST(TrainerTest, RefusesGradientsOfOtherTypes) {
+  TinyPolicy policy = MakePolicy();
+  const SteadyClock clock;
+  const auto trainer =
+      Trainer::Create({.gradient_dtype = DType::kF16}, policy.model(), policy.decoder(), clock);
+  EXPECT_EQ(trainer.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(trainer.status().message().find("wants f32 or bf16, got f16"), std::string::npos);
+}
+
 TEST(TrainerTest, ScoreAndForwardBackwardAgreeBitForBit) {
   for (uint64_t seed = 0; seed < 10; ++seed) {
     Random random(seed);
