@@ -82,6 +82,29 @@ __device__ __forceinline__ void Release(Barrier& empty) {
   if (threadIdx.x % 32 == 0) empty.Arrive();
 }
 
+// The consumer warpgroups queue their products by turns, a step's at a time: else both multiply at
+// once, then both leave the tensor cores idle over their arithmetic. A warpgroup waits at a named
+// barrier of its own, at which the other arrives when it passes the turn. Both take as many turns;
+// who has one waits for copies and its own products alone, so it passes it.
+class Turns {
+ public:
+  __device__ __forceinline__ explicit Turns(int group) : group_(group) {
+    if (group_ == 1) Pass();
+  }
+  __device__ __forceinline__ void Take() { NamedSync(kFirstBarrier + group_, kConsumerThreads); }
+  __device__ __forceinline__ void Pass() {
+    NamedArrive(kFirstBarrier + 1 - group_, kConsumerThreads);
+  }
+  // Leaves no arrival behind.
+  __device__ __forceinline__ void End() {
+    if (group_ == 0) Take();
+  }
+
+ private:
+  static constexpr int kFirstBarrier = 3;  // 1 and 2: all threads of a warpgroup
+  int group_;
+};
+
 template <int kCount>
 __device__ __forceinline__ void Clear(float (&r)[kCount]) {
 #pragma unroll

@@ -71,6 +71,7 @@ __device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
                  v = ColumnsAreK(s.v + group * 64 * kPanel);
   Ring<1> items;
   Ring<kKeyStages> ring;
+  Turns turns(group);
 
   for (;; items.Advance()) {
     s.kv_full.Wait(items.phase);
@@ -82,6 +83,7 @@ __device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
     float dk[D / 2], dv[D / 2];
     Clear(dk), Clear(dv);
 
+    turns.Take();  // for dK of one step, S^T and dP^T of the next
     for (; at.step < work.steps; ring.Advance()) {
       const int stage = ring.stage;
       s.full[stage].Wait(ring.phase);
@@ -91,6 +93,7 @@ __device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
       Pin(dk), Pin(dv);
       if (at.step > 0) Release(s.empty[(stage + kKeyStages - 1) % kKeyStages]);
       MultiplyAbt<D, kKeyTile>(dp, v, ColumnsAreK(s.dout[stage]));
+      turns.Pass();
       WgmmaWait<1>();  // S^T
       Pin(scores);
       ColumnProbabilities(scores, s.lse[stage], scale_log2);
@@ -102,15 +105,17 @@ __device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
       Pin(dp);
       ColumnGradients(dp, scores, s.delta[stage]);
       PackOperand(ds_operand, dp);
-      MultiplyAdd<kColumns>(dk, ds_operand, RowsAreK(s.q[stage], kColumns));
       if constexpr (kStore) {
         const int heads = p.order.kv_heads * p.group_size;  // of this pass
         const int head = (work.head - p.first_kv_head) * p.group_size + at.in_group;
         const size_t image = size_t(at.run.image + at.query_tile) * heads + head;
         StoreImage(p.ds + image * kImage, group, ds_operand);
       }
+      turns.Take();
+      MultiplyAdd<kColumns>(dk, ds_operand, RowsAreK(s.q[stage], kColumns));
       if (at.Advance(p)) keys = SpansOf<kContext>(p, work.tile, key, at.run);
     }
+    turns.Pass();
     WgmmaWait<0>();
     Pin(dk), Pin(dv);
     if (work.steps > 0) Release(s.empty[(ring.stage + kKeyStages - 1) % kKeyStages]);
@@ -149,6 +154,7 @@ __device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
     }
     s.kv_empty.Arrive();
   }
+  turns.End();
 }
 
 template <int D, bool kStore, bool kContext>
