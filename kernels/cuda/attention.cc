@@ -86,6 +86,8 @@ absl::StatusOr<const CudaBatchPlan::Attention*> ScheduleFor(const Context& conte
                                  .stacked = HasStackedKernels(shape.head_dim, capability),
                                  .backward = backward,
                                  .round_images = ImagesOfBytes(shape, RoundBytes(shape.kv_heads)),
+                                 .tile_items = QueryTileItems(shape),
+                                 .wave_items = WaveItems(),
                                  .group_size = shape.q_heads / shape.kv_heads,
                                  .batch_invariant = invariant,
                                  .decode_slots = DecodeSlots(shape.kv_heads)});

@@ -152,8 +152,8 @@ class Planner {
   void AddBackward() {
     std::vector<int32_t> first_tile(batch_.context_nodes.size());
     for (int32_t node = 0; node < Size(first_tile); ++node) first_tile[node] = ContextTiles(node);
-    backward_ =
-        PlanBackward(batch_, {least_end_, greatest_end_}, first_tile, options_.round_images);
+    backward_ = PlanBackward(batch_, {least_end_, greatest_end_}, first_tile,
+                             {options_.round_images, options_.tile_items, options_.wave_items});
   }
 
   // Whether a row's sums may follow the batch. Otherwise they follow the positions of its keys.

@@ -30,7 +30,10 @@ struct AttentionPlanOptions {
   bool stacked = true;       // shared context on the wide tensor path (see HasStackedKernels)
   bool backward = false;     // with what backward needs; batches without context always have it
   int32_t round_images = 0;  // images of a round of backward at most; 0: one round
-  int32_t group_size = 1;    // query heads of a KV head
+  // Backward's dQ has so many items of work a query tile, and so many run at once: rounds hold
+  // query tiles of whole waves. 0: of any number.
+  int32_t tile_items = 0, wave_items = 0;
+  int32_t group_size = 1;  // query heads of a KV head
   bool batch_invariant =
       false;  // true: a row's bits do not depend on the other rows of the batch; costs speed
   int32_t decode_slots = 16;    // blocks of a KV head that share stacked work (see DecodeSlots)

@@ -103,22 +103,28 @@ void AddQueryTiles(BackwardLists& lists, int32_t rows, int32_t first, int32_t la
                    });
 }
 
+// `tiles`, or as many of them as make whole waves.
+int32_t WholeWaves(int32_t tiles, const RoundLimits& limits) {
+  if (limits.wave_items == 0) return tiles;
+  const int32_t waves = tiles * limits.tile_items / limits.wave_items;
+  return waves == 0 ? tiles : std::max(1, waves * limits.wave_items / limits.tile_items);
+}
+
 // Where rounds begin, the last rows' first, in query tiles of kBackwardQueryTile.
-std::vector<int32_t> RoundBegins(const BackwardLists& whole, int32_t rows, int32_t round_images) {
+std::vector<int32_t> RoundBegins(const BackwardLists& whole, int32_t rows,
+                                 const RoundLimits& limits) {
   std::vector<int32_t> images(CeilDiv(rows, kQueryTile), 0);
   for (const KeyRun& r : whole.runs) {
     for (int32_t t = r.first; t < r.last; ++t) ++images[t / kHalves];
   }
   std::vector<int32_t> begins;
-  int64_t sum = 0;
-  for (int32_t q = Size(images) - 1; q >= 0; --q) {
-    sum += images[q];
-    if (sum > round_images && sum > images[q]) {
-      begins.push_back((q + 1) * kHalves);
-      sum = images[q];
-    }
+  for (int32_t last = Size(images); last > 0; last = begins.back() / kHalves) {
+    int64_t sum = images[last - 1];
+    int32_t tiles = 1;
+    while (tiles < last && sum + images[last - 1 - tiles] <= limits.images)
+      sum += images[last - 1 - tiles++];
+    begins.push_back((tiles == last ? 0 : last - WholeWaves(tiles, limits)) * kHalves);
   }
-  begins.push_back(0);
   return begins;
 }
 
@@ -163,10 +169,10 @@ void AddRound(BackwardLists& lists, const BackwardLists& whole, int32_t rows, in
   lists.rounds.push_back(round);
 }
 
-BackwardLists CutIntoRounds(const BackwardLists& whole, int32_t rows, int32_t round_images) {
+BackwardLists CutIntoRounds(const BackwardLists& whole, int32_t rows, const RoundLimits& limits) {
   BackwardLists lists;
   int32_t last = CeilDiv(rows, kQueryTile) * kHalves;
-  for (const int32_t first : RoundBegins(whole, rows, round_images)) {
+  for (const int32_t first : RoundBegins(whole, rows, limits)) {
     AddRound(lists, whole, rows, first, last);
     last = first;
   }
@@ -176,7 +182,7 @@ BackwardLists CutIntoRounds(const BackwardLists& whole, int32_t rows, int32_t ro
 }  // namespace
 
 BackwardLists PlanBackward(const ops::TokenBatch& batch, const TileEnds& ends,
-                           const std::vector<int32_t>& first_tile, int32_t round_images) {
+                           const std::vector<int32_t>& first_tile, const RoundLimits& limits) {
   BackwardLists lists;
   const auto rows = static_cast<int32_t>(batch.num_rows());
   if (rows == 0) return lists;
@@ -185,8 +191,8 @@ BackwardLists PlanBackward(const ops::TokenBatch& batch, const TileEnds& ends,
     AddRun(lists, rows, t, {t * kKeyTile, ends.greatest[t]}, {(t + 1) * kKeyTile, ends.least[t]});
   }
   if (!batch.context_nodes.empty()) AddContext(lists, batch, first_tile);
-  if (round_images > 0 && lists.num_images > round_images) {
-    return CutIntoRounds(lists, rows, round_images);
+  if (limits.images > 0 && lists.num_images > limits.images) {
+    return CutIntoRounds(lists, rows, limits);
   }
   BackwardRound round = {};
   if (!batch.context_nodes.empty()) {

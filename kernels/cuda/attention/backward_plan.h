@@ -34,9 +34,13 @@ struct BackwardLists {
   int32_t num_images = 0;             // of the largest round
 };
 
-// `first_tile`: [context nodes] the node's first context tile. `round_images`: of a round at most,
-// if one query tile of kQueryTile has no more; 0: one round.
+// See AttentionPlanOptions. A round has no more images unless it is one query tile of kQueryTile.
+struct RoundLimits {
+  int32_t images, tile_items, wave_items;
+};
+
+// `first_tile`: [context nodes] the node's first context tile.
 BackwardLists PlanBackward(const ops::TokenBatch& batch, const TileEnds& ends,
-                           const std::vector<int32_t>& first_tile, int32_t round_images);
+                           const std::vector<int32_t>& first_tile, const RoundLimits& limits);
 
 }  // namespace coppice::cuda

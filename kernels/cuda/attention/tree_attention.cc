@@ -119,6 +119,14 @@ int32_t ImagesOfBytes(const AttentionShape& shape, int64_t bytes) {
   return StoresDs(shape) ? static_cast<int32_t>(bytes / (shape.q_heads * kImageBytes)) : 0;
 }
 
+int32_t QueryTileItems(const AttentionShape& shape) {
+  const int32_t group_size = shape.q_heads / shape.kv_heads;
+  const int32_t pairs = (group_size + 1) / 2, parts = (shape.head_dim + 127) / 128;
+  return shape.kv_heads * pairs * parts;
+}
+
+int32_t WaveItems() { return Multiprocessors(); }
+
 int64_t TreeAttentionBackwardScratchBytes(const AttentionSchedule& schedule,
                                           const AttentionShape& shape, int32_t kv_heads) {
   const int64_t fixed = BackwardScratch(Scratch(nullptr), schedule, shape).used;

@@ -88,6 +88,10 @@ inline constexpr int32_t kStoredScoresHeadDim = 128;
 // Images of backward's plan whose dS fits in so many bytes, of all heads; 0 where dS is not kept
 // because it costs more than it saves: short heads.
 int32_t ImagesOfBytes(const AttentionShape& shape, int64_t bytes);
+// Items of work of dQ from stored dS, of all heads: of a query tile; that the current device runs
+// at once.
+int32_t QueryTileItems(const AttentionShape& shape);
+int32_t WaveItems();
 // With dS of `kv_heads` KV heads at a time between the passes of dK/dV and dQ, in each of the
 // plan's rounds (32 KiB per 128 x 128 tile pair and query head). With less memory fewer heads go
 // together, to the same bits; where not even one fits, dQ recomputes S and dP, the same to

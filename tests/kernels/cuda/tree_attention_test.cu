@@ -419,15 +419,23 @@ void PrintTime(const char* op, const std::string& name, Heads heads, const char*
   std::fflush(stdout);
 }
 
+// Rounds of as many bytes of dS.
+AttentionPlanOptions RoundsOf(const Heads& heads, int64_t bytes) {
+  const AttentionShape shape = {.q_heads = heads.q, .kv_heads = heads.kv, .head_dim = heads.dim};
+  return {.round_images = ImagesOfBytes(shape, bytes),
+          .tile_items = QueryTileItems(shape),
+          .wave_items = WaveItems()};
+}
+
 // Backward with rounds of as many bytes of dS, each; 0: dQ recomputes it.
 void TimeTree(const std::string& name, const Ends& ends, Heads heads,
               const std::vector<int64_t>& round_bytes) {
   const double flops = 4.0 * heads.q * heads.dim * VisiblePairs(ends);
   const int repeats = flops > 1e13 ? 7 : 21;
   for (int64_t bytes : round_bytes) {
-    const AttentionShape shape = {.q_heads = heads.q, .head_dim = heads.dim};
-    if (bytes > 0 && ImagesOfBytes(shape, bytes) == 0) continue;  // never kept
-    Case c(BatchOf(ends), heads, {.round_images = ImagesOfBytes(shape, bytes)}, 7);
+    const AttentionPlanOptions rounds = RoundsOf(heads, bytes);
+    if (bytes > 0 && rounds.round_images == 0) continue;  // never kept
+    Case c(BatchOf(ends), heads, rounds, 7);
     const double forward = SustainedMs([&] { c.Forward(); }, repeats);
     if (bytes == 0) PrintTime("forward", name, heads, "tiles", forward, flops, 0);
     if (bytes > 0) c.StoreDs(heads.kv);
