@@ -158,13 +158,32 @@ __device__ void ComputeScales(const ChainParameters& p, ChainShared<Shape>& s) {
 
 template <typename Shape>
 struct Multiplier {
+  ChainShared<Shape>& s;
   Ring<Shape::kStages> w_ring;
   Ring<Shape::kXStages> x_ring;
 
-  // Adds a unit to this warpgroup's panel. Element 4j + 2h + e of the sums is weight row
+  // Adds `units` units to this warpgroup's panel. Element 4j + 2h + e of the sums is weight row
   // 16 warp + lane / 4 + 8 h, token 8j + 2 (lane % 4) + e.
-  __device__ __forceinline__ void Multiply(ChainShared<Shape>& s, float (&sum)[Shape::kTokens / 2],
-                                           bool add) {
+  __device__ __forceinline__ void Multiply(int units, float (&sum)[Shape::kTokens / 2]) {
+    Start<false>(sum);
+    for (int i = 1; i < units; ++i) {
+      const int w_used = w_ring.stage, x_used = x_ring.stage;
+      w_ring.Advance();
+      x_ring.Advance();
+      Start<true>(sum);
+      WgmmaWait<1>();
+      Release(w_used, x_used);
+    }
+    WgmmaWait<0>();
+    Release(w_ring.stage, x_ring.stage);
+    w_ring.Advance();
+    x_ring.Advance();
+    Pin(sum);
+  }
+
+ private:
+  template <bool kAdd>
+  __device__ __forceinline__ void Start(float (&sum)[Shape::kTokens / 2]) {
     s.x_full[x_ring.stage].Wait(x_ring.phase);
     s.w_full[w_ring.stage].Wait(w_ring.phase);
     const int panel = threadIdx.x / kMultipliers;
@@ -174,21 +193,19 @@ struct Multiplier {
     WgmmaFence();
 #pragma unroll
     for (int k = 0; k < kColumns; k += 16)
-      WgmmaStep(sum, Advanced(w, k * 2), Advanced(x, k * 2), add || k > 0);
+      WgmmaStep(sum, Advanced(w, k * 2), Advanced(x, k * 2), kAdd || k > 0);
     WgmmaCommit();
-    WgmmaWait<0>();
-    if (threadIdx.x % 32 == 0) {
-      s.w_empty[w_ring.stage].Arrive();
-      s.x_empty[x_ring.stage].Arrive();
-    }
-    w_ring.Advance();
-    x_ring.Advance();
+  }
+  __device__ __forceinline__ void Release(int w_stage, int x_stage) {
+    if (threadIdx.x % 32 != 0) return;
+    s.w_empty[w_stage].Arrive();
+    s.x_empty[x_stage].Arrive();
   }
 };
 
 template <typename Shape>
 __device__ void MultiplyPhases(const ChainParameters& p, ChainShared<Shape>& s) {
-  Multiplier<Shape> multiplier;
+  Multiplier<Shape> multiplier = {s};
   uint32_t scales_phase = 0;
   WaitForPredecessor();
   for (int i = 0; i < p.num_phases; ++i) {
@@ -202,8 +219,8 @@ __device__ void MultiplyPhases(const ChainParameters& p, ChainShared<Shape>& s) 
     for (int unit = run.begin; unit < run.end;) {
       const Piece piece(phase, run, unit);
       float sum[Shape::kTokens / 2];
-      for (bool add = false; unit < piece.end; ++unit, add = true) multiplier.Multiply(s, sum, add);
-      Pin(sum);
+      multiplier.Multiply(piece.end - unit, sum);
+      unit = piece.end;
       wait_for_scales();
       FinishPiece(p, phase, s, piece, sum);
     }
@@ -258,7 +275,7 @@ cudaError_t MakeWeightMap(CUtensorMap& map, const ChainMatrix& w, int64_t n, int
   const CUresult result =
       encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(w.data), extent, stride,
              box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

@@ -183,26 +183,37 @@ struct Adder {
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
-        for (int k = 0; k < kPieces; ++k)
-          if (u < units && i + k < piece.count && i + k != piece.index)
+        for (int k = 0; k < kPieces; ++k) {
+          x[u][k] = {0.f, 0.f, 0.f, 0.f};
+          if (u < units && i + k < piece.count)
+            x[u][k] = i + k == piece.index ? Own(sum, j + u) : LoadSums(At(i + k, j + u));
+        }
+      }
+      for (bool all = false; !all;) {  // what has not come is read again, together
+        all = true;
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+#pragma unroll
+          for (int k = 0; k < kPieces; ++k) {
+            if (!IsMissing(x[u][k])) continue;
+            all = false;
             x[u][k] = LoadSums(At(i + k, j + u));
+          }
+        }
       }
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
         for (int k = 0; k < kPieces; ++k) {
-          if (u >= units || i + k >= piece.count) continue;
-          const float4 y = i + k == piece.index ? Own(sum, j + u) : Take(At(i + k, j + u), x[u][k]);
+          const float4 y = x[u][k];
           total[u].x += y.x, total[u].y += y.y, total[u].z += y.z, total[u].w += y.w;
+          if (u < units && i + k < piece.count && i + k != piece.index) Empty(At(i + k, j + u));
         }
       }
     }
   }
-  // `x` was read from there; reads again until all of it has come, and empties the place.
-  static __device__ __forceinline__ float4 Take(float4* from, float4 x) {
-    while (IsMissing(x)) x = LoadSums(from);
-    StoreWords(from, kNothing, kNothing, kNothing, kNothing);
-    return x;
+  static __device__ __forceinline__ void Empty(float4* place) {
+    StoreWords(place, kNothing, kNothing, kNothing, kNothing);
   }
 };
 
@@ -237,11 +248,20 @@ __device__ __forceinline__ void AddPair(const Adder<Shape>& adder, const Finishe
     x[j] = {0.f, 0.f, 0.f, 0.f};
     if (begin <= j && j < end && adder.piece.count == 2) x[j] = LoadSums(adder.At(other, j));
   }
+  for (bool all = false; !all;) {
+    all = true;
+#pragma unroll
+    for (int j = 0; j < kUnits; ++j) {
+      if (!IsMissing(x[j])) continue;
+      all = false;
+      x[j] = LoadSums(adder.At(other, j));
+    }
+  }
 #pragma unroll
   for (int j = 0; j < kUnits; ++j) {
     if (j < begin || j >= end) continue;
     const typename Finisher<Shape>::Addend addend = finisher.ReadAddend(j);
-    if (adder.piece.count == 2) x[j] = adder.Take(adder.At(other, j), x[j]);
+    if (adder.piece.count == 2) adder.Empty(adder.At(other, j));
     const float* own = sum + 4 * j;
     finisher.Finish(j, {own[0] + x[j].x, own[1] + x[j].y, own[2] + x[j].z, own[3] + x[j].w},
                     addend);
