@@ -89,6 +89,7 @@ absl::StatusOr<const CudaBatchPlan::Attention*> ScheduleFor(const Context& conte
                                  .tile_items = QueryTileItems(shape),
                                  .wave_items = WaveItems(),
                                  .group_size = shape.q_heads / shape.kv_heads,
+                                 .kv_heads = shape.kv_heads,
                                  .batch_invariant = invariant,
                                  .decode_slots = DecodeSlots(shape.kv_heads)});
 }

@@ -146,8 +146,9 @@ struct Part {
 void VisitChunks(const AttentionSchedule& s, const ops::TokenBatch& batch, const ChunkWork* items,
                  int32_t count, Visits& visits, std::map<int32_t, Part>& parts) {
   for (const ChunkWork* item = items; item < items + count; ++item) {
-    EXPECT_EQ(item->key_begin % (items == s.stacked_chunks ? kKeyTile : kSplitKeys), 0);
+    EXPECT_EQ(item->key_begin % (s.num_stacked_slots > 0 ? kKeyTile : kSplitKeys), 0);
     EXPECT_TRUE(items != s.stacked_chunks || item->key_end % kKeyTile == 0);
+    EXPECT_TRUE(items != s.leaf_chunks || item->key_end - item->key_begin <= kSplitKeys);
     for (int32_t r = 0; r < item->num_rows; ++r) {
       const int32_t row = s.chunk_rows[item->rows_begin + r];
       if (item->partial >= 0) {
@@ -174,6 +175,9 @@ void CheckMerges(const AttentionSchedule& s, const std::map<int32_t, Part>& part
   for (int32_t m = 0; m < s.num_merges; ++m) {
     int32_t last_key = -1;
     EXPECT_LE(s.merges[m].num_chunks, s.most_chunks);
+    EXPECT_EQ(s.merges[m].parts_begin, s.merge_chunks[s.merges[m].chunks_begin]);
+    EXPECT_EQ(s.merges[m].parts_end,
+              s.merge_chunks[s.merges[m].chunks_begin + s.merges[m].num_chunks]);
     for (int32_t c = 0; c < s.merges[m].num_chunks; ++c) {
       const int32_t* ends = s.merge_chunks + s.merges[m].chunks_begin + c;
       EXPECT_LE(ends[1] - ends[0], kChunkParts);
@@ -202,6 +206,7 @@ void CheckPlan(const ops::TokenBatch& batch, const AttentionPlanOptions& options
   VisitChunks(s, batch, s.narrow_chunks, s.num_narrow, visits, parts);
   const int32_t num_stacked = s.num_stacked_slots > 0 ? s.stacked_slots[s.num_stacked_slots] : 0;
   VisitChunks(s, batch, s.stacked_chunks, num_stacked, visits, parts);
+  VisitChunks(s, batch, s.leaf_chunks, s.leaf_slots[s.num_stacked_slots], visits, parts);
   const bool stacks = options.tiles && options.stacked && !options.batch_invariant;
   CheckMerges(s, parts, /*by_position=*/!stacks);
   Visits want = WantVisits(batch);
@@ -260,6 +265,55 @@ TEST(AttentionPlanTest, SharedContextIsReadOnceForAllSamplesByEvenSlots) {
     EXPECT_EQ(s.num_stacked_slots, 5);
     EXPECT_LE(loads.most - loads.least, 3) << samples;  // short jobs cost less than a tile
   }
+}
+
+TEST(AttentionPlanTest, ALongContextOfFewRowsIsSpreadOverAllSlots) {
+  BatchBuilder b(16);
+  b.Segment(b.Node(-1, 4000), {1});
+  const AttentionPlanOptions options = {.group_size = 4, .decode_slots = 16};
+  CheckPlan(b.batch, options);
+  const AttentionPlan plan = PlanAttention(b.batch, options);
+  const AttentionSchedule s = plan.Bind(plan.words.data());
+  const SlotLoads loads = LoadsOf(s, 1);
+  EXPECT_EQ(s.num_stacked_slots, 16);
+  EXPECT_EQ(loads.shared_keys, 4000 / kKeyTile * kKeyTile);
+  EXPECT_EQ(loads.most, 2);
+  EXPECT_EQ(s.num_narrow, 0);
+  EXPECT_EQ(s.leaf_slots[16], 1);
+}
+
+TEST(AttentionPlanTest, PartsComeByKeyWhereFewRowsShareTheLongestNode) {
+  BatchBuilder b(16);
+  const int32_t prompt = b.Node(-1, 512), turn = b.Node(prompt, 4096);
+  for (int i = 0; i < 4; ++i) b.Segment(b.Node(turn, 5 + i), {1});
+  for (int i = 0; i < 3; ++i) b.Segment(b.Node(prompt, 5 + i), {1});
+  const AttentionPlanOptions options = {.group_size = 4};
+  CheckPlan(b.batch, options);
+  const AttentionPlan plan = PlanAttention(b.batch, options);
+  EXPECT_EQ(LoadsOf(plan.Bind(plan.words.data()), 4).shared_keys, 4096);
+}
+
+// Leaves of `own` tokens beside a prompt: how many the slots take, at most and at least.
+std::pair<int32_t, int32_t> LeavesOfSlots(int32_t own, int32_t slots) {
+  BatchBuilder b(64);
+  const int32_t prompt = b.Node(-1, 4096);
+  for (int i = 0; i < 40; ++i) b.Segment(b.Node(prompt, own), {1});
+  const AttentionPlanOptions options = {.group_size = 4, .decode_slots = slots};
+  CheckPlan(b.batch, options);
+  const AttentionPlan plan = PlanAttention(b.batch, options);
+  const AttentionSchedule s = plan.Bind(plan.words.data());
+  EXPECT_EQ(s.leaf_slots[slots] + s.num_narrow, 40 * ((own + kSplitKeys) / kSplitKeys));
+  std::pair<int32_t, int32_t> counts = {0, std::numeric_limits<int32_t>::max()};
+  for (int32_t slot = 0; slot < slots; ++slot) {
+    const int32_t count = s.leaf_slots[slot + 1] - s.leaf_slots[slot];
+    counts = {std::max(counts.first, count), std::min(counts.second, count)};
+  }
+  return counts;
+}
+
+TEST(AttentionPlanTest, LeavesGoToAllSlotsWhileTheyFitBesideThePrompt) {
+  EXPECT_EQ(LeavesOfSlots(30, 16), std::pair(3, 2));
+  EXPECT_EQ(LeavesOfSlots(500, 16), std::pair(0, 0));
 }
 
 TEST(AttentionPlanTest, AShortContextIsNotMerged) {

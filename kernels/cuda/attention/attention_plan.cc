@@ -33,8 +33,12 @@ class Planner {
     SortLongestFirst(query_tiles_);
     if (options_.tiles && (batch_.context_nodes.empty() || options_.backward)) AddBackward();
     AddSharedChunks();
+    for (const ops::Segment& segment : chunk_segments_) AddLongContext(segment);
+    SpreadStacked();
     for (const ops::Segment& segment : chunk_segments_) AddSegmentChunks(segment);
-    AddMerges();
+    DealLeaves();
+    SortLongestFirst(wide_);
+    merges_ = PlanMerges(parts_, /*by_position=*/!MayStack());
     return Pack();
   }
 
@@ -159,11 +163,12 @@ class Planner {
   // Whether a row's sums may follow the batch. Otherwise they follow the positions of its keys.
   bool MayStack() const {
     return options_.tiles && options_.stacked && !options_.batch_invariant &&
-           options_.group_size <= kStackedRows;
+           options_.decode_slots > 0 && options_.group_size <= kStackedRows;
   }
-  // Context that as many rows share goes on the wide tensor path. Up to kNarrowRows stacked rows,
-  // one launch on mma.sync for all keys is faster than one more for the shared ones.
-  bool Stacks(int32_t num_rows) const { return MayStack() && !IsNarrow(num_rows); }
+  // What many rows share goes on the wide tensor path, and what is long.
+  bool Stacks(int32_t num_rows, int32_t keys) const {
+    return MayStack() && (!IsNarrow(num_rows) || keys >= options_.long_keys);
+  }
 
   // Keys of the path that are left to the users of `node`: whole splits go with the node itself,
   // unless it has one user only.
@@ -187,24 +192,39 @@ class Planner {
         for (int32_t row = s.row_begin; row < s.row_end; ++row) rows_below[node].push_back(row);
       }
     }
-    // A path's nodes with the most rows come first, so a row's parts come in the order of its keys.
-    for (const bool stacked : {true, false}) {
-      for (int32_t node = 0; node < Size(rows_below); ++node) {
-        const std::vector<int32_t>& rows = rows_below[node];
-        if (rows.empty() || stacked != Stacks(Size(rows))) continue;
-        const int32_t begin = SharedKeys(batch_.context_nodes[node].parent);
-        AddChunks(rows, begin, SharedKeys(node), node, 0, /*is_shared=*/true);
-      }
-      if (stacked) SpreadStacked();
+    for (int32_t node = 0; node < Size(rows_below); ++node) {
+      const int32_t begin = SharedKeys(batch_.context_nodes[node].parent);
+      if (rows_below[node].empty()) continue;
+      AddChunks(rows_below[node], begin, SharedKeys(node), node, 0, /*is_shared=*/true);
     }
+  }
+
+  static std::vector<int32_t> RowsOf(const ops::Segment& s) {
+    std::vector<int32_t> rows(s.row_end - s.row_begin);
+    std::iota(rows.begin(), rows.end(), s.row_begin);
+    return rows;
+  }
+
+  // Where the keys begin that go with the segment alone and not stacked: behind those that others
+  // share, and behind the context's last whole tile where it is long.
+  int32_t OwnKeys(const ops::Segment& s) const {
+    const int32_t begin = SharedKeys(s.context_node);
+    if (s.context_node < 0) return begin;
+    const int32_t whole = path_tokens_[s.context_node] / kKeyTile * kKeyTile;
+    return MayStack() && whole - begin >= options_.long_keys ? whole : begin;
+  }
+
+  void AddLongContext(const ops::Segment& s) {
+    if (!IsDecode(s)) return;
+    AddChunks(RowsOf(s), SharedKeys(s.context_node), OwnKeys(s), s.context_node, 0,
+              /*is_shared=*/true);
   }
 
   void AddSegmentChunks(const ops::Segment& s) {
     const int32_t context = s.context_node < 0 ? 0 : path_tokens_[s.context_node];
     if (IsDecode(s)) {
-      std::vector<int32_t> rows(s.row_end - s.row_begin);
-      std::iota(rows.begin(), rows.end(), s.row_begin);
-      AddChunks(rows, SharedKeys(s.context_node), context + Size(rows), s.context_node, s.row_begin,
+      const std::vector<int32_t> rows = RowsOf(s);
+      AddChunks(rows, OwnKeys(s), context + Size(rows), s.context_node, s.row_begin,
                 /*is_shared=*/false);
       return;
     }
@@ -227,8 +247,8 @@ class Planner {
     return key + (!is_narrow && key % kChunkKeys == 0 ? kChunkKeys : kSplitKeys);
   }
 
-  // Keys [begin, end) of the path of `node` for `rows`; `begin` is a multiple of kSplitKeys.
-  // Shared: context keys only, `end` a multiple of kSplitKeys too.
+  // Keys [begin, end) of the path of `node` for `rows`; `begin` is a multiple of kSplitKeys, or of
+  // kKeyTile behind stacked keys. Shared: context keys only, `end` such a multiple too.
   void AddChunks(const std::vector<int32_t>& rows, int32_t begin, int32_t end, int32_t node,
                  int32_t packed_begin, bool is_shared) {
     if (begin >= end) return;
@@ -237,7 +257,7 @@ class Planner {
     const int32_t rows_begin = Size(chunk_rows_), num_rows = Size(rows);
     chunk_rows_.insert(chunk_rows_.end(), rows.begin(), rows.end());
     ChunkWork all = {rows_begin, num_rows, begin, end, context, first_block, packed_begin, -1};
-    if (is_shared && Stacks(num_rows)) {
+    if (is_shared && Stacks(num_rows, end - begin)) {
       AddItems(stacked_jobs_, RowsPerItem(kStackedRows), all);
       return;
     }
@@ -253,11 +273,7 @@ class Planner {
       } else {
         AddItems(wide_, RowsPerItem(kChunkRows), item);
       }
-      for (int32_t r = 0; r < num_rows && !whole; ++r) {
-        const size_t before = parts_[rows[r]].size();
-        AddPart(rows[r],
-                MayStack() ? before % kChunkParts == 0 : before == 0 || key % kChunkKeys == 0);
-      }
+      for (int32_t r = 0; r < num_rows && !whole; ++r) AddPart(rows[r], key);
       key = last;
     }
   }
@@ -271,9 +287,7 @@ class Planner {
     return item;
   }
 
-  void AddPart(int32_t row, bool begins_chunk) {
-    parts_[row].push_back({num_partials_++, begins_chunk});
-  }
+  void AddPart(int32_t row, int32_t key) { parts_[row].push_back({num_partials_++, key}); }
 
   // Cuts the item into pieces of at most `most` rows.
   static void AddItems(std::vector<ChunkWork>& items, int32_t most, ChunkWork item) {
@@ -296,8 +310,7 @@ class Planner {
       ChunkWork item = Piece(job, piece.key_begin, piece.key_end);
       item.partial = num_partials_;
       for (int32_t r = 0; r < job.num_rows; ++r) {
-        const int32_t row = chunk_rows_[job.rows_begin + r];
-        AddPart(row, parts_[row].size() % kChunkParts == 0);
+        AddPart(chunk_rows_[job.rows_begin + r], item.key_begin);
       }
       slots[piece.slot].push_back(item);
     }
@@ -307,6 +320,17 @@ class Planner {
       stacked_.insert(stacked_.end(), slot.begin(), slot.end());
     }
     slot_begins_.push_back(Size(stacked_));
+  }
+
+  // Hands the narrow items to the slots of stacked ones, if they can take them.
+  void DealLeaves() {
+    const int32_t slots = std::max(Size(slot_begins_) - 1, 0);
+    std::vector<ChunkWork> leaves;
+    if (slots > 0 && options_.group_size <= kLeafRows && FitBeside(narrow_, stacked_)) {
+      for (const ChunkWork& item : narrow_) AddItems(leaves, RowsPerItem(kLeafRows), item);
+      narrow_.clear();
+    }
+    leaves_ = DealInTurn(std::move(leaves), slots);
   }
 
   // Blocks of path positions [begin, end), from the block of `begin` on.
@@ -323,25 +347,6 @@ class Planner {
       }
     }
     return first;
-  }
-
-  void AddMerges() {
-    for (int32_t row = 0; row < num_rows_; ++row) {
-      if (parts_[row].empty()) continue;
-      merges_.push_back({row, Size(merge_chunks_), 0});
-      for (const Part& part : parts_[row]) {
-        if (part.begins_chunk) {
-          merge_chunks_.push_back(Size(merge_parts_));
-          ++merges_.back().num_chunks;
-        }
-        merge_parts_.push_back(part.index);
-      }
-      merge_chunks_.push_back(Size(merge_parts_));
-      most_chunks_ = std::max(most_chunks_, merges_.back().num_chunks);
-    }
-    std::stable_sort(wide_.begin(), wide_.end(), [](const ChunkWork& a, const ChunkWork& b) {
-      return a.key_end - a.key_begin > b.key_end - b.key_begin;
-    });
   }
 
   // Appends an array to the plan's words; returns its offset as a pointer, to be bound later.
@@ -394,18 +399,23 @@ class Planner {
     s.narrow_chunks = Put(narrow_);
     s.stacked_chunks = Put(stacked_);
     s.stacked_slots = Put(slot_begins_);
+    s.leaf_chunks = Put(leaves_.items);
+    s.leaf_slots = Put(leaves_.begins);
+    s.num_arrivals = options_.kv_heads;
+    s.arrivals = const_cast<int32_t*>(
+        Put(std::vector<int32_t>(size_t(options_.kv_heads) * kArrivalWords, 0)));
     s.chunk_rows = Put(chunk_rows_);
     s.chunk_blocks = Put(chunk_blocks_);
-    s.merges = Put(merges_);
-    s.merge_chunks = Put(merge_chunks_);
-    s.merge_parts = Put(merge_parts_);
+    s.merges = Put(merges_.rows);
+    s.merge_chunks = Put(merges_.chunks);
+    s.merge_parts = Put(merges_.parts);
     s.num_wide = Size(wide_);
     s.num_narrow = Size(narrow_);
     s.num_stacked_slots = std::max(Size(slot_begins_) - 1, 0);
-    s.num_merges = Size(merges_);
+    s.num_merges = Size(merges_.rows);
     s.num_partials = num_partials_;
     s.narrow_rows = narrow_rows_;
-    s.most_chunks = most_chunks_;
+    s.most_chunks = merges_.most_chunks;
     plan_.has_context = !batch_.context_nodes.empty();
     return std::move(plan_);
   }
@@ -427,15 +437,12 @@ class Planner {
   BackwardLists backward_;
 
   std::vector<ChunkWork> wide_, narrow_, stacked_jobs_, stacked_;
+  DealtItems leaves_;
   std::vector<int32_t> slot_begins_;
-  std::vector<int32_t> chunk_rows_, chunk_blocks_, merge_chunks_, merge_parts_;
-  struct Part {
-    int32_t index;
-    bool begins_chunk;
-  };
-  std::vector<std::vector<Part>> parts_;  // [rows] partial results by key
-  std::vector<MergeWork> merges_;
-  int32_t num_partials_ = 0, narrow_rows_ = 0, most_chunks_ = 0;
+  std::vector<int32_t> chunk_rows_, chunk_blocks_;
+  std::vector<std::vector<PartialResult>> parts_;  // [rows]
+  MergeLists merges_;
+  int32_t num_partials_ = 0, narrow_rows_ = 0;
 };
 
 template <typename T>
@@ -462,6 +469,9 @@ AttentionSchedule AttentionPlan::Bind(const int32_t* device_words) const {
   Rebase(s.narrow_chunks, device_words);
   Rebase(s.stacked_chunks, device_words);
   Rebase(s.stacked_slots, device_words);
+  Rebase(s.leaf_chunks, device_words);
+  Rebase(s.leaf_slots, device_words);
+  Rebase(const_cast<const int32_t*&>(s.arrivals), device_words);
   Rebase(s.chunk_rows, device_words);
   Rebase(s.chunk_blocks, device_words);
   Rebase(s.merges, device_words);

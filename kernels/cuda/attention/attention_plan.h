@@ -4,9 +4,10 @@
 // context. Three kernel families share the work, by segment:
 //   tiles    128 x 128 tiles on the tensor cores' wide path (sm_90a): prefill, scoring, training
 //   stacked  stacked query heads on the same path: decode over context that more than kNarrowRows
-//            of them share; all key tiles are dealt out evenly
-//   chunks   stacked query heads on mma.sync, keys in chunks of 1024 by absolute position: the rest
-//            of decode (each shared context node is read once for all its rows), every other
+//            of them share or that is long; all key tiles are dealt out evenly. The rest of the
+//            rows' keys, their leaves, goes with it if it is little.
+//   chunks   stacked query heads on mma.sync, keys in chunks of 1024 by absolute position: other
+//            decode (each shared context node is read once for all its rows), every other
 //            architecture and head_dim, and the oracle
 // For a query tile [q0, q1) and a key tile [k0, k1), with lo and hi the least and greatest
 // subtree_end of the key tile:
@@ -34,10 +35,12 @@ struct AttentionPlanOptions {
   // query tiles of whole waves. 0: of any number.
   int32_t tile_items = 0, wave_items = 0;
   int32_t group_size = 1;  // query heads of a KV head
+  int32_t kv_heads = 1;    // at least those of a launch that stacks
   bool batch_invariant =
       false;  // true: a row's bits do not depend on the other rows of the batch; costs speed
   int32_t decode_slots = 16;    // blocks of a KV head that share stacked work (see DecodeSlots)
   int32_t max_decode_rows = 8;  // segments with context and at most as many rows go as chunks
+  int32_t long_keys = 512;      // context of so many keys goes stacked however few rows it has
 
   bool operator==(const AttentionPlanOptions&) const = default;
 };

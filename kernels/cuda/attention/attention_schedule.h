@@ -14,7 +14,9 @@ inline constexpr int kChunkKeys = 1024;  // splits of one work item, folded in o
 inline constexpr int kChunkRows =
     64;  // stacked rows (row x query head of a KV head) of a wide work item
 inline constexpr int kStackedRows = 128;  // of a stacked one, on the wide tensor path
-inline constexpr int kNarrowRows = 32;    // and of a narrow one
+inline constexpr int kNarrowRows = 32;    // of a narrow one
+inline constexpr int kLeafRows = 16;      // and of one beside stacked ones
+inline constexpr int kArrivalWords = 32;  // a counter has a cache line to itself
 inline constexpr int kChunkParts = kChunkKeys / kSplitKeys;  // partial results of a chunk
 
 // Rows [row_begin, row_end), at most kQueryTile, and the entries [list_begin, list_end) of
@@ -74,9 +76,9 @@ struct ChunkWork {
 
 // Partial results of one row: chunk i of its keys is made of the results merge_parts[begin, end)
 // with begin and end at merge_chunks[chunks_begin + i] and after, at most kChunkParts, in the order
-// of their keys.
+// of their keys; all of them are merge_parts[parts_begin, parts_end).
 struct MergeWork {
-  int32_t row, chunks_begin, num_chunks;
+  int32_t row, chunks_begin, num_chunks, parts_begin, parts_end;
 };
 
 struct AttentionSchedule {
@@ -108,14 +110,20 @@ struct AttentionSchedule {
   const ChunkWork* narrow_chunks = nullptr;   // up to kNarrowRows stacked rows, one split each
   const ChunkWork* stacked_chunks = nullptr;  // up to kStackedRows stacked rows, slot by slot
   const int32_t* stacked_slots = nullptr;     // [slots + 1] where each slot's items begin
+  const ChunkWork* leaf_chunks = nullptr;     // as narrow, up to kLeafRows, slot by slot
+  const int32_t* leaf_slots = nullptr;        // [slots + 1]
+  int32_t* arrivals = nullptr;                // [num_arrivals, kArrivalWords] the first word counts
+                                              // blocks of a KV head that wait for each other
   const int32_t* chunk_rows = nullptr;
   const int32_t* chunk_blocks = nullptr;
   const MergeWork* merges = nullptr;
   const int32_t* merge_chunks = nullptr;
   const int32_t* merge_parts = nullptr;
-  int32_t num_wide = 0, num_narrow = 0, num_stacked_slots = 0, num_merges = 0, num_partials = 0;
-  int32_t narrow_rows = 0;  // stacked rows of the largest narrow item
-  int32_t most_chunks = 0;  // of a merge
+  int32_t num_wide = 0, num_narrow = 0, num_merges = 0, num_partials = 0;
+  int32_t num_stacked_slots = 0;  // of leaves, too
+  int32_t num_arrivals = 0;       // KV heads
+  int32_t narrow_rows = 0;        // stacked rows of the largest narrow item
+  int32_t most_chunks = 0;        // of a merge
 };
 
 }  // namespace coppice::cuda

@@ -197,36 +197,10 @@ int MergeWarps(int head_dim, int blocks, int most_chunks) {
   return std::max(wanted, head_dim / 32);
 }
 
-int Log2(int x) {
-  int shift = 0;
-  while ((1 << shift) < x) ++shift;
-  return shift;
-}
-
 template <auto kKernel, typename Shared>
 cudaError_t LaunchItems(const ChunkParameters& p, int items, int threads, cudaStream_t stream) {
   if (items == 0) return cudaSuccess;
   return LaunchOverlapped<kKernel>({dim3(items, p.kv_heads), threads, sizeof(Shared)}, stream, p);
-}
-
-ChunkParameters ParametersOf(const TreeAttentionArgs& a, const ChunkScratch& scratch) {
-  ChunkParameters p{};
-  p.schedule = a.schedule;
-  p.q = static_cast<const Bf16*>(a.q.data);
-  p.k = static_cast<const Bf16*>(a.k.data);
-  p.v = static_cast<const Bf16*>(a.v.data);
-  p.context_k = static_cast<const Bf16*>(a.context.k);
-  p.context_v = static_cast<const Bf16*>(a.context.v);
-  p.q_stride = a.q.row_stride, p.k_stride = a.k.row_stride, p.v_stride = a.v.row_stride;
-  p.out_stride = a.out.row_stride;
-  p.out = static_cast<Bf16*>(a.out.data);
-  p.lse = a.lse;
-  p.partial = scratch;
-  p.block_shift = Log2(a.context.block_tokens);
-  p.q_heads = a.shape.q_heads, p.kv_heads = a.shape.kv_heads;
-  p.group_size = p.q_heads / p.kv_heads;
-  p.scale = a.shape.scale;
-  return p;
 }
 
 template <int D>

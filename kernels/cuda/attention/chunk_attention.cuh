@@ -8,17 +8,15 @@
 #include <cstdint>
 
 #include "kernels/cuda/attention/async_copy.cuh"
+#include "kernels/cuda/attention/device_math.cuh"
 #include "kernels/cuda/attention/launchers.h"
+#include "kernels/cuda/attention/log2_units.cuh"
 
 namespace coppice::cuda {
-
-using Bf16 = __nv_bfloat16;
 
 constexpr int kChunkThreads = 128;
 constexpr int kChunkWarps = 4;
 constexpr int kChunkStages = 3;
-constexpr float kLog2e = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 template <int D>
 constexpr int kTileKeys = D == 256 ? 16 : 32;
@@ -35,19 +33,35 @@ struct ChunkParameters {
   float scale;
 };
 
-__device__ __forceinline__ float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
+inline int Log2(int x) {
+  int shift = 0;
+  while ((1 << shift) < x) ++shift;
+  return shift;
+}
+
+inline ChunkParameters ParametersOf(const TreeAttentionArgs& a, const ChunkScratch& scratch) {
+  ChunkParameters p{};
+  p.schedule = a.schedule;
+  p.q = static_cast<const Bf16*>(a.q.data);
+  p.k = static_cast<const Bf16*>(a.k.data);
+  p.v = static_cast<const Bf16*>(a.v.data);
+  p.context_k = static_cast<const Bf16*>(a.context.k);
+  p.context_v = static_cast<const Bf16*>(a.context.v);
+  p.q_stride = a.q.row_stride, p.k_stride = a.k.row_stride, p.v_stride = a.v.row_stride;
+  p.out_stride = a.out.row_stride;
+  p.out = static_cast<Bf16*>(a.out.data);
+  p.lse = a.lse;
+  p.partial = scratch;
+  p.block_shift = Log2(a.context.block_tokens);
+  p.q_heads = a.shape.q_heads, p.kv_heads = a.shape.kv_heads;
+  p.group_size = p.q_heads / p.kv_heads;
+  p.scale = a.shape.scale;
+  return p;
 }
 
 __device__ __forceinline__ uint32_t Pack(float low, float high) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
   return reinterpret_cast<const uint32_t&>(pair);
-}
-
-__device__ __forceinline__ uint32_t SharedAddress(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
 __device__ __forceinline__ void LoadMatrices(uint32_t (&r)[4], uint32_t at) {
@@ -138,19 +152,20 @@ struct InShared {
 
 // Shared memory of a block. Keys [tile keys][D] in 16-byte pieces, piece c of a row at c ^ (row &
 // 7).
-template <int D>
+template <int D, int kKeys = kTileKeys<D>, int kRing = kChunkStages>
 struct ChunkShared {
-  alignas(128) Bf16 keys[kChunkStages][2][kTileKeys<D> * D];
+  static constexpr int kTile = kKeys, kStages = kRing;
+  alignas(128) Bf16 keys[kStages][2][kTile * D];
 };
 
 // What one warp works on. Its block has kWarps warps of 16 stacked rows each, which share the keys.
-template <int D, int kWarps>
+template <int D, int kWarps, typename Shared = ChunkShared<D>>
 struct WarpWork {
-  static constexpr int kT = kTileKeys<D>;
+  static constexpr int kT = Shared::kTile, kStages = Shared::kStages;
   const ChunkParameters& p;
   const ChunkWork item;
   const int kv_head, lane, warp;
-  ChunkShared<D>& shared;
+  Shared& shared;
 
   __device__ int FirstStacked() const { return warp * 16; }
   // Batch row and query head of a stacked row; row -1: none.
@@ -293,7 +308,7 @@ struct WarpWork {
   // Issues the first copies of a split of keys [begin, end).
   __device__ void StartSplit(int begin, int end) const {
 #pragma unroll
-    for (int i = 0; i < kChunkStages - 1; ++i) {
+    for (int i = 0; i < kStages - 1; ++i) {
       if (begin + i * kT < end) LoadTile(begin + i * kT, end, i);
       CommitCopies();
     }
@@ -309,12 +324,12 @@ struct WarpWork {
     s.max[0] = s.max[1] = -INFINITY, s.sum[0] = s.sum[1] = 0.f;
     const int tiles = (end - begin + kT - 1) / kT;
     for (int i = 0; i < tiles; ++i) {
-      WaitCopies<kChunkStages - 2>();
+      WaitCopies<kStages - 2>();
       Arrive();
-      const int next = i + kChunkStages - 1;
-      if (next < tiles) LoadTile(begin + next * kT, end, next % kChunkStages);
+      const int next = i + kStages - 1;
+      if (next < tiles) LoadTile(begin + next * kT, end, next % kStages);
       CommitCopies();
-      AddTile(s, q, rows, begin + i * kT, end, i % kChunkStages);
+      AddTile(s, q, rows, begin + i * kT, end, i % kStages);
     }
     WaitCopies<0>();
     Arrive();

@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <tuple>
 
-#include "kernels/cuda/attention/attention_schedule.h"
-
 namespace coppice::cuda {
 namespace {
 
@@ -98,6 +96,55 @@ class Spreader {
 
 std::vector<DecodePiece> SpreadDecode(const std::vector<DecodeJob>& jobs, int32_t slots) {
   return Spreader(jobs, slots).Spread();
+}
+
+bool FitBeside(const std::vector<ChunkWork>& leaves, const std::vector<ChunkWork>& stacked) {
+  int64_t leaf_keys = 0, stacked_keys = 0;
+  for (const ChunkWork& item : leaves) leaf_keys += item.key_end - item.key_begin + 32;
+  for (const ChunkWork& item : stacked) stacked_keys += item.key_end - item.key_begin;
+  return 2 * leaf_keys <= stacked_keys;
+}
+
+void SortLongestFirst(std::vector<ChunkWork>& items) {
+  std::stable_sort(items.begin(), items.end(), [](const ChunkWork& a, const ChunkWork& b) {
+    return a.key_end - a.key_begin > b.key_end - b.key_begin;
+  });
+}
+
+DealtItems DealInTurn(std::vector<ChunkWork> items, int32_t slots) {
+  SortLongestFirst(items);
+  DealtItems dealt;
+  const auto count = static_cast<int32_t>(items.size());
+  for (int32_t slot = 0; slot < slots; ++slot) {
+    dealt.begins.push_back(static_cast<int32_t>(dealt.items.size()));
+    for (int32_t i = slot; i < count; i += slots) dealt.items.push_back(items[i]);
+  }
+  dealt.begins.push_back(static_cast<int32_t>(dealt.items.size()));
+  return dealt;
+}
+
+MergeLists PlanMerges(std::vector<std::vector<PartialResult>> rows, bool by_position) {
+  MergeLists lists;
+  const auto size = [](const auto& v) { return static_cast<int32_t>(v.size()); };
+  for (int32_t row = 0; row < size(rows); ++row) {
+    std::vector<PartialResult>& parts = rows[row];
+    if (parts.empty()) continue;
+    std::stable_sort(parts.begin(), parts.end(),
+                     [](const PartialResult& a, const PartialResult& b) { return a.key < b.key; });
+    MergeWork work = {row, size(lists.chunks), 0, size(lists.parts), 0};
+    for (int32_t i = 0; i < size(parts); ++i) {
+      if (i == 0 || (by_position ? parts[i].key % kChunkKeys : i % kChunkParts) == 0) {
+        lists.chunks.push_back(size(lists.parts));
+        ++work.num_chunks;
+      }
+      lists.parts.push_back(parts[i].index);
+    }
+    work.parts_end = size(lists.parts);
+    lists.chunks.push_back(work.parts_end);
+    lists.most_chunks = std::max(lists.most_chunks, work.num_chunks);
+    lists.rows.push_back(work);
+  }
+  return lists;
 }
 
 }  // namespace coppice::cuda

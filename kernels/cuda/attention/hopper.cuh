@@ -7,13 +7,9 @@
 #include <cuda_runtime.h>
 #include <cstdint>
 
+#include "kernels/cuda/attention/device_math.cuh"
+
 namespace coppice::cuda {
-
-using Bf16 = __nv_bfloat16;
-
-__device__ __forceinline__ uint32_t SharedAddress(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
 
 struct Barrier {
   uint64_t word;
@@ -327,11 +323,6 @@ __device__ __forceinline__ void MultiplyAddAtb(float (&d)[kAccumulators], uint64
   for (int k = 0; k < kDepth; k += 16) WgmmaStepRows(d, Advanced(a, k * 128), Advanced(b, k * 128));
 }
 
-__device__ __forceinline__ float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 __device__ __forceinline__ uint32_t PackBf16(float low, float high) {
   uint32_t word;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));

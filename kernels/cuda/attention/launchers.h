@@ -21,12 +21,14 @@ struct ChunkScratch {
   float* out = nullptr;    // [partials, q_heads, head_dim] not normalised
   float2* sums = nullptr;  // [partials, q_heads] maximum in log2 units, sum of exponentials
 };
+// Stacked chunks and leaves; then folds all partial results, those of LaunchChunks before it, too.
+// Needs as many counters of arrivals as KV heads, and DecodeSlots blocks of each on the device.
 cudaError_t LaunchStackedChunks(const TreeAttentionArgs& args, const ChunkScratch& scratch,
                                 cudaStream_t stream);
 // The other chunks.
 cudaError_t LaunchChunks(const TreeAttentionArgs& args, const ChunkScratch& scratch,
                          cudaStream_t stream);
-// Folds the partial results of both.
+// Folds partial results where nothing is stacked, or rows are many.
 cudaError_t LaunchMerges(const TreeAttentionArgs& args, const ChunkScratch& scratch,
                          cudaStream_t stream);
 

@@ -8,6 +8,7 @@
 #include "kernels/cuda/attention/attention_schedule.h"
 #include "kernels/cuda/attention/hopper.cuh"
 #include "kernels/cuda/attention/launchers.h"
+#include "kernels/cuda/attention/log2_units.cuh"
 #include "kernels/cuda/attention/tensor_map.cuh"
 #include "kernels/cuda/attention/tree_attention.h"
 
@@ -22,7 +23,6 @@ inline constexpr int kImage = kKeyTile * kBackwardQueryTile;  // elements of a s
 // got, 3 x 168.
 template <int kProducer>
 inline constexpr int kConsumerRegisters = (3 * 168 - kProducer) / 2;
-inline constexpr float kLog2e = 1.4426950408889634f;
 
 // Order of the work items (tile, head), handed out by a counter. Heads of one KV head that work at
 // the same time share their key tiles in L2, so the first `solo` KV heads go one after the other,

@@ -1,16 +1,17 @@
-// Decode over shared context on wgmma: all rows below a context node attend to its keys at once.
+// Decode in one launch, mostly on wgmma: all rows below a context node attend to its keys at once.
 //
-//   out, maximum, sum of exponentials of softmax(scale Q K^T) V over a run of keys, to be merged
-//   with the row's other runs
+//   out = softmax(scale Q K^T) V, from sums over runs of keys that are folded at the end
 //
 // An item is up to 128 stacked rows (row x query head of one KV head) and a run of whole key tiles
 // of 128, in pages; no mask. Block (slot, KV head) takes the slot's items in turn; slots hold equal
-// work and all blocks run at once. One warp streams K and V by TMA, across items; three warps
-// gather the next item's queries meanwhile; two consumer warpgroups take 64 stacked rows each, or,
-// of items of up to 64 rows, every second one. Registers and pipeline as in the forward kernel.
-// Traffic: each key once per item, 4 head_dim bytes; bound by it (4.3 TB/s) up to about 128 stacked
-// rows, by the tensor cores beyond.
-#include "kernels/cuda/attention/async_copy.cuh"
+// work and all blocks run at once. One warp streams K and V by TMA in steps of 64 keys, across
+// items; two consumer warpgroups take 64 stacked rows each, or, of items of up to 64 rows, every
+// second one; two warps take the slot's leaves, short runs of keys of few rows, on mma.sync
+// (chunk_attention.cuh). Then the blocks wait for each other and fold all partial results. Traffic:
+// each key once per item, 4 head_dim bytes; bound by it (4.3 TB/s) up to about 128 stacked rows, by
+// the tensor cores beyond.
+#include "kernels/cuda/attention/chunk_attention.cuh"
+#include "kernels/cuda/attention/decode_merge.cuh"
 #include "kernels/cuda/attention/launchers.h"
 #include "kernels/cuda/attention/pipeline.cuh"
 #include "kernels/cuda/attention/softmax.cuh"
@@ -19,69 +20,75 @@
 namespace coppice::cuda {
 namespace {
 
-constexpr int kStages = 2;
-constexpr int kQueryStages = 2;
-constexpr int kLoaders = 96;  // threads of the producer warpgroup behind its first warp
-constexpr int kProducerRegisters = 40;
+constexpr int kStepKeys = 64;
+constexpr int kStages = 4;
+constexpr int kLeafWarps = 2;
+constexpr int kFirstLeafWarp = 2;  // behind one for keys and one that looks ahead
+constexpr int kGroupRows = 64;     // stacked rows of a consumer warpgroup
 
 struct StackedParameters {
   CUtensorMap k, v;
-  AttentionSchedule schedule;
-  const Bf16* q;
-  int64_t q_stride;
-  ChunkScratch partial;
-  int block_shift, pieces, q_heads, group_size;
-  float scale;
+  ChunkParameters common;
+  int pieces;   // boxes of a step: pages, or one
+  bool merges;  // the last step is the kernel's own
 };
 
 template <int D>
+using LeafShared = ChunkShared<D, 16, 4>;
+
+template <int D>
 struct StackedShared {
-  alignas(1024) Bf16 q[kQueryStages][kStackedRows * D];
-  alignas(1024) Bf16 k[kStages][kKeyTile * D];
-  alignas(1024) Bf16 v[kStages][kKeyTile * D];
-  Barrier q_full[kQueryStages], q_empty[kQueryStages];
+  alignas(1024) Bf16 q[kConsumers][kGroupRows * D];
+  alignas(1024) Bf16 k[kStages][kStepKeys * D];
+  alignas(1024) Bf16 v[kStages][kStepKeys * D];
+  LeafShared<D> leaves[kLeafWarps];
+  BlockMerges merges;
   Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
 
-__device__ __forceinline__ int KeyTiles(const ChunkWork& item) {
-  return (item.key_end - item.key_begin) / kKeyTile;
+__device__ __forceinline__ int Steps(const ChunkWork& item) {
+  return (item.key_end - item.key_begin) / kStepKeys;
 }
 
-__device__ __forceinline__ int SlotOf(const StackedParameters& p, const ChunkWork& item, int key) {
+__device__ __forceinline__ int SlotOf(const ChunkParameters& p, const ChunkWork& item, int key) {
   const int block = p.schedule.chunk_blocks[item.first_block + (key >> p.block_shift) -
                                             (item.key_begin >> p.block_shift)];
   return (block << p.block_shift) + (key & ((1 << p.block_shift) - 1));
 }
 
-// The items of this block.
+// Items of this block's slot in a list.
 struct SlotItems {
-  int begin, count;
+  const ChunkWork* first;
+  int count;
 };
-__device__ __forceinline__ SlotItems ItemsOf(const AttentionSchedule& schedule) {
-  const int begin = schedule.stacked_slots[blockIdx.x];
-  return {begin, schedule.stacked_slots[blockIdx.x + 1] - begin};
+__device__ __forceinline__ SlotItems ItemsOf(const ChunkWork* items, const int32_t* slots) {
+  const int begin = slots[blockIdx.x];
+  return {items + begin, slots[blockIdx.x + 1] - begin};
+}
+__device__ __forceinline__ SlotItems StackedItems(const AttentionSchedule& schedule) {
+  return ItemsOf(schedule.stacked_chunks, schedule.stacked_slots);
 }
 
-// One warp: keys and values, each lane its pages of a tile.
+// One warp: keys and values, each lane its pages of a step. They are older than the kernel ahead.
 template <int D>
-__device__ void Produce(const StackedParameters& p, StackedShared<D>& s) {
+__device__ void LoadKeys(const StackedParameters& p, StackedShared<D>& s) {
   Ring<kStages> ring;
-  const SlotItems items = ItemsOf(p.schedule);
-  const int lane = threadIdx.x, kv_head = blockIdx.y, rows = kKeyTile / p.pieces;
+  const SlotItems items = StackedItems(p.common.schedule);
+  const int lane = threadIdx.x % 32, kv_head = blockIdx.y, rows = kStepKeys / p.pieces;
   const auto load = [&](Bf16* to, const CUtensorMap& map, int slot, Barrier& full) {
-    if (lane == 0) full.ArriveExpecting(kKeyTile * D * 2);
+    if (lane == 0) full.ArriveExpecting(kStepKeys * D * 2);
     __syncwarp();
     if (lane >= p.pieces) return;
 #pragma unroll
     for (int panel = 0; panel < D / kPanel; ++panel)
-      LoadBox(to + (panel * kKeyTile + lane * rows) * kPanel, map, panel * kPanel, kv_head, slot,
+      LoadBox(to + (panel * kStepKeys + lane * rows) * kPanel, map, panel * kPanel, kv_head, slot,
               full);
   };
   for (int n = 0; n < items.count; ++n) {
-    const ChunkWork item = p.schedule.stacked_chunks[items.begin + n];
-    for (int key = item.key_begin; key < item.key_end; key += kKeyTile, ring.Advance()) {
+    const ChunkWork item = items.first[n];
+    for (int key = item.key_begin; key < item.key_end; key += kStepKeys, ring.Advance()) {
       const int stage = ring.stage;
-      const int slot = lane < p.pieces ? SlotOf(p, item, key + lane * rows) : 0;
+      const int slot = lane < p.pieces ? SlotOf(p.common, item, key + lane * rows) : 0;
       s.k_empty[stage].Wait(ring.phase ^ 1);
       load(s.k[stage], p.k, slot, s.k_full[stage]);
       s.v_empty[stage].Wait(ring.phase ^ 1);
@@ -90,41 +97,29 @@ __device__ void Produce(const StackedParameters& p, StackedShared<D>& s) {
   }
 }
 
-// Copies of the item's query rows into a Q tile, all loaders. Rows past them are left as they are:
-// what comes of them is not stored.
+// One of kLeafWarps: every so many of the slot's leaves.
 template <int D>
-__device__ void CopyQueries(const StackedParameters& p, const ChunkWork& item, int kv_head,
-                            Bf16* to) {
-  constexpr int kPieces = D / 8;
-  const int used = item.num_rows * p.group_size * kPieces;
-#pragma unroll 2
-  for (int i = threadIdx.x - 32; i < used; i += kLoaders) {
-    const int stacked = i / kPieces, piece = i % kPieces;
-    const int row = p.schedule.chunk_rows[item.rows_begin + stacked / p.group_size];
-    const int head = kv_head * p.group_size + stacked % p.group_size;
-    Bf16* line = to + (piece / 8 * kStackedRows + stacked) * kPanel;
-    CopyAsync(SharedAddress(line + ((piece % 8) ^ (stacked & 7)) * 8),
-              p.q + row * p.q_stride + head * D + piece * 8, true);
-  }
-}
-
-// The loaders: queries of this block's items.
-template <int D>
-__device__ void LoadQueries(const StackedParameters& p, StackedShared<D>& s) {
-  Ring<kQueryStages> queries;
-  const SlotItems items = ItemsOf(p.schedule);
-  WaitForPredecessor();  // the pages that the producer reads are older
-  for (int n = 0; n < items.count; ++n, queries.Advance()) {
-    const ChunkWork item = p.schedule.stacked_chunks[items.begin + n];
-    s.q_empty[queries.stage].Wait(queries.phase ^ 1);
-    CopyQueries<D>(p, item, blockIdx.y, s.q[queries.stage]);
-    s.q_full[queries.stage].ArriveAfterCopies();
+__device__ void SumLeaves(const ChunkParameters& p, LeafShared<D>& shared, int first) {
+  const SlotItems items = ItemsOf(p.schedule.leaf_chunks, p.schedule.leaf_slots);
+  const int lane = threadIdx.x % 32;
+  WaitForPredecessor();
+  for (int n = first; n < items.count; n += kLeafWarps) {
+    const WarpWork<D, 1, LeafShared<D>> work{p, items.first[n], static_cast<int>(blockIdx.y), lane,
+                                             0, shared};
+    const int begin = work.item.key_begin, end = work.item.key_end;
+    work.StartSplit(begin, end);
+    uint32_t q[D / 16][4];
+    int rows[2];
+    work.LoadQueries(q, rows);
+    RowSums<D> sums;
+    work.SumSplit(sums, q, rows, begin, end);
+    work.Write(InRegisters<D>{sums});
   }
 }
 
 // Writes this thread's accumulators, not normalised, as partial results.
 template <int D>
-__device__ void StorePartial(const StackedParameters& p, const ChunkWork& item, int first,
+__device__ void StorePartial(const ChunkParameters& p, const ChunkWork& item, int first,
                              const float (&o)[D / 2], const float (&m)[2], const float (&l)[2]) {
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -143,13 +138,41 @@ __device__ void StorePartial(const StackedParameters& p, const ChunkWork& item, 
 
 struct ConsumerRings {
   Ring<kStages> keys, values;
-  Ring<kQueryStages> queries;
 };
+
+// The warpgroup's query rows of an item, from stacked row `first` on, into its tile, zeros behind
+// the item's. Not by TMA, where they would queue up behind the keys.
+template <int D>
+__device__ __forceinline__ void GatherQueries(const ChunkParameters& p, const ChunkWork& item,
+                                              int first, int group, Bf16* tile) {
+  constexpr int kPieces = D / 8, kRowsAtOnce = 128 / kPieces;
+  const int thread = threadIdx.x % 128, piece = thread % kPieces;
+  const Bf16* from[kGroupRows / kRowsAtOnce];
+#pragma unroll
+  for (int i = 0; i < kGroupRows / kRowsAtOnce; ++i) {
+    const int stacked = first + thread / kPieces + i * kRowsAtOnce;
+    const int row = min(stacked / p.group_size, item.num_rows - 1);
+    const int head = blockIdx.y * p.group_size + stacked % p.group_size;
+    from[i] = p.q + p.schedule.chunk_rows[item.rows_begin + row] * p.q_stride + head * D;
+  }
+  WaitForPredecessor();
+  NamedSync(1 + group, 128);  // all warps are through with the item before
+#pragma unroll
+  for (int i = 0; i < kGroupRows / kRowsAtOnce; ++i) {
+    const int row = thread / kPieces + i * kRowsAtOnce;
+    Bf16* line = tile + (piece / 8 * kGroupRows + row) * kPanel;
+    CopyAsync(SharedAddress(line + ((piece % 8) ^ (row & 7)) * 8), from[i] + piece * 8,
+              first + row < item.num_rows * p.group_size);
+  }
+  CommitCopies();
+  WaitCopies<0>();
+  FenceAsyncShared();
+  NamedSync(1 + group, 128);
+}
 
 // Lets an item pass that the other warpgroup works on.
 template <int D>
 __device__ void PassItem(StackedShared<D>& s, int count, ConsumerRings& rings) {
-  s.q_empty[rings.queries.stage].Arrive();
   for (int i = 0; i < count; ++i, rings.keys.Advance(), rings.values.Advance()) {
     s.k_full[rings.keys.stage].Wait(rings.keys.phase);
     Release(s.k_empty[rings.keys.stage]);
@@ -160,30 +183,29 @@ __device__ void PassItem(StackedShared<D>& s, int count, ConsumerRings& rings) {
 
 // The item's sums for the 64 stacked rows from `first` on.
 template <int D>
-__device__ void ConsumeItem(const StackedParameters& p, StackedShared<D>& s, const ChunkWork& item,
-                            int first, ConsumerRings& rings) {
+__device__ void ConsumeItem(const ChunkParameters& p, StackedShared<D>& s, const ChunkWork& item,
+                            int first, int group, ConsumerRings& rings) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const float scale_log2 = p.scale * kLog2e;
-  const int count = KeyTiles(item), buffer = rings.queries.stage;
-  const uint64_t q = ColumnsAreK(s.q[buffer] + first * kPanel);
+  const int count = Steps(item);
+  const uint64_t q = ColumnsAreK(s.q[group]);
   float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.f, 0.f}, shrink[2];
-  float o[D / 2], scores[kKeyTile / 2];
-  uint32_t probabilities[kKeyTile / 4];
+  float o[D / 2], scores[kStepKeys / 2];
+  uint32_t probabilities[kStepKeys / 4];
   Clear(o);
 
   const auto start_scores = [&] {
     s.k_full[rings.keys.stage].Wait(rings.keys.phase);
-    MultiplyAbt<D, kStackedRows>(scores, q, ColumnsAreK(s.k[rings.keys.stage]));
+    MultiplyAbt<D, kGroupRows>(scores, q, ColumnsAreK(s.k[rings.keys.stage]));
   };
   const auto start_output = [&] {
     s.v_full[rings.values.stage].Wait(rings.values.phase);
-    MultiplyAdd<kKeyTile>(o, probabilities, RowsAreK(s.v[rings.values.stage], kKeyTile));
+    MultiplyAdd<kStepKeys>(o, probabilities, RowsAreK(s.v[rings.values.stage], kStepKeys));
   };
-  const auto finish_scores = [&](int i) {
+  const auto finish_scores = [&] {
     Pin(scores);
     Release(s.k_empty[rings.keys.stage]);
     rings.keys.Advance();
-    if (i == count - 1) s.q_empty[buffer].Arrive();
     OnlineSoftmax(scores, m, l, shrink, scale_log2);
   };
   const auto finish_output = [&] {
@@ -193,16 +215,16 @@ __device__ void ConsumeItem(const StackedParameters& p, StackedShared<D>& s, con
     rings.values.Advance();
   };
 
-  FenceAsyncShared();  // the loaders' copies of the queries come before
+  GatherQueries<D>(p, item, first, group, s.q[group]);
   start_scores();
   WgmmaWait<0>();
-  finish_scores(0);
+  finish_scores();
   PackOperand(probabilities, scores);
   for (int i = 1; i < count; ++i) {
     start_scores();
     start_output();
     WgmmaWait<1>();
-    finish_scores(i);
+    finish_scores();
     finish_output();
     if (__any_sync(~0u, shrink[0] != 1.f || shrink[1] != 1.f)) {
 #pragma unroll
@@ -221,19 +243,27 @@ __device__ void ConsumeItem(const StackedParameters& p, StackedShared<D>& s, con
 }
 
 template <int D>
-__device__ void Consume(const StackedParameters& p, StackedShared<D>& s, int group) {
+__device__ void Consume(const ChunkParameters& p, StackedShared<D>& s, int group) {
   ConsumerRings rings;
-  const SlotItems items = ItemsOf(p.schedule);
-  for (int n = 0; n < items.count; ++n, rings.queries.Advance()) {
-    const ChunkWork item = p.schedule.stacked_chunks[items.begin + n];
-    const bool is_small = item.num_rows * p.group_size <= 64;
-    s.q_full[rings.queries.stage].Wait(rings.queries.phase);
+  const SlotItems items = StackedItems(p.schedule);
+  for (int n = 0; n < items.count; ++n) {
+    const ChunkWork item = items.first[n];
+    const bool is_small = item.num_rows * p.group_size <= kGroupRows;
     if (is_small && n % 2 != group) {
-      PassItem(s, KeyTiles(item), rings);
+      PassItem(s, Steps(item), rings);
     } else {
-      ConsumeItem(p, s, item, is_small ? 0 : group * 64, rings);
+      ConsumeItem(p, s, item, is_small ? 0 : group * kGroupRows, group, rings);
     }
   }
+}
+
+template <int D>
+__device__ void InitBarriers(StackedShared<D>& s) {
+  for (int i = 0; i < kStages; ++i) {
+    s.k_full[i].Init(1), s.k_empty[i].Init(kConsumerWarps);
+    s.v_full[i].Init(1), s.v_empty[i].Init(kConsumerWarps);
+  }
+  FenceBarrierInit();
 }
 
 template <int D>
@@ -242,27 +272,22 @@ __global__ void __launch_bounds__(kThreads, 1)
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& s = *reinterpret_cast<StackedShared<D>*>(raw);
   LetSuccessorStart();
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kQueryStages; ++i)
-      s.q_full[i].Init(kLoaders), s.q_empty[i].Init(kConsumerThreads);
-    for (int i = 0; i < kStages; ++i) {
-      s.k_full[i].Init(1), s.k_empty[i].Init(kConsumerWarps);
-      s.v_full[i].Init(1), s.v_empty[i].Init(kConsumerWarps);
-    }
-    FenceBarrierInit();
-  }
+  if (threadIdx.x == 0) InitBarriers(s);
   __syncthreads();
-  const int group = threadIdx.x / 128;
-  if (group == 0) {
-    GiveRegisters<kProducerRegisters>();
-    if (threadIdx.x < 32) {
-      Produce(p, s);
-    } else {
-      LoadQueries(p, s);
-    }
+  const int warp = threadIdx.x / 32;
+  if (warp >= 4) {
+    Consume(p.common, s, warp / 4 - 1);
+  } else if (warp == 0) {
+    LoadKeys(p, s);
+  } else if (warp == 1) {
+    if (p.merges) PrepareMerges<D>(p.common, s.merges);
   } else {
-    TakeRegisters<kConsumerRegisters<kProducerRegisters>>();
-    Consume(p, s, group - 1);
+    SumLeaves<D>(p.common, s.leaves[warp - kFirstLeafWarp], warp - kFirstLeafWarp);
+  }
+  if (p.merges) {
+    MergeWithAllBlocks<D>(p.common, s.merges);
+  } else {
+    WaitForPredecessor();
   }
 }
 
@@ -270,22 +295,21 @@ template <int D>
 cudaError_t Launch(const TreeAttentionArgs& a, const ChunkScratch& scratch, cudaStream_t stream) {
   StackedParameters p{};
   const ContextPages& c = a.context;
-  const int piece = c.block_tokens < kKeyTile ? c.block_tokens : kKeyTile;
-  const int64_t slots = c.num_blocks * c.block_tokens, stride = int64_t{a.shape.kv_heads} * D;
-  if (auto e = MakeMap(p.k, {c.k, slots, stride, a.shape.kv_heads, D}, piece)) return e;
-  if (auto e = MakeMap(p.v, {c.v, slots, stride, a.shape.kv_heads, D}, piece)) return e;
-  p.schedule = a.schedule;
-  p.q = static_cast<const Bf16*>(a.q.data);
-  p.q_stride = a.q.row_stride;
-  p.partial = scratch;
-  while ((1 << p.block_shift) < c.block_tokens) ++p.block_shift;
-  p.pieces = kKeyTile / piece;
-  p.q_heads = a.shape.q_heads;
-  p.group_size = p.q_heads / a.shape.kv_heads;
-  p.scale = a.shape.scale;
-  return LaunchOverlapped<StackedAttentionKernel<D>>(
-      {dim3(a.schedule.num_stacked_slots, a.shape.kv_heads), kThreads, sizeof(StackedShared<D>)},
-      stream, p);
+  if (a.schedule.num_arrivals < a.shape.kv_heads) return cudaErrorInvalidValue;
+  const int32_t kv_heads = a.shape.kv_heads;
+  const int piece = c.block_tokens < kStepKeys ? c.block_tokens : kStepKeys;
+  const int64_t slots = c.num_blocks * c.block_tokens, stride = int64_t{kv_heads} * D;
+  p.common = ParametersOf(a, scratch);
+  p.pieces = kStepKeys / piece;
+  if (auto e = MakeMap(p.k, {c.k, slots, stride, kv_heads, D}, piece)) return e;
+  if (auto e = MakeMap(p.v, {c.v, slots, stride, kv_heads, D}, piece)) return e;
+  const dim3 grid(a.schedule.num_stacked_slots, kv_heads);
+  p.merges =
+      int64_t{a.schedule.num_merges} * p.common.group_size <= int64_t{BlockMerges::kCount} * grid.x;
+  if (auto e = LaunchOverlapped<StackedAttentionKernel<D>>(
+          {grid, kThreads, sizeof(StackedShared<D>)}, stream, p))
+    return e;
+  return p.merges ? cudaSuccess : LaunchMerges(a, scratch, stream);
 }
 
 }  // namespace

@@ -94,7 +94,7 @@ bool HasStackedKernels(int32_t head_dim, int compute_capability) {
   return HasTileKernels(head_dim, compute_capability) && head_dim <= 128;
 }
 
-int32_t DecodeSlots(int32_t kv_heads) { return std::max(Multiprocessors() / kv_heads, 1); }
+int32_t DecodeSlots(int32_t kv_heads) { return Multiprocessors() / kv_heads; }
 
 int64_t TreeAttentionScratchBytes(const AttentionSchedule& schedule, const AttentionShape& shape) {
   return ForwardScratch(Scratch(nullptr), schedule, shape).used;
@@ -109,7 +109,7 @@ cudaError_t LaunchTreeAttention(const TreeAttentionArgs& args, cudaStream_t stre
     if (const cudaError_t e = LaunchChunks(args, scratch.chunks, stream)) return e;
   }
   if (args.schedule.num_stacked_slots > 0) {
-    if (const cudaError_t e = LaunchStackedChunks(args, scratch.chunks, stream)) return e;
+    return LaunchStackedChunks(args, scratch.chunks, stream);
   }
   if (args.schedule.num_merges == 0) return cudaSuccess;
   return LaunchMerges(args, scratch.chunks, stream);

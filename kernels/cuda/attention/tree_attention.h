@@ -77,7 +77,8 @@ struct TreeAttentionBackwardArgs {
 bool HasTileKernels(int32_t head_dim, int compute_capability);
 // The same for AttentionPlanOptions::stacked.
 bool HasStackedKernels(int32_t head_dim, int compute_capability);
-// Blocks of a KV head that the current device runs at once: AttentionPlanOptions::decode_slots.
+// Blocks of a KV head that the current device runs at once, perhaps none:
+// AttentionPlanOptions::decode_slots.
 int32_t DecodeSlots(int32_t kv_heads);
 
 int64_t TreeAttentionScratchBytes(const AttentionSchedule& schedule, const AttentionShape& shape);

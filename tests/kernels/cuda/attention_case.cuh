@@ -166,7 +166,7 @@ struct Case {
         out(size_t(rows) * out_stride),
         d_out(size_t(rows) * q_width),
         lse(size_t(rows) * h.q) {
-    options.group_size = h.q / h.kv;
+    options.group_size = h.q / h.kv, options.kv_heads = h.kv;
     options.stacked = HasStackedKernels(h.dim, 90);
     options.decode_slots = DecodeSlots(h.kv);
     options.backward = true;
