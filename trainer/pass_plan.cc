@@ -56,7 +56,8 @@ std::vector<PolicyTrainer::Pass> PolicyTrainer::ChoosePasses(const Replan& repla
   for (const Pass& pass : best) rows += NumRows(pass);
   for (const TokenSequence& s : plan.sequences) prompt = std::max<int64_t>(prompt, s.prompt.size());
   // More passes cost bytes, and save what is recomputed at most.
-  for (int64_t parts = 2; parts <= kMostParts && least.recomputed > 0; ++parts) {
+  const int64_t most_parts = limits.slow_context ? 1 : kMostParts;
+  for (int64_t parts = 2; parts <= most_parts && least.recomputed > 0; ++parts) {
     limits.pass_rows = (rows - std::min(prompt, rows - 1) + parts - 1) / parts;
     if (limits.pass_rows >= limits.max_rows) continue;
     absl::StatusOr<std::vector<PlannedPass>> planned = replan(limits);
@@ -105,7 +106,10 @@ PolicyTrainer::Pass PolicyTrainer::BuildPass(const RequestPlan& plan,
       HangBelowCached(*planned.cached, run.tree.batch);
       run.link = {.pool = planned.cached->pool};
     }
-    if (ops_.Info().context_gradients && (run.stem_rows = StemRows(run.tree.batch)) > 0) {
+    if (ops_.Info().context_gradients && !limits_.slow_context) {
+      run.stem_rows = StemRows(run.tree.batch);
+    }
+    if (run.stem_rows > 0) {
       run.offset_bytes =
           StemPages::SizeBytes(decoder_.config(), ops_.Info().activation_types(), run.stem_rows);
     }

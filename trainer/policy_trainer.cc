@@ -64,7 +64,8 @@ PassLimits PolicyTrainer::MakeLimits(const Options& options) const {
       .max_rows = std::min(
           options.max_rows,
           Activations::MaxRows(decoder_.config(), device.activation_types(), activation_bytes_)),
-      .share_prefixes = options.share_prefixes};
+      .share_prefixes = options.share_prefixes,
+      .slow_context = options.slow_context};
   limits.pass_rows = limits.max_rows;
   if (device.context_gradients) {
     limits.max_branch_rows = [this, max_rows = options.max_rows](int64_t prompt_rows) {

@@ -44,6 +44,7 @@ struct PassLimits {
   // cut. At most max_rows.
   int64_t pass_rows = 0;
   bool share_prefixes = true;
+  bool slow_context = false;  // see Trainer::Options
   // Rows that a micro-batch of branches may have beside the state of a prompt; 0 if the prompt
   // leaves no room. Absent where prompts cannot run apart from their branches.
   std::function<int64_t(int64_t prompt_rows)> max_branch_rows;

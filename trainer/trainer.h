@@ -31,6 +31,9 @@ class Trainer {
     // Of the gradients of layers' matrices: f32, or bf16 for half of their memory and less
     // precision (gradient_arena.h).
     DType gradient_dtype = DType::kF32;
+    // Attention over context is much slower than over the rows of a tree, as with --deterministic:
+    // it is taken only where a request does not fit otherwise.
+    bool slow_context = false;
     // false: every sequence runs on its own, the baseline of benchmarks.
     bool share_prefixes = true;
     // Where the engine checkpoints durable steps; empty = durable is refused.

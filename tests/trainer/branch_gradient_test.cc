@@ -221,7 +221,7 @@ TEST(BranchTest, CutsWhatItWouldRecompute) {
   ModelConfig config = LongConfig(Architecture::kQwen3, true);
   config.max_positions = 1024;
   config.num_layers = 6;
-  const auto run = [&](int32_t tokens, double fraction) {
+  const auto run = [&](int32_t tokens, double fraction, bool slow_context = false) {
     ForwardBackwardRequest request = WideRequest();
     request.groups[0].prompt.assign(200, 3);
     for (TrainSample& s : request.groups[0].samples) s.tokens.resize(tokens, 5);
@@ -229,7 +229,9 @@ TEST(BranchTest, CutsWhatItWouldRecompute) {
     const ForwardBackwardResult want = whole.trainer().ForwardBackward(request).value();
     EXPECT_EQ(want.metrics.at("micro_batches"), 1);
     const double budget = fraction * want.metrics.at("activation_bytes");
-    TinyPolicy some(config, 1, {.activation_bytes = static_cast<int64_t>(budget)});
+    TinyPolicy some(
+        config, 1,
+        {.activation_bytes = static_cast<int64_t>(budget), .slow_context = slow_context});
     const ForwardBackwardResult got = some.trainer().ForwardBackward(request).value();
     ExpectSameResults(got, want, "cut");
     ExpectTensorsNear(config, some.Gradients(), ToDouble(whole.Gradients()),
@@ -246,6 +248,9 @@ TEST(BranchTest, CutsWhatItWouldRecompute) {
   const auto many = run(300, 0.7);
   EXPECT_GT(many.at("micro_batches"), 1);
   EXPECT_LE(many.at("recompute"), 1);
+  const auto slow = run(300, 0.7, /*slow_context=*/true);
+  EXPECT_EQ(slow.at("micro_batches"), 1);
+  EXPECT_GE(slow.at("recompute"), 2);
 }
 
 // Whole trees, cut groups and kept prompts take turns within one budget, which the device enforces.

@@ -64,11 +64,12 @@ TEST(StemTest, TheRowsBehindItHangBelowIt) {
 
 class StemGradientTest : public testing::TestWithParam<Architecture> {};
 
-// Against separate sequences in one pass, which have no stem in common.
+// Against separate sequences in one pass, which have no stem in common, and without stems.
 TEST_P(StemGradientTest, EqualsSeparateSequencesOnRandomTrees) {
   ModelConfig config = TinyConfig(GetParam(), GetParam() == Architecture::kQwen2);
   config.max_positions = 512;
   TinyPolicy shared(config), separate(config, 1, {.share_prefixes = false});
+  TinyPolicy without(config, 1, {.slow_context = true});
   for (uint64_t seed = 0; seed < 10; ++seed) {
     const std::string what = "seed " + std::to_string(seed);
     Random random(seed);
@@ -91,8 +92,10 @@ TEST_P(StemGradientTest, EqualsSeparateSequencesOnRandomTrees) {
     const std::vector<float> gradients = separate.Gradients();
     ExpectTensorsNear(config, shared.Gradients(), {gradients.begin(), gradients.end()},
                       tolerance::kTreeVersusFlat, what);
-    shared.DropGradients();
-    separate.DropGradients();
+    ASSERT_TRUE(without.trainer().ForwardBackward(request).ok());
+    ExpectTensorsNear(config, without.Gradients(), {gradients.begin(), gradients.end()},
+                      tolerance::kTreeVersusFlat, what);
+    for (TinyPolicy* policy : {&shared, &separate, &without}) policy->DropGradients();
     if (testing::Test::HasFailure()) break;
   }
 }
