@@ -56,44 +56,63 @@ __device__ __forceinline__ void LookUp(const ChunkParameters& p, BlockMerges& me
 // All blocks are resident at once, or waiting would not end: no more than multiprocessors
 // (DecodeSlots), kernels before end without them, kernels behind start when all of them have.
 __device__ __forceinline__ void AwaitBlocks(int32_t* arrivals, unsigned blocks) {
-  __threadfence();
-  const unsigned before = atomicAdd(reinterpret_cast<unsigned*>(arrivals), 1u);
+  unsigned before, now;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], 1;"
+               : "=r"(before)
+               : "l"(arrivals)
+               : "memory");
   const unsigned last = (before / blocks + 1) * blocks;
-  unsigned now;
   do {
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrivals) : "memory");
   } while (static_cast<int>(now - last) < 0);
 }
 
-// Folds the partial results of one row and query head; a warp, a lane has D / 32 columns. Up to
-// kParts results are on their way at once; their factors come from their maxima, the sum goes in
-// the order of the row's list.
+// Folds the partial results of one row and query head; a warp, a lane has D / 32 columns. All of a
+// block's first results are on their way at once; their factors come from their maxima, the sum
+// goes in the order of the row's list.
 template <int D>
 struct RowSum {
   static constexpr int kColumns = D / 32;
+  static constexpr int kHalf = BlockMerges::kParts / 2;
   float out[kColumns] = {}, max = -INFINITY, sum = 0.f;
 
-  __device__ __forceinline__ static void Read(float (&x)[kColumns], const float* from) {
+  // Results [first, first + kHalf); beyond `count` the last one again, so that no load waits for
+  // another's condition.
+  __device__ __forceinline__ static void Read(float (&x)[kHalf][kColumns], const float* from,
+                                              int part, int first, int count) {
     static_assert(kColumns == 2 || kColumns == 4);
-    if constexpr (kColumns == 4) {
-      const float4 four = __ldcg(reinterpret_cast<const float4*>(from));
-      x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
-    } else {
-      const float2 two = __ldcg(reinterpret_cast<const float2*>(from));
-      x[0] = two.x, x[1] = two.y;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const int64_t at = __shfl_sync(~0u, part, min(first + i, count - 1));
+      if constexpr (kColumns == 4) {
+        const float4 four = __ldcg(reinterpret_cast<const float4*>(from + at * D));
+        x[i][0] = four.x, x[i][1] = four.y, x[i][2] = four.z, x[i][3] = four.w;
+      } else {
+        const float2 two = __ldcg(reinterpret_cast<const float2*>(from + at * D));
+        x[i][0] = two.x, x[i][1] = two.y;
+      }
     }
   }
 
-  // `count` results, `part` the lane's.
-  __device__ __forceinline__ void Add(const ChunkParameters& p, int part, int count) {
-    const int lane = threadIdx.x % 32;
-    const float2 mine = lane < count ? __ldcg(p.partial.sums + part) : float2{-INFINITY, 0.f};
-    float x[BlockMerges::kParts][kColumns];
+  // `factor` is 0 beyond the last result.
+  __device__ __forceinline__ void AddHalf(const float (&x)[kHalf][kColumns], float factor,
+                                          int first) {
 #pragma unroll
-    for (int i = 0; i < BlockMerges::kParts; ++i) {
-      const int64_t at = __shfl_sync(~0u, part, i);
-      if (i < count) Read(x[i], p.partial.out + at * D + lane * kColumns);
+    for (int i = 0; i < kHalf; ++i) {
+      const float scale = __shfl_sync(~0u, factor, first + i);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) out[c] = __fmaf_rn(x[i][c], scale, out[c]);
     }
+  }
+
+  // `count` results, at least one; `part` the lane's.
+  __device__ __forceinline__ void Add(const ChunkScratch& partial, int part, int count) {
+    const int lane = threadIdx.x % 32;
+    const float2 mine = lane < count ? __ldcg(partial.sums + part) : float2{-INFINITY, 0.f};
+    const float* from = partial.out + lane * kColumns;
+    float low[kHalf][kColumns], high[kHalf][kColumns];
+    Read(low, from, part, 0, count);
+    if (count > kHalf) Read(high, from, part, kHalf, count);
     float top = mine.x;
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
@@ -105,50 +124,36 @@ struct RowSum {
     max = f.max, sum = __fmaf_rn(sum, f.a, added);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) out[c] *= f.a;
-#pragma unroll
-    for (int i = 0; i < BlockMerges::kParts; ++i) {
-      const float scale = __shfl_sync(~0u, factor, i);
-      if (i >= count) continue;
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) out[c] = __fmaf_rn(x[i][c], scale, out[c]);
-    }
+    AddHalf(low, factor, 0);
+    if (count > kHalf) AddHalf(high, factor, kHalf);
   }
 
   __device__ __forceinline__ void Store(const ChunkParameters& p, int2 row) const {
     const int lane = threadIdx.x % 32;
-    if (row.x < 0) return;
+    const float inverse = 1.f / sum;
     auto* to = reinterpret_cast<uint32_t*>(p.out + row.x * p.out_stride + row.y * D) +
                lane * (kColumns / 2);
 #pragma unroll
-    for (int c = 0; c < kColumns; c += 2) to[c / 2] = Pack(out[c] / sum, out[c + 1] / sum);
+    for (int c = 0; c < kColumns; c += 2) to[c / 2] = Pack(out[c] * inverse, out[c + 1] * inverse);
     if (p.lse && lane == 0) p.lse[int64_t{row.x} * p.q_heads + row.y] = max * kLn2 + logf(sum);
   }
 };
 
-// Merge i of the block's share; -1: none, but the code comes into the multiprocessor's cache. Not
-// inlined: that is of use to all warps then.
+// Merge i of the block's share.
 template <int D>
-__device__ __noinline__ void MergeRow(const ChunkParameters& p, const BlockMerges& merges, int i) {
+__device__ __forceinline__ void MergeRow(const ChunkParameters& p, const BlockMerges& merges,
+                                         int i) {
   const int lane = threadIdx.x % 32;
-  const int2 row = i < 0 ? int2{-1, 0} : merges.rows[i], ends = i < 0 ? int2{} : merges.ends[i];
+  const int2 row = merges.rows[i], ends = merges.ends[i];
   RowSum<D> total;
-  int begin = ends.x;
-  do {
+  for (int begin = ends.x; begin < ends.y; begin += BlockMerges::kParts) {
     const int count = min(ends.y - begin, BlockMerges::kParts);
     int part = 0;
     if (lane < count)
       part = begin == ends.x ? merges.parts[i][lane] : PartAt(p, begin + lane, row.y);
-    total.Add(p, part, count);
-    begin += BlockMerges::kParts;
-  } while (begin < ends.y);
+    total.Add(p.partial, part, count);
+  }
   total.Store(p, row);
-}
-
-// Before, by one warp that has nothing else to do.
-template <int D>
-__device__ __forceinline__ void PrepareMerges(const ChunkParameters& p, BlockMerges& merges) {
-  LookUp(p, merges);
-  MergeRow<D>(p, merges, -1);
 }
 
 // All threads of all blocks. Traffic: 4 head_dim + 8 bytes a partial result, from L2; bound by

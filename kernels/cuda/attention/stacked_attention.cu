@@ -56,6 +56,10 @@ __device__ __forceinline__ int SlotOf(const ChunkParameters& p, const ChunkWork&
   return (block << p.block_shift) + (key & ((1 << p.block_shift) - 1));
 }
 
+// Of lane 0: the compiler keeps what it knows to be the same for the warp, and matrix descriptors
+// made of it, in uniform registers, from where products take them.
+__device__ __forceinline__ int Uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 // Items of this block's slot in a list.
 struct SlotItems {
   const ChunkWork* first;
@@ -188,7 +192,7 @@ __device__ void ConsumeItem(const ChunkParameters& p, StackedShared<D>& s, const
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const float scale_log2 = p.scale * kLog2e;
   const int count = Steps(item);
-  const uint64_t q = ColumnsAreK(s.q[group]);
+  const uint64_t q = ColumnsAreK(s.q[Uniform(group)]);
   float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.f, 0.f}, shrink[2];
   float o[D / 2], scores[kStepKeys / 2];
   uint32_t probabilities[kStepKeys / 4];
@@ -196,11 +200,11 @@ __device__ void ConsumeItem(const ChunkParameters& p, StackedShared<D>& s, const
 
   const auto start_scores = [&] {
     s.k_full[rings.keys.stage].Wait(rings.keys.phase);
-    MultiplyAbt<D, kGroupRows>(scores, q, ColumnsAreK(s.k[rings.keys.stage]));
+    MultiplyAbt<D, kGroupRows>(scores, q, ColumnsAreK(s.k[Uniform(rings.keys.stage)]));
   };
   const auto start_output = [&] {
     s.v_full[rings.values.stage].Wait(rings.values.phase);
-    MultiplyAdd<kStepKeys>(o, probabilities, RowsAreK(s.v[rings.values.stage], kStepKeys));
+    MultiplyAdd<kStepKeys>(o, probabilities, RowsAreK(s.v[Uniform(rings.values.stage)], kStepKeys));
   };
   const auto finish_scores = [&] {
     Pin(scores);
@@ -280,7 +284,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else if (warp == 0) {
     LoadKeys(p, s);
   } else if (warp == 1) {
-    if (p.merges) PrepareMerges<D>(p.common, s.merges);
+    if (p.merges) LookUp(p.common, s.merges);
   } else {
     SumLeaves<D>(p.common, s.leaves[warp - kFirstLeafWarp], warp - kFirstLeafWarp);
   }
