@@ -10,6 +10,7 @@
 // the rest the same. Traffic per item: 512 D bytes a key tile for 65536 D FLOP, 128 FLOP per L2
 // byte; query heads of one KV head are neighbours in the item order, so they share the tiles in L2.
 #include <algorithm>
+#include <bit>
 
 #include "kernels/cuda/attention/launchers.h"
 #include "kernels/cuda/attention/pipeline.cuh"
@@ -38,7 +39,9 @@ struct ForwardParameters {
   int64_t out_stride, no_slot;  // a row past the pages: loads as zeros
   float* lse;
   int* counter;
-  int run_slots, piece;  // of a context tile: slots of a run, rows of one load
+  // Of a context tile: slots of a run are 2^run_shift, rows of one load `piece`. A division here
+  // would delay every copy.
+  int run_shift, piece;
   int q_heads, group_size;
   float scale;
 };
@@ -72,9 +75,9 @@ __device__ __forceinline__ void LoadKeys(const ForwardParameters& p, Bf16* to,
     return;
   }
   const int* slots = p.schedule.context_slots + p.schedule.context_tiles[~entry].first_piece;
-  for (int row = 0; row < kRows; row += p.piece) {
-    const int run = slots[(first + row) / p.run_slots];
-    const int slot = run < 0 ? static_cast<int>(p.no_slot) : run + (first + row) % p.run_slots;
+  for (int key = first; key < first + kRows; key += p.piece) {
+    const int run = slots[key >> p.run_shift], row = key - first;
+    const int slot = run < 0 ? static_cast<int>(p.no_slot) : run + (key & ((1 << p.run_shift) - 1));
 #pragma unroll
     for (int panel = 0; panel < D / kPanel; ++panel)
       LoadBox(to + (panel * kRows + row) * kPanel, pages, panel * kPanel, kv_head, slot, full);
@@ -311,8 +314,9 @@ cudaError_t Launch(const TreeAttentionArgs& a, int* counter, cudaStream_t stream
   if (auto e = MakeEndMaps(p.ends, p.context_ends, a.schedule, kStepKeys<D>)) return e;
   if (a.context.k) {
     const ContextPages& c = a.context;
-    p.run_slots = RunSlots(c);
-    p.piece = std::min(p.run_slots, kStepKeys<D>);
+    const int run_slots = RunSlots(c);
+    p.run_shift = std::countr_zero(static_cast<unsigned>(run_slots));
+    p.piece = std::min(run_slots, kStepKeys<D>);
     const int64_t slots = c.num_blocks * c.block_tokens, stride = int64_t{shape.kv_heads} * D;
     if (auto e = MakeMap(p.context_k, {c.k, slots, stride, shape.kv_heads, D}, p.piece)) return e;
     if (auto e = MakeMap(p.context_v, {c.v, slots, stride, shape.kv_heads, D}, p.piece)) return e;
