@@ -360,6 +360,21 @@ void CheckDecodeIgnoresTheBatch() {
   Report("decode row 0 in one item", whole, "same bits", {}, SameBits(first, out), true);
 }
 
+// dS of fewer heads at a time, to the same bits: many key tiles of little work, in one round and in
+// three.
+void CheckHeadsAtATime() {
+  for (const Heads heads : {Heads{12, 12, 128}, Heads{6, 6, 256}}) {
+    for (int32_t images : {0, 300}) {
+      Case c(BatchOf(PromptAndResponses(2, 128, 150)), heads, {.round_images = images}, 55);
+      c.StoreDs(heads.kv);
+      CheckBoth("150 short responses", c, EveryRow(c));
+      const Results all = Run(c);
+      c.StoreDs(1);
+      Report("150 short responses", c, "one head", {}, all.Same(Run(c)), true);
+    }
+  }
+}
+
 void CheckLarge() {
   const auto one = [](const std::string& name, const Ends& ends, Heads heads) {
     if (!IsOurs()) return;
@@ -512,6 +527,7 @@ int Main(int count, char** words) {
     CheckTrees(tiny);
     if (!asked("trees")) CheckContext(tiny);
     if (!asked("trees") && IsOurs()) CheckDecodeIgnoresTheBatch();
+    if (!tiny) CheckHeadsAtATime();
     if (!tiny) CheckLarge();
     std::printf("%d cases, %d failed\n", num_checked, num_failed);
   }
