@@ -150,9 +150,8 @@ __device__ void ComputeScales(const ChainParameters& p, ChainShared<Shape>& s) {
                            sum.z * p.inverse_hidden, sum.w * p.inverse_hidden};
       reinterpret_cast<float4*>(s.scales)[lane] = {rsqrtf(mean.x + p.eps), rsqrtf(mean.y + p.eps),
                                                    rsqrtf(mean.z + p.eps), rsqrtf(mean.w + p.eps)};
+      s.scales_full.Arrive();  // every writer for itself: so racecheck can follow
     }
-    __syncwarp();
-    if (lane == 0) s.scales_full.Arrive();
   }
 }
 
@@ -241,7 +240,7 @@ __global__ void __launch_bounds__(kChainThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shape::kStages; ++i) s.w_full[i].Init(1), s.w_empty[i].Init(kChainWarps);
     for (int i = 0; i < Shape::kXStages; ++i) s.x_full[i].Init(1), s.x_empty[i].Init(kChainWarps);
-    s.squares_there.Init(1), s.scales_full.Init(1);
+    s.squares_there.Init(1), s.scales_full.Init(Shape::kTokens / 4);
     FenceBarrierInit();
   }
   __syncthreads();
