@@ -53,8 +53,8 @@ class CoppiceBench(unittest.TestCase):
     def test_train_step_by_phases(self):
         line = self.lines_of("train_step", *TINY, "--phases=1")[0]
         phases = line["phases"]
-        parts = [phases[name] for name in ("matmul", "attention", "attention_backward", "norm", "rope", "swiglu", "head", "rows",
-                                           "memory", "gaps")]
+        parts = [phases[name] for name in ("matmul", "attention", "attention_backward", "norm", "rope", "gated_matmul", "head",
+                                           "rows", "memory", "gaps")]
         self.assertGreater(min(parts), 0)
         self.assertAlmostEqual(sum(parts), phases["total"])
 
