@@ -38,6 +38,7 @@ absl::Status CheckInputs(absl::string_view op, const ops::BatchPlan* plan, const
   CheckRows(check, "k", k, rows, kv_heads, head_dim);
   CheckRows(check, "v", v, rows, kv_heads, head_dim);
   check.That(kv_heads > 0 && q_heads % kv_heads == 0, "q_heads", "a multiple of kv_heads", q_heads);
+  check.That(q_heads <= kv_heads * kChunkRows, "q_heads", "at most 64 for each KV head", q_heads);
   const int64_t last_block = CudaPlan(plan).max_context_block();
   if (last_block < 0) return check.status();
   const int64_t blocks = context.k.dim(0), block_tokens = plan->batch().block_tokens;

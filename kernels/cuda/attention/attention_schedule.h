@@ -64,8 +64,9 @@ struct BackwardRound {
 // are tested one by one.
 struct ChunkWork {
   int32_t rows_begin, num_rows;  // rows chunk_rows[rows_begin, + num_rows)
-  // key_begin: a multiple of kSplitKeys, and the item does not leave its chunk unless partial is
-  // -1; of kKeyTile where stacked.
+  // key_begin: a multiple of kSplitKeys, of kKeyTile where stacked or behind what is stacked for
+  // the segment alone. A narrow item holds at most kSplitKeys keys; only such an item, or one whose
+  // partial is -1, leaves its chunk.
   int32_t key_begin, key_end;
   int32_t context_tokens;  // keys below are in pages, the others packed
   int32_t first_block;     // index into chunk_blocks: the block of key_begin

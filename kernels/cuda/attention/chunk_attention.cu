@@ -67,11 +67,13 @@ __global__ void __launch_bounds__(kChunkThreads)
   for (int begin = work.item.key_begin; begin < key_end;) {
     const int chunk_end = min((begin / kChunkKeys + 1) * kChunkKeys, key_end);
     chunk.Clear(lane);
-    for (; begin < chunk_end; begin += kSplitKeys) {
+    while (begin < chunk_end) {
       RowSums<D> s;
-      work.StartSplit(begin, min(begin + kSplitKeys, chunk_end));
-      work.SumSplit(s, q, rows, begin, min(begin + kSplitKeys, chunk_end));
+      const int end = min(begin + kSplitKeys, chunk_end);
+      work.StartSplit(begin, end);
+      work.SumSplit(s, q, rows, begin, end);
       chunk.FoldIn(InRegisters<D>{s}, lane);
+      begin = end;
     }
     total.FoldIn(InShared<D>{chunk, lane}, lane);
   }

@@ -308,7 +308,9 @@ cudaError_t Launch(const TreeAttentionArgs& a, const ChunkScratch& scratch, cuda
   if (auto e = MakeMap(p.k, {c.k, slots, stride, kv_heads, D}, piece)) return e;
   if (auto e = MakeMap(p.v, {c.v, slots, stride, kv_heads, D}, piece)) return e;
   const dim3 grid(a.schedule.num_stacked_slots, kv_heads);
+  // Blocks may wait for each other only where the device holds them all.
   p.merges =
+      int64_t{grid.x} * grid.y <= Multiprocessors() &&
       int64_t{a.schedule.num_merges} * p.common.group_size <= int64_t{BlockMerges::kCount} * grid.x;
   if (auto e = LaunchOverlapped<StackedAttentionKernel<D>>(
           {grid, kThreads, sizeof(StackedShared<D>)}, stream, p))

@@ -326,6 +326,15 @@ void CheckContext(bool tiny) {
   }
 }
 
+// Eight query heads a KV head make an item of eight rows wide; its keys begin at a key tile that is
+// no split, and go on into the next chunk.
+void CheckItemAcrossChunks() {
+  ContextBuilder b(64);
+  b.Segment(b.Node(-1, 1020), Causal(8));
+  Case c(b.Finish(), {16, 2, 128}, {.tiles = true}, 41);
+  CheckForward("ctx 1020 + 8", c, "tiles", EveryRow(c));
+}
+
 // A row decodes to the same bits alone, in a small group and in a large one, shared or not.
 void CheckDecodeIgnoresTheBatch() {
   constexpr int kBlockTokens = 64, kPrompt = 2944;
@@ -526,6 +535,7 @@ int Main(int count, char** words) {
   if (count == 1 || tiny || asked("check")) {
     CheckTrees(tiny);
     if (!asked("trees")) CheckContext(tiny);
+    if (!asked("trees") && IsOurs()) CheckItemAcrossChunks();
     if (!asked("trees") && IsOurs()) CheckDecodeIgnoresTheBatch();
     if (!tiny) CheckHeadsAtATime();
     if (!tiny) CheckLarge();
