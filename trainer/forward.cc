@@ -23,6 +23,8 @@ absl::Status LastAttentionForward(const Decoder& decoder, const LayerParameters&
           ops.Copy(MergeHeads(rows.Rows(0, stem.rows)), FlattenPages(pages, stem.rows)));
     }
   }
+  // Where the pages are the tree's own, QkvForward has just written them. `behind` is used here for
+  // the first time, so that its plan is uploaded in between: attention never starts too early.
   const int64_t rows = plan.batch().num_rows();
   return ops.TreeAttention(
       {.plan = stem.behind,

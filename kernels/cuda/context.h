@@ -22,6 +22,8 @@ class MatMulCache;
 // INTERNAL naming the call and CUDA's reason; OK for cudaSuccess.
 absl::Status StatusOf(cudaError_t error, absl::string_view call);
 
+// Work of one device. Decoding's kernels wait for all of their blocks (layer_chain.h, attention's
+// stacked kernel), so a device serves one Context: two could each hold half of it for ever.
 class Context {
  public:
   static constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;

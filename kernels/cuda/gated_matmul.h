@@ -1,6 +1,6 @@
 // The gated MLP's products of many rows with SwiGLU as their epilogue, forward and backward: what
 // SwiGLU reads never comes from memory again. A row's bits depend on neither its batch nor the
-// launch.
+// launch, once there are rows enough that the op comes here.
 #pragma once
 
 #include <cuda_runtime_api.h>

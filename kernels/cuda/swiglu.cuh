@@ -1,4 +1,4 @@
-// SwiGLU of one element (Shazeer 2020), the same bits wherever it is computed.
+// SwiGLU of one element (Shazeer 2020), the same bits in all that include this.
 //   act = gate s up with s = sigmoid(gate);
 //   d_up = d gate s,  d_gate = d up s (1 + gate (1 - s)).
 #pragma once

@@ -70,7 +70,7 @@ struct MatMulParams {
   bool b_is_parameter = false;
 };
 // c = RmsNorm(x) b^T (+ bias): a projection and the norm before it. With norm.rstd (backward
-// follows) norm.out holds the normed rows afterwards; without, it may keep what it held.
+// follows) norm.out holds the normed rows afterwards; without, its contents are undefined.
 struct NormMatMulParams {
   RmsNormParams norm;
   TensorView b;     // [n, hidden] f; unit inner stride; a model parameter (MatMulParams)
@@ -127,10 +127,12 @@ struct QkNormRopeBackwardParams {
 // reads kv head h / (q_heads / kv_heads).
 struct TreeAttentionParams {
   const BatchPlan* plan = nullptr;
-  TensorView q;     // [rows, q_heads, head_dim] f
-  TensorView k;     // [rows, kv_heads, head_dim] f
-  TensorView v;     // [rows, kv_heads, head_dim] f
-  PagedKv context;  // required if the plan has context nodes
+  TensorView q;  // [rows, q_heads, head_dim] f
+  TensorView k;  // [rows, kv_heads, head_dim] f
+  TensorView v;  // [rows, kv_heads, head_dim] f
+  // Required if the plan has context nodes. Written before the batch's first op, or an upload lies
+  // between: kernels may read it before the op ahead of them has ended.
+  PagedKv context;
   float scale = 0;  // > 0
   TensorView out;   // [rows, q_heads, head_dim] f
   TensorView lse;   // optional [rows, q_heads] f32
@@ -164,7 +166,7 @@ struct MatMulSwiGluParams {
   bool keep_gate_up = true;  // false: gate_up may keep what it held
 };
 // The same of RmsNorm(x): the first half of a gated MLP. norm.out and gate_up hold what they are
-// named after if there is norm.rstd; without, they may keep what they held where there is `out`.
+// named after if there is norm.rstd; without, where there is `out`, their contents are undefined.
 struct NormSwiGluParams {
   RmsNormParams norm;
   TensorView b;        // [2 * ffn, hidden] f; unit inner stride; a model parameter
