@@ -118,9 +118,12 @@ const std::vector<Flag>& Flags() {
        "RESOURCE_EXHAUSTED and its blocks are free.",
        1, 86400},
       {"Training", "max_train_rows", &Config::max_train_rows,
-       "Unique tokens in one training pass; more is split into micro-batches.", 1, kMaxCount},
+       "Unique tokens in one training pass; more is split into micro-batches, and less where that "
+       "saves recomputing.",
+       1, kMaxCount},
       {"Training", "activation_bytes", &Config::activation_bytes,
-       "Memory for activations of one training pass; decides what is kept and what is recomputed. "
+       "Memory for activations of one training pass; decides what is kept, what is recomputed and "
+       "what is cut. "
        "0 = half of the memory that is free at start; on cuda all of it but what gradients, "
        "optimizer "
        "and scratch need.",

@@ -135,7 +135,7 @@ EngineOptions Daemon::MakeEngineOptions() const {
   options.trainer.max_rows = config_.max_train_rows;
   options.trainer.activation_bytes = memory_.activation_bytes;
   options.trainer.gradient_dtype = config_.GradientDType();
-  options.trainer.slow_context = config_.deterministic;
+  options.trainer.slow_context = config_.deterministic && config_.device == "cuda";
   return options;
 }
 

@@ -121,7 +121,7 @@ PolicyTrainer::Pass PolicyTrainer::BuildPass(const RequestPlan& plan,
     pass.prompt.emplace();
     pass.prompt->tree = BuildTokenTree(all, /*share=*/true, {.end = prompt_rows});
     pass.prompt->kept = planned.kept;
-    pass.prompt->stem_rows = StemRows(pass.prompt->tree.batch);
+    if (!limits_.slow_context) pass.prompt->stem_rows = StemRows(pass.prompt->tree.batch);
     StoreAsPrompt(pass.prompt->tree.batch);
   }
   return pass;

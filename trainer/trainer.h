@@ -32,7 +32,7 @@ class Trainer {
     // precision (gradient_arena.h).
     DType gradient_dtype = DType::kF32;
     // Attention over context is much slower than over the rows of a tree, as with --deterministic:
-    // it is taken only where a request does not fit otherwise.
+    // nothing is cut to save work, and no stem (trainer/stem.h) is taken.
     bool slow_context = false;
     // false: every sequence runs on its own, the baseline of benchmarks.
     bool share_prefixes = true;
