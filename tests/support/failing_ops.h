@@ -1,6 +1,7 @@
 // FailingOps: a device that breaks. Forwards everything to another Ops until told to fail; from
 // then on PlanBatch, the first call of every batch, returns INTERNAL, and keeps doing so. Memory
-// and uploads can be made to fail by themselves. What is lent as workspace is spoilt.
+// and uploads can be made to fail by themselves. What is lent as workspace is spoilt. Rows that
+// attend are counted.
 #pragma once
 
 #include <atomic>
@@ -86,7 +87,6 @@ class FailingOps : public ops::Ops {
   COPPICE_FORWARD(RmsNorm)
   COPPICE_FORWARD(MatMul)
   COPPICE_FORWARD(QkNormRope)
-  COPPICE_FORWARD(TreeAttention)
   COPPICE_FORWARD(SwiGlu)
   COPPICE_FORWARD(LogProbHead)
   COPPICE_FORWARD(EmbeddingBackward)
@@ -99,6 +99,11 @@ class FailingOps : public ops::Ops {
   COPPICE_FORWARD(CopyBlocks)
   COPPICE_FORWARD(AdamW)
 #undef COPPICE_FORWARD
+  absl::Status TreeAttention(const ops::TreeAttentionParams& p) override {
+    attended_rows_ += p.q.dim(0);
+    return inner_->TreeAttention(p);
+  }
+  int64_t attended_rows() const { return attended_rows_; }  // of every call so far
   absl::Status TreeAttentionBackward(const ops::TreeAttentionBackwardParams& p) override {
     constexpr int kNan = 0xff;  // of every byte
     if (p.workspace.num_elements() > 0)
@@ -114,6 +119,7 @@ class FailingOps : public ops::Ops {
   std::shared_ptr<std::atomic<int64_t>> held_bytes_ = std::make_shared<std::atomic<int64_t>>(0);
   int64_t limit_bytes_ = std::numeric_limits<int64_t>::max();
   int64_t score_bytes_ = 0, scores_head_dim_ = 0;
+  int64_t attended_rows_ = 0;
   int64_t uploads_left_ = std::numeric_limits<int64_t>::max();
 };
 

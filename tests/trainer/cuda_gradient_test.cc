@@ -337,6 +337,7 @@ TEST_P(CudaGradientTest, MatricesInBf16AddOneRoundingATree) {
     const std::vector<float> bf16 =
         cuda->Gradients(request_, /*share=*/true, 0, max_rows, DType::kBF16);
     EXPECT_LE(Compare(config_, bf16, f32).worst, tolerance::kBf16Gradient / 2);
+    EXPECT_NE(bf16, f32) << "the flag was ignored";
   }
 }
 

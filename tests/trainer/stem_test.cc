@@ -95,6 +95,10 @@ TEST_P(StemGradientTest, EqualsSeparateSequencesOnRandomTrees) {
     ASSERT_TRUE(without.trainer().ForwardBackward(request).ok());
     ExpectTensorsNear(config, without.Gradients(), {gradients.begin(), gradients.end()},
                       tolerance::kTreeVersusFlat, what);
+    // The last layer's attention leaves out whole pages of the prompt.
+    const int64_t left_out = without.ops().attended_rows() - shared.ops().attended_rows();
+    EXPECT_GE(left_out, (static_cast<int64_t>(seed) + 1) * kPage) << what;
+    EXPECT_EQ(left_out % kPage, 0) << what;
     for (TinyPolicy* policy : {&shared, &separate, &without}) policy->DropGradients();
     if (testing::Test::HasFailure()) break;
   }
