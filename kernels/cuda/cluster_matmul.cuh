@@ -99,23 +99,27 @@ __device__ __forceinline__ void LoadBoxForAll(void* to, const CUtensorMap& map, 
   "%112, %113, %114, %115, %116, %117, %118, %119, " \
   "%120, %121, %122, %123, %124, %125, %126, %127"
 // As hopper.cuh's, 256 columns.
+template <typename E>
 __device__ __forceinline__ void WgmmaStep(float (&d)[128], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" HOPPER_REGS_0 ", " HOPPER_REGS_32
-      ", " TILE_REGS_64 ", " TILE_REGS_96 "}, %128, %129, p, 1, 1, 0, 0;\n}"
-      : HOPPER_ACC32(d, 0), HOPPER_ACC32(d, 32), HOPPER_ACC32(d, 64), HOPPER_ACC32(d, 96)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+  HOPPER_MMA(E,
+             "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+             "wgmma.mma_async.sync.aligned.m64n256k16",
+             "{" HOPPER_REGS_0 ", " HOPPER_REGS_32 ", " TILE_REGS_64 ", " TILE_REGS_96
+             "}, %128, %129, p, 1, 1, 0, 0;\n}"
+             : HOPPER_ACC32(d, 0), HOPPER_ACC32(d, 32), HOPPER_ACC32(d, 64), HOPPER_ACC32(d, 96)
+             : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 // The same, rows of B are k.
+template <typename E>
 __device__ __forceinline__ void WgmmaStepRightRows(float (&d)[128], uint64_t a, uint64_t b,
                                                    bool add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16 {" HOPPER_REGS_0 ", " HOPPER_REGS_32
-      ", " TILE_REGS_64 ", " TILE_REGS_96 "}, %128, %129, p, 1, 1, 0, 1;\n}"
-      : HOPPER_ACC32(d, 0), HOPPER_ACC32(d, 32), HOPPER_ACC32(d, 64), HOPPER_ACC32(d, 96)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+  HOPPER_MMA(E,
+             "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"
+             "wgmma.mma_async.sync.aligned.m64n256k16",
+             "{" HOPPER_REGS_0 ", " HOPPER_REGS_32 ", " TILE_REGS_64 ", " TILE_REGS_96
+             "}, %128, %129, p, 1, 1, 0, 1;\n}"
+             : HOPPER_ACC32(d, 0), HOPPER_ACC32(d, 32), HOPPER_ACC32(d, 64), HOPPER_ACC32(d, 96)
+             : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
 // The right operand as [columns, k]: the two blocks' shares are `share_stride` rows apart, so that
@@ -134,7 +138,7 @@ struct RightColumns {
     const uint64_t a = ColumnsAreK(left), b = ColumnsAreK(right);
 #pragma unroll
     for (int k = 0; k < kPanel; k += 16)
-      WgmmaStep(acc, Advanced(a, k * 2), Advanced(b, k * 2), !first || k != 0);
+      WgmmaStep<Bf16>(acc, Advanced(a, k * 2), Advanced(b, k * 2), !first || k != 0);
   }
 };
 // The right operand as [k, columns].
@@ -153,7 +157,7 @@ struct RightRows {
     const uint64_t a = ColumnsAreK(left), b = RowsAreK(right, kPanel);
 #pragma unroll
     for (int k = 0; k < kPanel; k += 16)
-      WgmmaStepRightRows(acc, Advanced(a, k * 2), Advanced(b, k * 128), !first || k != 0);
+      WgmmaStepRightRows<Bf16>(acc, Advanced(a, k * 2), Advanced(b, k * 128), !first || k != 0);
   }
 };
 

@@ -2,18 +2,17 @@
 // size alone.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <cstring>
 
 #include "kernels/base/tensor_view.h"
+#include "kernels/cuda/element.cuh"
 
 namespace coppice::cuda {
 
-using bf16 = __nv_bfloat16;
+using bf16 = Bf16;
 
 // N elements that one instruction loads (16 bytes: 8 bf16 or 4 f32).
 template <typename T, int N>

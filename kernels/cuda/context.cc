@@ -21,7 +21,7 @@ absl::Status StatusOf(cudaError_t error, absl::string_view call) {
                                           "); restart the process"));
 }
 
-absl::StatusOr<std::unique_ptr<Context>> Context::Create(bool deterministic) {
+absl::StatusOr<std::unique_ptr<Context>> Context::Create(bool deterministic, DType compute_dtype) {
   int devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&devices);
   if (error != cudaSuccess || devices == 0) {
@@ -29,7 +29,7 @@ absl::StatusOr<std::unique_ptr<Context>> Context::Create(bool deterministic) {
                                                " (", cudaGetErrorString(error),
                                                "); check the driver or use --device=cpu"));
   }
-  std::unique_ptr<Context> context(new Context(deterministic));
+  std::unique_ptr<Context> context(new Context(deterministic, compute_dtype));
   RETURN_IF_ERROR(context->Init());
   return context;
 }
@@ -64,7 +64,8 @@ absl::Status Context::InitChainMemory() {
   return Check(InitLayerChainMemory(memory, stream_), "layer chain memory");
 }
 
-Context::Context(bool deterministic) : deterministic_(deterministic) {}
+Context::Context(bool deterministic, DType compute_dtype)
+    : deterministic_(deterministic), compute_dtype_(compute_dtype) {}
 
 Context::~Context() {
   if (stream_ != nullptr) cudaStreamSynchronize(stream_);

@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "kernels/base/dtype.h"
 #include "kernels/cuda/layer_chain.h"
 #include "kernels/cuda/pinned_memory.h"
 
@@ -29,7 +30,7 @@ class Context {
   static constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
 
   // UNAVAILABLE without a usable device.
-  static absl::StatusOr<std::unique_ptr<Context>> Create(bool deterministic);
+  static absl::StatusOr<std::unique_ptr<Context>> Create(bool deterministic, DType compute_dtype);
   ~Context();
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
@@ -38,6 +39,7 @@ class Context {
   cublasLtHandle_t blas() const { return blas_; }
   void* workspace() const { return workspace_; }
   bool deterministic() const { return deterministic_; }
+  DType compute_dtype() const { return compute_dtype_; }                  // f of ops/params.h
   int compute_capability() const { return compute_capability_; }          // major * 10 + minor
   const LayerChainMemory& chain_memory() const { return chain_memory_; }  // null: no such kernel
   int64_t scratch_bytes() const { return scratch_bytes_; }
@@ -53,11 +55,12 @@ class Context {
   absl::Status Synchronize();
 
  private:
-  explicit Context(bool deterministic);
+  Context(bool deterministic, DType compute_dtype);
   absl::Status Init();
   absl::Status InitChainMemory();
 
   const bool deterministic_;
+  const DType compute_dtype_;
   int compute_capability_ = 0;
   cudaStream_t stream_ = nullptr;
   cublasLtHandle_t blas_ = nullptr;

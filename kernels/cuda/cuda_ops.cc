@@ -39,7 +39,12 @@ absl::Status KeepPool(Context& context) {
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<ops::Ops>> CudaOps::Create(const CudaOptions& options) {
-  ASSIGN_OR_RETURN(std::unique_ptr<Context> context, Context::Create(options.deterministic));
+  if (options.compute_dtype != DType::kBF16 && options.compute_dtype != DType::kF16) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "cuda device refused: compute_dtype wants bf16 or f16, got ", Name(options.compute_dtype)));
+  }
+  ASSIGN_OR_RETURN(std::unique_ptr<Context> context,
+                   Context::Create(options.deterministic, options.compute_dtype));
   RETURN_IF_ERROR(KeepPool(*context));
   cudaDeviceProp properties = {};
   RETURN_IF_ERROR(context->Check(cudaGetDeviceProperties(&properties, 0), "device properties"));
@@ -47,7 +52,7 @@ absl::StatusOr<std::unique_ptr<ops::Ops>> CudaOps::Create(const CudaOptions& opt
   ops->info_ = {
       .kind = DeviceKind::kCuda,
       .name = absl::StrCat("cuda ", properties.name, ", sm_", properties.major, properties.minor),
-      .compute_dtype = DType::kBF16,
+      .compute_dtype = options.compute_dtype,
       .residual_dtype = DType::kF32,
       .total_bytes = static_cast<int64_t>(properties.totalGlobalMem),
       .score_bytes = kRoundScoresBytes,
@@ -197,8 +202,9 @@ absl::Status CudaOps::AdamW(const ops::AdamWParams& p) { return cuda::AdamW(*con
 
 }  // namespace cuda
 
-absl::StatusOr<std::unique_ptr<ops::Ops>> ops::CreateCudaOps(bool deterministic) {
-  return cuda::CudaOps::Create({.deterministic = deterministic});
+absl::StatusOr<std::unique_ptr<ops::Ops>> ops::CreateCudaOps(bool deterministic,
+                                                             DType compute_dtype) {
+  return cuda::CudaOps::Create({.deterministic = deterministic, .compute_dtype = compute_dtype});
 }
 
 }  // namespace coppice

@@ -1,4 +1,4 @@
-// CudaOps: ops::Ops in bf16 with f32 sums on one GPU. Each op lives in the .cc of its family
+// CudaOps: ops::Ops in bf16 or f16 with f32 sums on one GPU. Each op lives in the .cc of its family
 // (checks, scratch) and the .cu of the same name (kernels, launchers); this class only forwards and
 // owns what they share.
 //
@@ -17,7 +17,9 @@
 namespace coppice::cuda {
 
 struct CudaOptions {
-  bool deterministic = false;  // see ops::CreateOps
+  // See ops::CreateOps.
+  bool deterministic = false;
+  DType compute_dtype = DType::kBF16;
 };
 
 class CudaOps final : public ops::Ops {

@@ -125,8 +125,8 @@ __device__ __forceinline__ void FoldGates(const GatedParameters& p, int row, int
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
     const int at = 32 * kHalf + 2 * j;
-    gate[j] = PackBf16(acc[at], acc[at + 1]);
-    up[j] = PackBf16(acc[64 + at], acc[64 + at + 1]);
+    gate[j] = PackPair<Bf16>(acc[at], acc[at + 1]);
+    up[j] = PackPair<Bf16>(acc[64 + at], acc[64 + at + 1]);
   }
   const auto send = [&](const uint32_t(&x)[16], const CUtensorMap& map) {
     const uint32_t at = buffers.Take<0>();
@@ -142,7 +142,8 @@ __device__ __forceinline__ void FoldGates(const GatedParameters& p, int row, int
   uint32_t act[16];
 #pragma unroll
   for (int j = 0; j < 16; ++j)
-    act[j] = PackBf16(GatedUnit(Low(gate[j]), Low(up[j])), GatedUnit(High(gate[j]), High(up[j])));
+    act[j] =
+        PackPair<Bf16>(GatedUnit(Low(gate[j]), Low(up[j])), GatedUnit(High(gate[j]), High(up[j])));
   send(act, p.act);
 }
 
@@ -196,9 +197,9 @@ __device__ __forceinline__ void FoldGradient(const GatedBackwardParameters& p, i
       const int at = 32 * kQuarter + 8 * i + 2 * j;
       const GatedGradient x = GatedUnitBackward(Low(gate[j]), Low(up[j]), acc[at]);
       const GatedGradient y = GatedUnitBackward(High(gate[j]), High(up[j]), acc[at + 1]);
-      gate[j] = PackBf16(x.gate, y.gate);
-      up[j] = PackBf16(x.up, y.up);
-      act[4 * i + j] = PackBf16(x.act, y.act);
+      gate[j] = PackPair<Bf16>(x.gate, y.gate);
+      up[j] = PackPair<Bf16>(x.up, y.up);
+      act[4 * i + j] = PackPair<Bf16>(x.act, y.act);
     }
     buffers.StoreTile(gates, i, gate);
     buffers.StoreTile(ups, i, up);

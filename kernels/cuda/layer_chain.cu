@@ -192,7 +192,7 @@ struct Multiplier {
     WgmmaFence();
 #pragma unroll
     for (int k = 0; k < kColumns; k += 16)
-      WgmmaStep(sum, Advanced(w, k * 2), Advanced(x, k * 2), kAdd || k > 0);
+      WgmmaStep<Bf16>(sum, Advanced(w, k * 2), Advanced(x, k * 2), kAdd || k > 0);
     WgmmaCommit();
   }
   __device__ __forceinline__ void Release(int w_stage, int x_stage) {

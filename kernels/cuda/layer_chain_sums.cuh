@@ -136,7 +136,7 @@ struct Finisher {
                                             float2 y) const {
     if (Token(j) < p.rows && column + 8 * h < phase.columns)
       *reinterpret_cast<uint32_t*>(static_cast<Bf16*>(to) + Token(j) * stride + column + 8 * h) =
-          PackBf16(y.x, y.y);
+          PackPair<Bf16>(y.x, y.y);
   }
 };
 

@@ -49,7 +49,7 @@ __device__ __forceinline__ void MultiplyBlock(SkinnyShared<Shape>& s, WRing& rin
     const uint64_t w = ColumnsAreK(w_stage + panel * kPanelRows * kColumns);
 #pragma unroll
     for (int k = 0; k < kColumns; k += 16)
-      WgmmaStep(sum[panel], Advanced(w, k * 2), Advanced(x, k * 2), true);
+      WgmmaStep<Bf16>(sum[panel], Advanced(w, k * 2), Advanced(x, k * 2), true);
   }
   WgmmaCommit();
   WgmmaWait<0>();
@@ -149,7 +149,7 @@ struct Target {
     if (a.c_is_f32) {
       *reinterpret_cast<float2*>(static_cast<float*>(a.c) + at) = y;
     } else {
-      *reinterpret_cast<uint32_t*>(static_cast<Bf16*>(a.c) + at) = PackBf16(y.x, y.y);
+      *reinterpret_cast<uint32_t*>(static_cast<Bf16*>(a.c) + at) = PackPair<Bf16>(y.x, y.y);
     }
   }
 };

@@ -102,29 +102,35 @@ __device__ __forceinline__ void Send(int rank, T* to, const T& x, const Barrier&
 }
 
 // One k16 step of 64 weight rows by 8, 16 or 32 tokens.
+template <typename E>
 __device__ __forceinline__ void WgmmaStep(float (&d)[4], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, "
-      "0;\n}"
-      : HOPPER_ACC4(d, 0)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+  HOPPER_MMA(E,
+             "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\n"
+             "wgmma.mma_async.sync.aligned.m64n8k16",
+             "{%0, %1, %2, %3}, %4, %5, p, 1, 1, 0, "
+             "0;\n}"
+             : HOPPER_ACC4(d, 0)
+             : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
+template <typename E>
 __device__ __forceinline__ void WgmmaStep(float (&d)[8], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7}, %8, "
-      "%9, p, 1, 1, 0, 0;\n}"
-      : HOPPER_ACC8(d, 0)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+  HOPPER_MMA(E,
+             "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+             "wgmma.mma_async.sync.aligned.m64n16k16",
+             "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, "
+             "%9, p, 1, 1, 0, 0;\n}"
+             : HOPPER_ACC8(d, 0)
+             : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
+template <typename E>
 __device__ __forceinline__ void WgmmaStep(float (&d)[16], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, "
-      "%9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, 0, 0;\n}"
-      : HOPPER_ACC8(d, 0), HOPPER_ACC8(d, 8)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+  HOPPER_MMA(E,
+             "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"
+             "wgmma.mma_async.sync.aligned.m64n32k16",
+             "{%0, %1, %2, %3, %4, %5, %6, %7, %8, "
+             "%9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, 0, 0;\n}"
+             : HOPPER_ACC8(d, 0), HOPPER_ACC8(d, 8)
+             : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
 }  // namespace coppice::cuda

@@ -41,7 +41,7 @@ struct Piece {
     for (int i = 0; i < 4; ++i) {
       const float2 v = reinterpret_cast<const float2*>(x)[i], w = __bfloat1622float2(by[i]);
       squares += v.x * v.x + v.y * v.y;
-      to[i] = PackBf16(v.x * w.x, v.y * w.y);
+      to[i] = PackPair<Bf16>(v.x * w.x, v.y * w.y);
     }
     return y;
   }

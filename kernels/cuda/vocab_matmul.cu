@@ -122,8 +122,8 @@ __device__ __forceinline__ void StageColumns(Bf16* tile, const float (&acc)[128]
     const uint32_t at = base + i / 4 * 64 * 128 + ((chunk ^ (row & 7)) << 4);
     const float* x = acc + kFirst / 2 + 8 * i;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
-                 "r"(PackBf16(x[0], x[1])), "r"(PackBf16(x[2], x[3])), "r"(PackBf16(x[4], x[5])),
-                 "r"(PackBf16(x[6], x[7]))
+                 "r"(PackPair<Bf16>(x[0], x[1])), "r"(PackPair<Bf16>(x[2], x[3])),
+                 "r"(PackPair<Bf16>(x[4], x[5])), "r"(PackPair<Bf16>(x[6], x[7]))
                  : "memory");
   }
 }

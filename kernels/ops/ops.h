@@ -1,6 +1,6 @@
 // Ops: the table of contents of a transformer, and the only door to a device. cpu::CpuOps is the
-// readable twin and the fp32 reference; cuda::CudaOps runs bf16 with fp32 sums and an fp32 residual
-// stream. Chosen once at start-up by CreateOps.
+// readable twin and the fp32 reference; cuda::CudaOps runs bf16 or f16 with fp32 sums and an fp32
+// residual stream. Chosen once at start-up by CreateOps.
 //
 // Thread: one caller at a time (the engine thread). Work is queued on one stream; host outputs
 // (Sample's tokens, log-probs, SumSquares) are valid on return, StartSample's after Wait(),
@@ -140,8 +140,10 @@ class Ops {
 // `device`: "cpu" or "cuda" (UNIMPLEMENTED when built without CUDA).
 // `threads`: 0 = all cores (CPU only). `deterministic`: a row's bits do not depend on the other
 // rows of its batch, nor on which of its keys were cached; the CPU is always so. It covers what
-// generation runs; training is repeatable anyway (equal batches, equal bits).
+// generation runs; training is repeatable anyway (equal batches, equal bits). `compute_dtype`: the
+// type f of params.h on cuda, kBF16 or kF16; the CPU computes in f32 whatever it says.
 absl::StatusOr<std::unique_ptr<Ops>> CreateOps(absl::string_view device, int threads = 0,
-                                               bool deterministic = false);
+                                               bool deterministic = false,
+                                               DType compute_dtype = DType::kBF16);
 
 }  // namespace coppice::ops

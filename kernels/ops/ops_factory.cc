@@ -8,9 +8,9 @@
 namespace coppice::ops {
 
 absl::StatusOr<std::unique_ptr<Ops>> CreateOps(absl::string_view device, int threads,
-                                               bool deterministic) {
+                                               bool deterministic, DType compute_dtype) {
   if (device == "cpu") return cpu::CpuOps::Create(threads);
-  if (device == "cuda") return CreateCudaOps(deterministic);
+  if (device == "cuda") return CreateCudaOps(deterministic, compute_dtype);
   return absl::InvalidArgumentError(
       absl::StrCat("unknown device: want cpu or cuda, got \"", device, "\"; fix --device"));
 }

@@ -9,6 +9,6 @@
 
 namespace coppice::ops {
 
-absl::StatusOr<std::unique_ptr<Ops>> CreateCudaOps(bool deterministic);
+absl::StatusOr<std::unique_ptr<Ops>> CreateCudaOps(bool deterministic, DType compute_dtype);
 
 }  // namespace coppice::ops

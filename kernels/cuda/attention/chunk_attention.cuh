@@ -2,7 +2,6 @@
 // of keys on mma.sync, and the folding of such sums in a fixed order.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -11,6 +10,7 @@
 #include "kernels/cuda/attention/device_math.cuh"
 #include "kernels/cuda/attention/launchers.h"
 #include "kernels/cuda/attention/log2_units.cuh"
+#include "kernels/cuda/element.cuh"
 
 namespace coppice::cuda {
 

@@ -1,14 +1,11 @@
 // Instructions that kernels on wgmma and kernels on mma.sync share.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
 namespace coppice::cuda {
-
-using Bf16 = __nv_bfloat16;
 
 __device__ __forceinline__ float Exp2(float x) {
   float y;

@@ -3,11 +3,11 @@
 #pragma once
 
 #include <cuda.h>
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 #include <cstdint>
 
 #include "kernels/cuda/attention/device_math.cuh"
+#include "kernels/cuda/element.cuh"
 
 namespace coppice::cuda {
 
@@ -136,9 +136,9 @@ __device__ __forceinline__ void FenceAsyncShared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// A tile of R rows x D columns of Bf16 is D/64 panels of R x 64: 128 bytes a row, 128-byte swizzle
-// (16-byte chunk c of row r sits at chunk c ^ (r & 7)), panels on 1024-byte boundaries. A box of 64
-// columns x R rows writes one panel.
+// A tile of R rows x D columns of 16 bits is D/64 panels of R x 64: 128 bytes a row, 128-byte
+// swizzle (16-byte chunk c of row r sits at chunk c ^ (r & 7)), panels on 1024-byte boundaries. A
+// box of 64 columns x R rows writes one panel.
 inline constexpr int kPanel = 64;
 
 // Matrix descriptor: address, leading and stride byte offsets in units of 16; swizzle (0 none, 1
@@ -151,18 +151,18 @@ __device__ __forceinline__ uint64_t MatrixDescriptor(const void* p, uint32_t lea
 }
 // Rows are the M or N index, columns the K index: 8-row groups lie 1024 bytes apart; the leading
 // offset is unused.
-__device__ __forceinline__ uint64_t ColumnsAreK(const Bf16* tile) {
+__device__ __forceinline__ uint64_t ColumnsAreK(const void* tile) {
   return MatrixDescriptor(tile, 16, 1024, 1);
 }
 // Rows are the K index, columns the N index: 8-row groups lie 1024 bytes apart, 64-column panels
 // `rows` * 128.
-__device__ __forceinline__ uint64_t RowsAreK(const Bf16* tile, int rows) {
+__device__ __forceinline__ uint64_t RowsAreK(const void* tile, int rows) {
   return MatrixDescriptor(tile, rows * 128, 1024, 1);
 }
 // Rows are the K index, 64 columns the M index, no swizzle: 8 x 8 blocks of 128 contiguous bytes,
 // those of the next columns 128 bytes on (here the stride offset), those of the next rows 1024 (the
 // leading offset).
-__device__ __forceinline__ uint64_t CoreRowsAreK(const Bf16* tile) {
+__device__ __forceinline__ uint64_t CoreRowsAreK(const void* tile) {
   return MatrixDescriptor(tile, 1024, 128, 0);
 }
 // A descriptor `bytes` further on.
@@ -170,9 +170,8 @@ __device__ __forceinline__ uint64_t Advanced(uint64_t descriptor, int bytes) {
   return descriptor + (bytes >> 4);
 }
 
-// Warpgroup products m64nNk16,
-// Bf16 x Bf16 -> fp32. Accumulator of lane l, warp w: element 4j + 2h + e is row 16w + l/4 + 8h,
-// column 8j + 2(l % 4) + e.
+// Warpgroup products m64nNk16, E x E -> fp32. Accumulator of lane l, warp w: element 4j + 2h + e is
+// row 16w + l/4 + 8h, column 8j + 2(l % 4) + e.
 __device__ __forceinline__ void WgmmaFence() {
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 }
@@ -213,57 +212,72 @@ __device__ __forceinline__ void Pin(float (&r)[kParts][kCount]) {
   "%48, %49, %50, %51, %52, %53, %54, %55, " \
   "%56, %57, %58, %59, %60, %61, %62, %63"
 
+// asm volatile of a matrix instruction over E: `before` ends with its shape, what follows its types
+// comes with the operands.
+#define HOPPER_MMA(E, before, ...)                      \
+  if constexpr (kIsF16<E>) {                            \
+    asm volatile(before ".f32.f16.f16 " __VA_ARGS__);   \
+  } else {                                              \
+    asm volatile(before ".f32.bf16.bf16 " __VA_ARGS__); \
+  }
+
 // One k16 step, A and B from shared memory, columns of both are k.
+template <typename E>
 __device__ __forceinline__ void WgmmaStep(float (&d)[32], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HOPPER_REGS_0
-      "}, %32, %33, p, 1, 1, 0, 0;\n}"
-      : HOPPER_ACC32(d, 0)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+  HOPPER_MMA(E,
+             "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+             "wgmma.mma_async.sync.aligned.m64n64k16",
+             "{" HOPPER_REGS_0 "}, %32, %33, p, 1, 1, 0, 0;\n}"
+             : HOPPER_ACC32(d, 0)
+             : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
+template <typename E>
 __device__ __forceinline__ void WgmmaStep(float (&d)[64], uint64_t a, uint64_t b, bool add) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" HOPPER_REGS_0 ", " HOPPER_REGS_32
-      "}, %64, %65, p, 1, 1, 0, 0;\n}"
-      : HOPPER_ACC32(d, 0), HOPPER_ACC32(d, 32)
-      : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+  HOPPER_MMA(E,
+             "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+             "wgmma.mma_async.sync.aligned.m64n128k16",
+             "{" HOPPER_REGS_0 ", " HOPPER_REGS_32 "}, %64, %65, p, 1, 1, 0, 0;\n}"
+             : HOPPER_ACC32(d, 0), HOPPER_ACC32(d, 32)
+             : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 // One k16 step, A from registers, rows of B are k. Adds to d.
+template <typename E>
 __device__ __forceinline__ void WgmmaStep(float (&d)[32], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HOPPER_REGS_0
-      "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
-      : HOPPER_ACC32(d, 0)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  HOPPER_MMA(E,
+             "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+             "wgmma.mma_async.sync.aligned.m64n64k16",
+             "{" HOPPER_REGS_0 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
+             : HOPPER_ACC32(d, 0)
+             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
+template <typename E>
 __device__ __forceinline__ void WgmmaStep(float (&d)[64], const uint32_t* a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" HOPPER_REGS_0 ", " HOPPER_REGS_32
-      "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
-      : HOPPER_ACC32(d, 0), HOPPER_ACC32(d, 32)
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+  HOPPER_MMA(E,
+             "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+             "wgmma.mma_async.sync.aligned.m64n128k16",
+             "{" HOPPER_REGS_0 ", " HOPPER_REGS_32 "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
+             : HOPPER_ACC32(d, 0), HOPPER_ACC32(d, 32)
+             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 // One k16 step, A and B from shared memory, rows of both are k. Adds to d.
+template <typename E>
 __device__ __forceinline__ void WgmmaStepRows(float (&d)[64], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" HOPPER_REGS_0 ", " HOPPER_REGS_32
-      "}, %64, %65, p, 1, 1, 1, 1;\n}"
-      : HOPPER_ACC32(d, 0), HOPPER_ACC32(d, 32)
-      : "l"(a), "l"(b));
+  HOPPER_MMA(E,
+             "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+             "wgmma.mma_async.sync.aligned.m64n128k16",
+             "{" HOPPER_REGS_0 ", " HOPPER_REGS_32 "}, %64, %65, p, 1, 1, 1, 1;\n}"
+             : HOPPER_ACC32(d, 0), HOPPER_ACC32(d, 32)
+             : "l"(a), "l"(b));
 }
+template <typename E>
 __device__ __forceinline__ void WgmmaStepRows(float (&d)[32], uint64_t a, uint64_t b) {
-  asm volatile(
-      "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" HOPPER_REGS_0
-      "}, %32, %33, p, 1, 1, 1, 1;\n}"
-      : HOPPER_ACC32(d, 0)
-      : "l"(a), "l"(b));
+  HOPPER_MMA(E,
+             "{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\n"
+             "wgmma.mma_async.sync.aligned.m64n64k16",
+             "{" HOPPER_REGS_0 "}, %32, %33, p, 1, 1, 1, 1;\n}"
+             : HOPPER_ACC32(d, 0)
+             : "l"(a), "l"(b));
 }
 
 // Tells the compiler that the old values are not needed: frees their registers until the next
@@ -276,7 +290,7 @@ __device__ __forceinline__ void Discard(float (&r)[kCount]) {
 
 // d[64, N] = A B^T over kDepth columns; A is 64 rows of a tile of kRowsA rows, B a tile of N rows.
 // Commits one group.
-template <int kDepth, int kRowsA, int kAccumulators>
+template <typename E, int kDepth, int kRowsA, int kAccumulators>
 __device__ __forceinline__ void MultiplyAbt(float (&d)[kAccumulators], uint64_t a, uint64_t b) {
   constexpr int kRowsB = 2 * kAccumulators;
   Discard(d);
@@ -284,25 +298,25 @@ __device__ __forceinline__ void MultiplyAbt(float (&d)[kAccumulators], uint64_t 
 #pragma unroll
   for (int k = 0; k < kDepth; k += 16) {
     const int panel = k / kPanel, inside = k % kPanel * 2;
-    WgmmaStep(d, Advanced(a, panel * kRowsA * 128 + inside),
-              Advanced(b, panel * kRowsB * 128 + inside), k != 0);
+    WgmmaStep<E>(d, Advanced(a, panel * kRowsA * 128 + inside),
+                 Advanced(b, panel * kRowsB * 128 + inside), k != 0);
   }
   WgmmaCommit();
 }
 
 // d[64, N] += A B; A [64, kDepth] in registers (4 words per 16 columns), B a tile of kDepth rows.
 // Commits one group.
-template <int kDepth, int kAccumulators>
+template <typename E, int kDepth, int kAccumulators>
 __device__ __forceinline__ void MultiplyAdd(float (&d)[kAccumulators],
                                             const uint32_t (&a)[kDepth / 4], uint64_t b) {
   WgmmaFence();
 #pragma unroll
-  for (int k = 0; k < kDepth; k += 16) WgmmaStep(d, a + k / 4, Advanced(b, k * 128));
+  for (int k = 0; k < kDepth; k += 16) WgmmaStep<E>(d, a + k / 4, Advanced(b, k * 128));
   WgmmaCommit();
 }
 
 // d[part][64, N] += A B for neighbouring column parts of B; A as above. Commits one group.
-template <int kDepth, int kParts, int kAccumulators>
+template <typename E, int kDepth, int kParts, int kAccumulators>
 __device__ __forceinline__ void MultiplyAdd(float (&d)[kParts][kAccumulators],
                                             const uint32_t (&a)[kDepth / 4], uint64_t b) {
   constexpr int kPartBytes = 2 * kAccumulators / kPanel * kDepth * 128;
@@ -311,34 +325,30 @@ __device__ __forceinline__ void MultiplyAdd(float (&d)[kParts][kAccumulators],
   for (int k = 0; k < kDepth; k += 16) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
-      WgmmaStep(d[part], a + k / 4, Advanced(b, part * kPartBytes + k * 128));
+      WgmmaStep<E>(d[part], a + k / 4, Advanced(b, part * kPartBytes + k * 128));
   }
   WgmmaCommit();
 }
 
 // d[64, N] += A^T B; A and B tiles of kDepth rows, A of 64 columns. Leaves the group open.
-template <int kDepth, int kAccumulators>
+template <typename E, int kDepth, int kAccumulators>
 __device__ __forceinline__ void MultiplyAddAtb(float (&d)[kAccumulators], uint64_t a, uint64_t b) {
 #pragma unroll
-  for (int k = 0; k < kDepth; k += 16) WgmmaStepRows(d, Advanced(a, k * 128), Advanced(b, k * 128));
+  for (int k = 0; k < kDepth; k += 16)
+    WgmmaStepRows<E>(d, Advanced(a, k * 128), Advanced(b, k * 128));
 }
 
-__device__ __forceinline__ uint32_t PackBf16(float low, float high) {
-  uint32_t word;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  return word;
-}
 // Accumulators [64, 16 i] as A operand: word order (row, row + 8) x (columns, columns + 8).
-template <int kCount>
+template <typename E, int kCount>
 __device__ __forceinline__ void PackOperand(uint32_t (&a)[kCount / 2], const float (&d)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount / 2; ++i) a[i] = PackBf16(d[2 * i], d[2 * i + 1]);
+  for (int i = 0; i < kCount / 2; ++i) a[i] = PackPair<E>(d[2 * i], d[2 * i + 1]);
 }
 
 // Rounds this warpgroup's accumulators [64, 2 * kAccumulators] times `factor` (one per row half)
 // into rows [row0, row0 + 64) of a swizzled tile of kRows rows.
-template <int kRows, int kAccumulators>
-__device__ __forceinline__ void StoreAccumulators(Bf16* tile, int row0,
+template <int kRows, typename E, int kAccumulators>
+__device__ __forceinline__ void StoreAccumulators(E* tile, int row0,
                                                   const float (&d)[kAccumulators], float factor0,
                                                   float factor1) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
@@ -350,10 +360,10 @@ __device__ __forceinline__ void StoreAccumulators(Bf16* tile, int row0,
     const uint32_t at = base + i / 4 * kRows * 128 + ((chunk ^ (row & 7)) << 4);
     const float* x = d + 8 * i;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
-                 "r"(PackBf16(x[0] * factor0, x[1] * factor0)),
-                 "r"(PackBf16(x[2] * factor1, x[3] * factor1)),
-                 "r"(PackBf16(x[4] * factor0, x[5] * factor0)),
-                 "r"(PackBf16(x[6] * factor1, x[7] * factor1))
+                 "r"(PackPair<E>(x[0] * factor0, x[1] * factor0)),
+                 "r"(PackPair<E>(x[2] * factor1, x[3] * factor1)),
+                 "r"(PackPair<E>(x[4] * factor0, x[5] * factor0)),
+                 "r"(PackPair<E>(x[6] * factor1, x[7] * factor1))
                  : "memory");
   }
 }

@@ -200,11 +200,12 @@ __device__ void ConsumeItem(const ChunkParameters& p, StackedShared<D>& s, const
 
   const auto start_scores = [&] {
     s.k_full[rings.keys.stage].Wait(rings.keys.phase);
-    MultiplyAbt<D, kGroupRows>(scores, q, ColumnsAreK(s.k[Uniform(rings.keys.stage)]));
+    MultiplyAbt<Bf16, D, kGroupRows>(scores, q, ColumnsAreK(s.k[Uniform(rings.keys.stage)]));
   };
   const auto start_output = [&] {
     s.v_full[rings.values.stage].Wait(rings.values.phase);
-    MultiplyAdd<kStepKeys>(o, probabilities, RowsAreK(s.v[Uniform(rings.values.stage)], kStepKeys));
+    MultiplyAdd<Bf16, kStepKeys>(o, probabilities,
+                                 RowsAreK(s.v[Uniform(rings.values.stage)], kStepKeys));
   };
   const auto finish_scores = [&] {
     Pin(scores);
@@ -223,7 +224,7 @@ __device__ void ConsumeItem(const ChunkParameters& p, StackedShared<D>& s, const
   start_scores();
   WgmmaWait<0>();
   finish_scores();
-  PackOperand(probabilities, scores);
+  PackOperand<Bf16>(probabilities, scores);
   for (int i = 1; i < count; ++i) {
     start_scores();
     start_output();
@@ -234,7 +235,7 @@ __device__ void ConsumeItem(const ChunkParameters& p, StackedShared<D>& s, const
 #pragma unroll
       for (int j = 0; j < D / 2; ++j) o[j] *= shrink[j / 2 % 2];
     }
-    PackOperand(probabilities, scores);
+    PackOperand<Bf16>(probabilities, scores);
   }
   start_output();
   finish_output();

@@ -209,11 +209,11 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
     };
     const auto start_scores = [&] {
       s.k_full[key_ring.stage].Wait(key_ring.phase);
-      MultiplyAbt<D, kQueryTile>(scores, q, ColumnsAreK(s.k[key_ring.stage]));
+      MultiplyAbt<Bf16, D, kQueryTile>(scores, q, ColumnsAreK(s.k[key_ring.stage]));
     };
     const auto start_output = [&] {
       s.v_full[value_ring.stage].Wait(value_ring.phase);
-      MultiplyAdd<kKeys>(o, probabilities, RowsAreK(s.v[value_ring.stage], kKeys));
+      MultiplyAdd<Bf16, kKeys>(o, probabilities, RowsAreK(s.v[value_ring.stage], kKeys));
     };
     const auto finish_scores = [&](int i, int first_key) {
       Pin(scores);
@@ -244,7 +244,7 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
     start_scores();
     WgmmaWait<0>();
     finish_scores(0, first_key0);
-    PackOperand(probabilities, scores);
+    PackOperand<Bf16>(probabilities, scores);
     clear_tail(0);
     for (int i = 1; i < work.count; ++i) {
       const int first_key = first_key_of(i);
@@ -259,7 +259,7 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
 #pragma unroll
           for (int j = 0; j < kWidth<D> / 2; ++j) o[part][j] *= shrink[j / 2 % 2];
       }
-      PackOperand(probabilities, scores);
+      PackOperand<Bf16>(probabilities, scores);
       if constexpr ((kSteps<D>) > 1) clear_tail(i);
     }
     start_output();

@@ -88,23 +88,23 @@ __device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
       const int stage = ring.stage;
       s.full[stage].Wait(ring.phase);
       float scores[kColumns / 2], dp[kColumns / 2];
-      MultiplyAbt<D, kKeyTile>(scores, k, ColumnsAreK(s.q[stage]));
+      MultiplyAbt<Bf16, D, kKeyTile>(scores, k, ColumnsAreK(s.q[stage]));
       WgmmaWait<1>();  // dV and dK of the step before: frees their operands and their stage
       Pin(dk), Pin(dv);
       if (at.step > 0) Release(s.empty[(stage + kKeyStages - 1) % kKeyStages]);
-      MultiplyAbt<D, kKeyTile>(dp, v, ColumnsAreK(s.dout[stage]));
+      MultiplyAbt<Bf16, D, kKeyTile>(dp, v, ColumnsAreK(s.dout[stage]));
       turns.Pass();
       WgmmaWait<1>();  // S^T
       Pin(scores);
       ColumnProbabilities(scores, s.lse[stage], scale_log2);
       if (at.partial()) MaskColumns(scores, at.query_tile * kColumns, keys);
       uint32_t p_operand[kColumns / 4], ds_operand[kColumns / 4];
-      PackOperand(p_operand, scores);
-      MultiplyAdd<kColumns>(dv, p_operand, RowsAreK(s.dout[stage], kColumns));
+      PackOperand<Bf16>(p_operand, scores);
+      MultiplyAdd<Bf16, kColumns>(dv, p_operand, RowsAreK(s.dout[stage], kColumns));
       WgmmaWait<1>();  // dP^T
       Pin(dp);
       ColumnGradients(dp, scores, s.delta[stage]);
-      PackOperand(ds_operand, dp);
+      PackOperand<Bf16>(ds_operand, dp);
       if constexpr (kStore) {
         const int heads = p.order.kv_heads * p.group_size;  // of this pass
         const int head = (work.head - p.first_kv_head) * p.group_size + at.in_group;
@@ -112,7 +112,7 @@ __device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
         StoreImage(p.ds + image * kImage, group, ds_operand);
       }
       turns.Take();
-      MultiplyAdd<kColumns>(dk, ds_operand, RowsAreK(s.q[stage], kColumns));
+      MultiplyAdd<Bf16, kColumns>(dk, ds_operand, RowsAreK(s.q[stage], kColumns));
       if (at.Advance(p)) keys = SpansOf<kContext>(p, work.tile, key, at.run);
     }
     turns.Pass();

@@ -157,12 +157,12 @@ __device__ void Consume(const RecomputeParameters& p, RecomputeShared<D>& s, int
       float scores[kKeys / 2], dp[kKeys / 2];
       const StepKeys keys = KeysOf<D>(p, work, i);
       s.k_full[stage].Wait(ring.phase);
-      MultiplyAbt<D, kQueryTile>(scores, q, ColumnsAreK(s.k[stage]));
+      MultiplyAbt<Bf16, D, kQueryTile>(scores, q, ColumnsAreK(s.k[stage]));
       WgmmaWait<1>();  // dQ of the step before: frees its operand and its K
       Pin(dq);
       if (i > 0) Release(s.k_empty[(stage + kStages - 1) % kStages]);
       s.v_full[value_stage].Wait(value_ring.phase);
-      MultiplyAbt<D, kQueryTile>(dp, dout, ColumnsAreK(s.v[value_stage]));
+      MultiplyAbt<Bf16, D, kQueryTile>(dp, dout, ColumnsAreK(s.v[value_stage]));
       WgmmaWait<1>();  // S
       Pin(scores);
 #pragma unroll
@@ -174,8 +174,8 @@ __device__ void Consume(const RecomputeParameters& p, RecomputeShared<D>& s, int
 #pragma unroll
       for (int j = 0; j < kKeys / 2; ++j) dp[j] = scores[j] * (dp[j] - delta[j / 2 % 2]);
       uint32_t ds_operand[kKeys / 4];
-      PackOperand(ds_operand, dp);
-      MultiplyAdd<kKeys>(dq, ds_operand, RowsAreK(s.k[stage], kKeys));
+      PackOperand<Bf16>(ds_operand, dp);
+      MultiplyAdd<Bf16, kKeys>(dq, ds_operand, RowsAreK(s.k[stage], kKeys));
     }
     WgmmaWait<0>();
     Pin(dq);

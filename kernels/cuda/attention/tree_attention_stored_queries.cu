@@ -104,8 +104,8 @@ __device__ void Consume(const StoredParameters& p, StoredShared<D>& s, int group
       s.full[stage].Wait(ring.phase);
       const uint64_t k = RowsAreK(s.k[stage], kStepKeys);
       WgmmaFence();
-      MultiplyAddAtb<kStepKeys>(dq[0], CoreRowsAreK(s.ds[stage][0][group]), k);
-      MultiplyAddAtb<kStepKeys>(dq[1], CoreRowsAreK(s.ds[stage][1][group]), k);
+      MultiplyAddAtb<Bf16, kStepKeys>(dq[0], CoreRowsAreK(s.ds[stage][0][group]), k);
+      MultiplyAddAtb<Bf16, kStepKeys>(dq[1], CoreRowsAreK(s.ds[stage][1][group]), k);
       WgmmaCommit();
       WgmmaWait<1>();  // the step before
       if (i > 0) Release(s.empty[(stage + kStages - 1) % kStages]);

@@ -141,7 +141,7 @@ __device__ void ConsumeValues(const KeysParameters& p, WideShared& s) {
       const int stage = ring.stage;
       float scores[kColumns / 2];
       s.q_full[stage].Wait(ring.phase);
-      MultiplyAbt<D, kKeys>(scores, k, ColumnsAreK(s.q[stage]));
+      MultiplyAbt<Bf16, D, kKeys>(scores, k, ColumnsAreK(s.q[stage]));
       WgmmaWait<1>();  // dV of the step before: frees its operand and its dO
       Pin(dv);
       if (at.step > 0) Release(s.dout_empty[(stage + kStages - 1) % kStages]);
@@ -152,13 +152,13 @@ __device__ void ConsumeValues(const KeysParameters& p, WideShared& s) {
       Release(s.q_empty[stage]);
       if (at.partial()) MaskColumns(scores, at.query_tile * kColumns, keys);
       uint32_t p_operand[kWords];
-      PackOperand(p_operand, scores);
+      PackOperand<Bf16>(p_operand, scores);
       NamedSync(kPEmpty + stage, kConsumerThreads);
 #pragma unroll
       for (int i = 0; i < kWords; ++i) s.p[stage][i * 128 + thread] = p_operand[i];
       NamedArrive(kPFull + stage, kConsumerThreads);
       s.dout_full[stage].Wait(ring.phase);
-      MultiplyAdd<kColumns>(dv, p_operand, RowsAreK(s.dout[stage], kColumns));
+      MultiplyAdd<Bf16, kColumns>(dv, p_operand, RowsAreK(s.dout[stage], kColumns));
       if (at.Advance(p)) keys = SpansOf<true>(p, work.tile, key, at.run);
     }
     WgmmaWait<0>();
@@ -188,7 +188,7 @@ __device__ void ConsumeKeys(const KeysParameters& p, WideShared& s) {
       const int stage = ring.stage;
       float dp[kColumns / 2];
       s.dout_full[stage].Wait(ring.phase);
-      MultiplyAbt<D, kKeys>(dp, v, ColumnsAreK(s.dout[stage]));
+      MultiplyAbt<Bf16, D, kKeys>(dp, v, ColumnsAreK(s.dout[stage]));
       WgmmaWait<1>();  // dK of the step before: frees its operand and its Q
       Pin(dk);
       if (at.step > 0) Release(s.q_empty[(stage + kStages - 1) % kStages]);
@@ -207,9 +207,9 @@ __device__ void ConsumeKeys(const KeysParameters& p, WideShared& s) {
       __syncwarp();
       Release(s.dout_empty[stage]);
       uint32_t ds_operand[kWords];
-      PackOperand(ds_operand, dp);
+      PackOperand<Bf16>(ds_operand, dp);
       s.q_full[stage].Wait(ring.phase);
-      MultiplyAdd<kColumns>(dk, ds_operand, RowsAreK(s.q[stage], kColumns));
+      MultiplyAdd<Bf16, kColumns>(dk, ds_operand, RowsAreK(s.q[stage], kColumns));
       if constexpr (kStore) {
         const int heads = p.order.kv_heads * p.group_size;  // of this pass
         const int head = (work.head - p.first_kv_head) * p.group_size + at.in_group;
