@@ -17,6 +17,7 @@
 
 #include <cstdint>
 
+#include "kernels/base/dtype.h"
 #include "kernels/cuda/attention/attention_schedule.h"
 
 namespace coppice::cuda {
@@ -26,16 +27,17 @@ struct AttentionShape {
   int32_t q_heads = 0, kv_heads = 0;
   int32_t head_dim = 0;
   float scale = 0;
+  DType dtype = DType::kBF16;  // or kF16: of queries, keys, values, outputs and their gradients
 };
 
 struct RowMatrix {
-  void* data = nullptr;    // [rows, heads, head_dim] bf16
+  void* data = nullptr;    // [rows, heads, head_dim] of the shape's dtype
   int64_t row_stride = 0;  // elements
 };
 
 // One layer's pages, contiguous.
 struct ContextPages {
-  const void* k = nullptr;  // [blocks, block_tokens, kv_heads, head_dim] bf16
+  const void* k = nullptr;  // [blocks, block_tokens, kv_heads, head_dim] of the shape's dtype
   const void* v = nullptr;  // same
   int64_t num_blocks = 0;
   int32_t block_tokens = 0;
