@@ -18,7 +18,7 @@ struct ForwardArgs {
   float eps;
 };
 
-template <int N, int kLanes, int kRuns>
+template <typename E, int N, int kLanes, int kRuns>
 __global__ void __launch_bounds__(kThreads) QkNormRopeKernel(ForwardArgs p) {
   LetSuccessorStart();
   const int lane = threadIdx.x % kLanes;
@@ -32,23 +32,23 @@ __global__ void __launch_bounds__(kThreads) QkNormRopeKernel(ForwardArgs p) {
   const TensorView& norm = is_q ? p.q_norm : p.k_norm;
   const int64_t slot = is_q || p.kv_slots == nullptr ? -1 : p.kv_slots[row];
   const int64_t page_at = (slot * kv_heads + head) * dim;
-  HeadShare<N, kLanes, kRuns> bits, weight;
+  HeadShare<E, N, kLanes, kRuns> bits, weight;
   Angles<N, kLanes, kRuns> angles;
   if (!is_v) {
     angles.Read(RowOf<float>(p.rope, p.positions[row]), half, lane);
-    if (norm.rank != 0) weight.Read(static_cast<const bf16*>(norm.data), half, lane);
+    if (norm.rank != 0) weight.Read(static_cast<const E*>(norm.data), half, lane);
   }
   WaitForPredecessor();  // what is above was there before the chain
 
-  HeadValues<N, kLanes, kRuns> x;
+  HeadValues<E, N, kLanes, kRuns> x;
   if (is_v) {  // stored only
     if (slot < 0 || head >= kv_heads) return;
-    bits.Read(HeadOf(p.v, row, head), half, lane);
+    bits.Read(HeadOf<E>(p.v, row, head), half, lane);
     x.Set(bits);
-    x.Write(static_cast<bf16*>(p.page_v.data) + page_at, half, lane);
+    x.Write(static_cast<E*>(p.page_v.data) + page_at, half, lane);
     return;
   }
-  bits.Read(HeadOf(is_q ? p.q_in : p.k_in, row, head), half, lane);
+  bits.Read(HeadOf<E>(is_q ? p.q_in : p.k_in, row, head), half, lane);
   x.Set(bits);
   if (norm.rank != 0) {
     const float rstd = rsqrtf(x.SumSquares() / static_cast<float>(dim) + p.eps);
@@ -62,16 +62,25 @@ __global__ void __launch_bounds__(kThreads) QkNormRopeKernel(ForwardArgs p) {
     }
   }
   x.template Rotate<1>(angles);
-  x.Write(HeadOf(is_q ? p.q_out : p.k_out, row, head), half, lane);
-  if (slot >= 0) x.Write(static_cast<bf16*>(p.page_k.data) + page_at, half, lane);
+  x.Write(HeadOf<E>(is_q ? p.q_out : p.k_out, row, head), half, lane);
+  if (slot >= 0) x.Write(static_cast<E*>(p.page_k.data) + page_at, half, lane);
 }
 
-template <int N, int kLanes, int kRuns>
-cudaError_t Launch(const ForwardArgs& args, int64_t heads, cudaStream_t stream) {
+template <typename E, int N, int kLanes, int kRuns>
+cudaError_t LaunchOf(const ForwardArgs& args, int64_t heads, cudaStream_t stream) {
   const OverlappedGrid grid = {dim3(static_cast<unsigned>(args.q_in.shape[0]),
                                     static_cast<unsigned>(CeilDiv(heads * kLanes, kThreads))),
                                kThreads};
-  return LaunchOverlapped<QkNormRopeKernel<N, kLanes, kRuns>>(grid, stream, args);
+  return LaunchOverlapped<QkNormRopeKernel<E, N, kLanes, kRuns>>(grid, stream, args);
+}
+
+// `dim`: of a head whose halves are walked by 16 bytes, else 0.
+template <typename E>
+cudaError_t Launch(const ForwardArgs& args, int64_t dim, int64_t heads, cudaStream_t stream) {
+  if (dim == 64) return LaunchOf<E, 8, 4, 1>(args, heads, stream);
+  if (dim == 128) return LaunchOf<E, 8, 8, 1>(args, heads, stream);
+  if (dim == 256) return LaunchOf<E, 8, 16, 1>(args, heads, stream);
+  return LaunchOf<E, 1, 32, 4>(args, heads, stream);
 }
 
 }  // namespace
@@ -88,10 +97,9 @@ cudaError_t LaunchQkNormRope(const ops::QkNormRopeParams& p, const int32_t* posi
     wide = wide && WideHeads(*t);
   }
   const int64_t dim = wide ? p.q_in.shape[2] : 0;
-  if (dim == 64) return Launch<8, 4, 1>(args, heads, stream);
-  if (dim == 128) return Launch<8, 8, 1>(args, heads, stream);
-  if (dim == 256) return Launch<8, 16, 1>(args, heads, stream);
-  return Launch<1, 32, 4>(args, heads, stream);
+  return ForElement(p.q_in.dtype, [&](auto element) {
+    return Launch<decltype(element)>(args, dim, heads, stream);
+  });
 }
 
 }  // namespace coppice::cuda

@@ -6,8 +6,9 @@
 
 namespace coppice::cuda {
 
-__device__ inline bf16* HeadOf(const TensorView& t, int64_t row, int64_t head) {
-  return RowOf<bf16>(t, row) + head * t.stride[1];
+template <typename E>
+__device__ inline E* HeadOf(const TensorView& t, int64_t row, int64_t head) {
+  return RowOf<E>(t, row) + head * t.stride[1];
 }
 
 // Sum over a group of neighbouring lanes, for each of them. Other groups of the warp may be
@@ -20,14 +21,14 @@ __device__ inline float GroupSum(float x) {
   return x;
 }
 
-// N neighbours in bf16 as they lie in memory, two to a word: a register each two until they are
+// N neighbours of 16 bits as they lie in memory, two to a word: a register each two until they are
 // needed.
-template <int N>
+template <typename E, int N>
 struct Columns {
   static_assert(N == 1 || N == 8);
   uint32_t words[(N + 1) / 2] = {};
 
-  __device__ void Read(const bf16* x) {
+  __device__ void Read(const E* x) {
     if constexpr (N == 1) {
       words[0] = *reinterpret_cast<const uint16_t*>(x);
     } else {
@@ -36,26 +37,31 @@ struct Columns {
     }
   }
   __device__ float operator[](int j) const {
-    return __uint_as_float(j % 2 == 0 ? words[j / 2] << 16 : words[j / 2] & 0xffff0000u);
+    const float2 pair = Pair<E>(words[j / 2]);
+    return j % 2 == 0 ? pair.x : pair.y;
   }
 };
 
-// A lane's share of a head.
-template <int N, int kLanes, int kRuns>
-struct HeadShare {
-  Columns<N> a[kRuns], b[kRuns];
-
-  static __device__ int Column(int run, int lane) { return (run * kLanes + lane) * N; }
+// Where a lane's runs of columns start in each half.
+template <int N, int kLanes>
+struct LaneColumns {
+  static __device__ int At(int run, int lane) { return (run * kLanes + lane) * N; }
   // True for every run of a head whose lanes fill it exactly.
-  static __device__ bool Has(int run, int lane, int half) {
-    return N > 1 || Column(run, lane) < half;
-  }
-  __device__ void Read(const bf16* x, int half, int lane) {
+  static __device__ bool Has(int run, int lane, int half) { return N > 1 || At(run, lane) < half; }
+};
+
+// A lane's share of a head.
+template <typename E, int N, int kLanes, int kRuns>
+struct HeadShare {
+  Columns<E, N> a[kRuns], b[kRuns];
+  using Lane = LaneColumns<N, kLanes>;
+
+  __device__ void Read(const E* x, int half, int lane) {
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
-      const int c = Column(r, lane);
+      const int c = Lane::At(r, lane);
       a[r] = b[r] = {};
-      if (!Has(r, lane, half)) continue;
+      if (!Lane::Has(r, lane, half)) continue;
       a[r].Read(x + c), b[r].Read(x + half + c);
     }
   }
@@ -70,8 +76,8 @@ struct Angles {
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
       cosine[r] = sine[r] = {};
-      const int c = HeadShare<N, kLanes, kRuns>::Column(r, lane);
-      if (!HeadShare<N, kLanes, kRuns>::Has(r, lane, half)) continue;
+      const int c = LaneColumns<N, kLanes>::At(r, lane);
+      if (!LaneColumns<N, kLanes>::Has(r, lane, half)) continue;
       cosine[r] = Load<float, N>(cos_sin + c);
       sine[r] = Load<float, N>(cos_sin + half + c);
     }
@@ -79,22 +85,23 @@ struct Angles {
 };
 
 // N columns, rounded, as one store.
-template <int N>
-__device__ inline void StoreRounded(bf16* to, const float (&x)[N]) {
+template <typename E, int N>
+__device__ inline void StoreRounded(E* to, const float (&x)[N]) {
   if constexpr (N == 1) {
-    *to = FromFloat<bf16>(x[0]);
+    *to = FromFloat<E>(x[0]);
   } else {
-    Pack<bf16, N> bits;
+    Pack<E, N> bits;
 #pragma unroll
-    for (int j = 0; j < N; ++j) bits.v[j] = FromFloat<bf16>(x[j]);
-    Store<bf16, N>(to, bits);
+    for (int j = 0; j < N; ++j) bits.v[j] = FromFloat<E>(x[j]);
+    Store<E, N>(to, bits);
   }
 }
 
 // The share in f32.
-template <int N, int kLanes, int kRuns>
+template <typename E, int N, int kLanes, int kRuns>
 struct HeadValues {
-  using Bits = HeadShare<N, kLanes, kRuns>;
+  using Bits = HeadShare<E, N, kLanes, kRuns>;
+  using Lane = LaneColumns<N, kLanes>;
   float a[kRuns][N], b[kRuns][N];
 
   __device__ void Set(const Bits& bits) {
@@ -107,11 +114,11 @@ struct HeadValues {
       }
     }
   }
-  __device__ void Write(bf16* x, int half, int lane) const {
+  __device__ void Write(E* x, int half, int lane) const {
 #pragma unroll
     for (int r = 0; r < kRuns; ++r) {
-      const int c = Bits::Column(r, lane);
-      if (!Bits::Has(r, lane, half)) continue;
+      const int c = Lane::At(r, lane);
+      if (!Lane::Has(r, lane, half)) continue;
       StoreRounded(x + c, a[r]);
       StoreRounded(x + half + c, b[r]);
     }

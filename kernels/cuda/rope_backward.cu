@@ -13,11 +13,11 @@ constexpr int kThreads = 256;
 constexpr int64_t kBlocks = 264;  // two for each multiprocessor of an H200
 
 // Back through the norm of `x`; adds to the norm's own gradient.
-template <int N, int kLanes, int kRuns>
-__device__ inline void ThroughNorm(HeadValues<N, kLanes, kRuns>& g,
-                                   const HeadShare<N, kLanes, kRuns>& x,
-                                   const HeadShare<N, kLanes, kRuns>& weight, float eps,
-                                   float inv_dim, HeadValues<N, kLanes, kRuns>& d_weight) {
+template <typename E, int N, int kLanes, int kRuns>
+__device__ inline void ThroughNorm(HeadValues<E, N, kLanes, kRuns>& g,
+                                   const HeadShare<E, N, kLanes, kRuns>& x,
+                                   const HeadShare<E, N, kLanes, kRuns>& weight, float eps,
+                                   float inv_dim, HeadValues<E, N, kLanes, kRuns>& d_weight) {
   float squares = 0, dot = 0;
 #pragma unroll
   for (int r = 0; r < kRuns; ++r) {
@@ -45,12 +45,12 @@ __device__ inline void ThroughNorm(HeadValues<N, kLanes, kRuns>& g,
 
 // Block: a run of rows. A group of kLanes threads takes up to kHeads heads of a row, one after the
 // other, so that its position and angles are read once for these.
-template <int N, int kLanes, int kRuns>
+template <typename E, int N, int kLanes, int kRuns>
 __global__ void __launch_bounds__(kThreads, 2)
     RopeBackwardKernel(RopeBackwardSide s, float eps, TensorView rope, const int32_t* positions,
                        float* partials) {
-  using Bits = HeadShare<N, kLanes, kRuns>;
-  using Values = HeadValues<N, kLanes, kRuns>;
+  using Bits = HeadShare<E, N, kLanes, kRuns>;
+  using Values = HeadValues<E, N, kLanes, kRuns>;
   constexpr unsigned kGroups = kThreads / kLanes, kHeads = 8;
   extern __shared__ float sums[];  // [kGroups, head_dim], with a norm
   const int lane = threadIdx.x % kLanes;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   const bool norm = s.norm.rank != 0;
   const float inv_dim = 1.0f / static_cast<float>(dim);
   Bits weight = {};
-  if (norm) weight.Read(static_cast<const bf16*>(s.norm.data), half, lane);
+  if (norm) weight.Read(static_cast<const E*>(s.norm.data), half, lane);
   Values d_weight = {};
 
   for (unsigned item = group; item < items; item += kGroups) {
@@ -71,9 +71,9 @@ __global__ void __launch_bounds__(kThreads, 2)
     const unsigned first = item % slices * kHeads, last = min(first + kHeads, heads);
     Angles<N, kLanes, kRuns> angles;
     angles.Read(RowOf<float>(rope, positions[row]), half, lane);
-    const bf16* d_out = HeadOf(s.d_out, row, first);
-    const bf16* in = norm ? HeadOf(s.in, row, first) : nullptr;
-    bf16* d_in = HeadOf(s.d_in, row, first);
+    const E* d_out = HeadOf<E>(s.d_out, row, first);
+    const E* in = norm ? HeadOf<E>(s.in, row, first) : nullptr;
+    E* d_in = HeadOf<E>(s.d_in, row, first);
     Bits d, x = {};
     d.Read(d_out, half, lane);
     if (norm) x.Read(in, half, lane);
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (!norm) return;
   for (int r = 0; r < kRuns; ++r) {
-    const int c = Bits::Column(r, lane);
+    const int c = LaneColumns<N, kLanes>::At(r, lane);
     if (c >= half) continue;
     for (int j = 0; j < N; ++j) {
       sums[group * dim + c + j] = d_weight.a[r][j];
@@ -109,6 +109,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
+template <typename E>
+auto KernelFor(int64_t dim) {  // 0: any, an element at a time
+  return dim == 64    ? RopeBackwardKernel<E, 8, 4, 1>
+         : dim == 128 ? RopeBackwardKernel<E, 8, 8, 1>
+         : dim == 256 ? RopeBackwardKernel<E, 8, 16, 1>
+                      : RopeBackwardKernel<E, 1, 32, 4>;
+}
+
 }  // namespace
 
 cudaError_t LaunchRopeBackward(const RopeBackwardSide& side, float eps, const TensorView& rope,
@@ -117,14 +125,11 @@ cudaError_t LaunchRopeBackward(const RopeBackwardSide& side, float eps, const Te
   if (rows == 0) return cudaSuccess;
   const bool wide = Aligned16(rope) && WideHeads(side.d_out) && WideHeads(side.in) &&
                     WideHeads(side.norm) && WideHeads(side.d_in);
-  int lanes = 32;
-  auto kernel = RopeBackwardKernel<1, 32, 4>;
-  if (wide && (dim == 64 || dim == 128 || dim == 256)) {
-    lanes = static_cast<int>(dim) / 16;
-    kernel = dim == 64    ? RopeBackwardKernel<8, 4, 1>
-             : dim == 128 ? RopeBackwardKernel<8, 8, 1>
-                          : RopeBackwardKernel<8, 16, 1>;
-  }
+  const bool by_lanes = wide && (dim == 64 || dim == 128 || dim == 256);
+  const int64_t lanes = by_lanes ? dim / 16 : 32;
+  const auto kernel = ForElement(side.d_out.dtype, [&](auto element) {
+    return KernelFor<decltype(element)>(by_lanes ? dim : 0);
+  });
   const bool norm = side.norm.rank != 0;
   const int64_t parts = rows < kBlocks ? rows : kBlocks;
   const int64_t shared = norm ? kThreads / lanes * dim * static_cast<int64_t>(sizeof(float)) : 0;
