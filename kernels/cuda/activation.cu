@@ -9,37 +9,37 @@ namespace {
 
 constexpr int kThreads = 256;
 
-template <int N>
-__global__ void SwiGluKernel(const bf16* gate_up, int64_t in_stride, bf16* out, int64_t out_stride,
+template <typename E, int N>
+__global__ void SwiGluKernel(const E* gate_up, int64_t in_stride, E* out, int64_t out_stride,
                              int64_t ffn) {
   const int64_t i = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * N, row = blockIdx.x;
   if (i >= ffn) return;
-  const bf16* gate = gate_up + row * in_stride + i;
-  const Pack<bf16, N> g = Load<bf16, N>(gate), u = Load<bf16, N>(gate + ffn);
-  Pack<bf16, N> y;
-  for (int j = 0; j < N; ++j) y.v[j] = FromFloat<bf16>(GatedUnit(ToFloat(g.v[j]), ToFloat(u.v[j])));
-  Store<bf16, N>(out + row * out_stride + i, y);
+  const E* gate = gate_up + row * in_stride + i;
+  const Pack<E, N> g = Load<E, N>(gate), u = Load<E, N>(gate + ffn);
+  Pack<E, N> y;
+  for (int j = 0; j < N; ++j) y.v[j] = FromFloat<E>(GatedUnit(ToFloat(g.v[j]), ToFloat(u.v[j])));
+  Store<E, N>(out + row * out_stride + i, y);
 }
 
-template <int N>
+template <typename E, int N>
 __global__ void SwiGluBackwardKernel(ops::SwiGluBackwardParams p) {
   const int64_t i = (int64_t{blockIdx.y} * kThreads + threadIdx.x) * N, row = blockIdx.x;
   const int64_t ffn = p.d_out.shape[1];
   if (i >= ffn) return;
-  const bf16* gate = RowOf<bf16>(p.gate_up, row) + i;
-  const Pack<bf16, N> g = Load<bf16, N>(gate), u = Load<bf16, N>(gate + ffn);
-  const Pack<bf16, N> d = Load<bf16, N>(RowOf<bf16>(p.d_out, row) + i);
-  Pack<bf16, N> dg, du, y;
+  const E* gate = RowOf<E>(p.gate_up, row) + i;
+  const Pack<E, N> g = Load<E, N>(gate), u = Load<E, N>(gate + ffn);
+  const Pack<E, N> d = Load<E, N>(RowOf<E>(p.d_out, row) + i);
+  Pack<E, N> dg, du, y;
   for (int j = 0; j < N; ++j) {
     const GatedGradient x = GatedUnitBackward(ToFloat(g.v[j]), ToFloat(u.v[j]), ToFloat(d.v[j]));
-    dg.v[j] = FromFloat<bf16>(x.gate);
-    du.v[j] = FromFloat<bf16>(x.up);
-    y.v[j] = FromFloat<bf16>(x.act);
+    dg.v[j] = FromFloat<E>(x.gate);
+    du.v[j] = FromFloat<E>(x.up);
+    y.v[j] = FromFloat<E>(x.act);
   }
-  bf16* to = RowOf<bf16>(p.d_gate_up, row) + i;
-  Store<bf16, N>(to, dg);
-  Store<bf16, N>(to + ffn, du);
-  if (p.out.rank != 0) Store<bf16, N>(RowOf<bf16>(p.out, row) + i, y);
+  E* to = RowOf<E>(p.d_gate_up, row) + i;
+  Store<E, N>(to, dg);
+  Store<E, N>(to + ffn, du);
+  if (p.out.rank != 0) Store<E, N>(RowOf<E>(p.out, row) + i, y);
 }
 
 dim3 Grid(int64_t rows, int64_t ffn, int vector) {
@@ -53,9 +53,12 @@ cudaError_t LaunchSwiGlu(const ops::SwiGluParams& p, cudaStream_t stream) {
   const int64_t rows = p.out.shape[0], ffn = p.out.shape[1];
   if (rows == 0 || ffn == 0) return cudaSuccess;
   const bool wide = Aligned16(p.gate_up) && Aligned16(p.out);  // the second: ffn is a multiple of 8
-  const auto kernel = wide ? SwiGluKernel<8> : SwiGluKernel<1>;
-  kernel<<<Grid(rows, ffn, wide ? 8 : 1), kThreads, 0, stream>>>(
-      p.gate_up.as<bf16>(), p.gate_up.stride[0], p.out.as<bf16>(), p.out.stride[0], ffn);
+  ForElement(p.out.dtype, [&](auto element) {
+    using E = decltype(element);
+    const auto kernel = wide ? SwiGluKernel<E, 8> : SwiGluKernel<E, 1>;
+    kernel<<<Grid(rows, ffn, wide ? 8 : 1), kThreads, 0, stream>>>(
+        p.gate_up.as<E>(), p.gate_up.stride[0], p.out.as<E>(), p.out.stride[0], ffn);
+  });
   return cudaGetLastError();
 }
 
@@ -64,7 +67,10 @@ cudaError_t LaunchSwiGluBackward(const ops::SwiGluBackwardParams& p, cudaStream_
   if (rows == 0 || ffn == 0) return cudaSuccess;
   const bool wide =
       Aligned16(p.gate_up) && Aligned16(p.d_out) && Aligned16(p.d_gate_up) && Aligned16(p.out);
-  const auto kernel = wide ? SwiGluBackwardKernel<8> : SwiGluBackwardKernel<1>;
+  const auto kernel = ForElement(p.d_out.dtype, [&](auto element) {
+    using E = decltype(element);
+    return wide ? SwiGluBackwardKernel<E, 8> : SwiGluBackwardKernel<E, 1>;
+  });
   kernel<<<Grid(rows, ffn, wide ? 8 : 1), kThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }

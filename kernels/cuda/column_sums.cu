@@ -25,7 +25,8 @@ __global__ void AddPartialsKernel(const float* partials, int64_t num_partials, i
 }
 
 // Block (x, y): 256 columns, the y-th share of the rows.
-__global__ void SumRowsKernel(const bf16* x, int64_t stride, int64_t rows, int64_t n,
+template <typename E>
+__global__ void SumRowsKernel(const E* x, int64_t stride, int64_t rows, int64_t n,
                               float* partials) {
   const int64_t column = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (column >= n) return;
@@ -49,7 +50,10 @@ cudaError_t LaunchSumRows(const ops::SumRowsParams& p, float* partials, cudaStre
   const int64_t rows = p.x.shape[0], n = p.x.shape[1], parts = NumPartials(rows);
   if (rows == 0 || n == 0) return cudaSuccess;
   const dim3 grid(static_cast<unsigned>(CeilDiv(n, 256)), static_cast<unsigned>(parts));
-  SumRowsKernel<<<grid, 256, 0, stream>>>(p.x.as<bf16>(), p.x.stride[0], rows, n, partials);
+  ForElement(p.x.dtype, [&](auto element) {
+    using E = decltype(element);
+    SumRowsKernel<<<grid, 256, 0, stream>>>(p.x.as<E>(), p.x.stride[0], rows, n, partials);
+  });
   return LaunchAddPartials(partials, parts, n, p.out.f32(), stream);
 }
 

@@ -38,25 +38,25 @@ cudaError_t GatherRows(const ops::GatherRowsParams& p, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <int N>
-__global__ void ScatterAddRowsKernel(const bf16* src, int64_t src_stride, const int32_t* indices,
-                                     bf16* dst, int64_t dst_stride, int64_t dst_rows,
-                                     int64_t hidden) {
+template <typename E, int N>
+__global__ void ScatterAddRowsKernel(const E* src, int64_t src_stride, const int32_t* indices,
+                                     E* dst, int64_t dst_stride, int64_t dst_rows, int64_t hidden) {
   const int32_t index = indices[blockIdx.x];
   if (index < 0 || index >= dst_rows) return;
-  const bf16* from = src + blockIdx.x * src_stride;
-  bf16* to = dst + index * dst_stride;
+  const E* from = src + blockIdx.x * src_stride;
+  E* to = dst + index * dst_stride;
   for (int64_t i = threadIdx.x * N; i < hidden; i += blockDim.x * N) {
-    const Pack<bf16, N> x = Load<bf16, N>(from + i);
-    Pack<bf16, N> y = Load<bf16, N>(to + i);
-    for (int j = 0; j < N; ++j) y.v[j] = FromFloat<bf16>(ToFloat(y.v[j]) + ToFloat(x.v[j]));
-    Store<bf16, N>(to + i, y);
+    const Pack<E, N> x = Load<E, N>(from + i);
+    Pack<E, N> y = Load<E, N>(to + i);
+    for (int j = 0; j < N; ++j) y.v[j] = FromFloat<E>(ToFloat(y.v[j]) + ToFloat(x.v[j]));
+    Store<E, N>(to + i, y);
   }
 }
 
 constexpr int kScanThreads = 256;
 
-__global__ void EmbeddingBackwardKernel(const int32_t* ids, int64_t rows, const bf16* d_out,
+template <typename E>
+__global__ void EmbeddingBackwardKernel(const int32_t* ids, int64_t rows, const E* d_out,
                                         int64_t d_out_stride, float* d_table,
                                         int64_t d_table_stride, int64_t vocab, int64_t hidden) {
   extern __shared__ float sums[];  // [hidden]; each thread touches its own columns only
@@ -77,7 +77,7 @@ __global__ void EmbeddingBackwardKernel(const int32_t* ids, int64_t rows, const 
     __syncthreads();
     for (int w = 0; w < kScanThreads / 32; ++w) {
       for (unsigned bits = matches[w]; bits != 0; bits &= bits - 1) {
-        const bf16* from = d_out + (base + 32 * w + __ffs(bits) - 1) * d_out_stride;
+        const E* from = d_out + (base + 32 * w + __ffs(bits) - 1) * d_out_stride;
         for (int64_t c = threadIdx.x; c < hidden; c += kScanThreads) sums[c] += ToFloat(from[c]);
       }
     }
@@ -90,28 +90,37 @@ __global__ void EmbeddingBackwardKernel(const int32_t* ids, int64_t rows, const 
 cudaError_t LaunchGatherRows(const ops::GatherRowsParams& p, cudaStream_t stream) {
   if (p.out.num_elements() == 0) return cudaSuccess;
   if (p.src.dtype == DType::kF32) return GatherRows<float, float>(p, stream);
-  if (p.out.dtype == DType::kF32) return GatherRows<bf16, float>(p, stream);
-  return GatherRows<bf16, bf16>(p, stream);
+  return ForElement(p.src.dtype, [&](auto element) {
+    using E = decltype(element);
+    return p.out.dtype == DType::kF32 ? GatherRows<E, float>(p, stream)
+                                      : GatherRows<E, E>(p, stream);
+  });
 }
 
 cudaError_t LaunchScatterAddRows(const ops::ScatterAddRowsParams& p, cudaStream_t stream) {
   const int64_t n = p.src.shape[0], hidden = p.src.shape[1];
   if (n == 0 || hidden == 0) return cudaSuccess;
   const bool wide = Aligned16(p.src) && Aligned16(p.dst);
-  const auto kernel = wide ? ScatterAddRowsKernel<8> : ScatterAddRowsKernel<1>;
-  kernel<<<static_cast<unsigned>(n), RowThreads(wide ? hidden / 8 : hidden), 0, stream>>>(
-      p.src.as<bf16>(), p.src.stride[0], p.indices.i32(), p.dst.as<bf16>(), p.dst.stride[0],
-      p.dst.shape[0], hidden);
+  ForElement(p.dst.dtype, [&](auto element) {
+    using E = decltype(element);
+    const auto kernel = wide ? ScatterAddRowsKernel<E, 8> : ScatterAddRowsKernel<E, 1>;
+    kernel<<<static_cast<unsigned>(n), RowThreads(wide ? hidden / 8 : hidden), 0, stream>>>(
+        p.src.as<E>(), p.src.stride[0], p.indices.i32(), p.dst.as<E>(), p.dst.stride[0],
+        p.dst.shape[0], hidden);
+  });
   return cudaGetLastError();
 }
 
 cudaError_t LaunchEmbeddingBackward(const ops::EmbeddingBackwardParams& p, cudaStream_t stream) {
   const int64_t rows = p.d_out.shape[0], hidden = p.d_out.shape[1];
   if (rows == 0 || hidden == 0) return cudaSuccess;
-  EmbeddingBackwardKernel<<<static_cast<unsigned>(rows), kScanThreads, hidden * sizeof(float),
-                            stream>>>(p.ids.i32(), rows, p.d_out.as<bf16>(), p.d_out.stride[0],
-                                      p.d_table.f32(), p.d_table.stride[0], p.d_table.shape[0],
-                                      hidden);
+  ForElement(p.d_out.dtype, [&](auto element) {
+    using E = decltype(element);
+    EmbeddingBackwardKernel<<<static_cast<unsigned>(rows), kScanThreads, hidden * sizeof(float),
+                              stream>>>(p.ids.i32(), rows, p.d_out.as<E>(), p.d_out.stride[0],
+                                        p.d_table.f32(), p.d_table.stride[0], p.d_table.shape[0],
+                                        hidden);
+  });
   return cudaGetLastError();
 }
 

@@ -38,9 +38,9 @@ void CopyRowsFrom(const TensorView& src, const TensorView& dst, cudaStream_t str
   if (dst.dtype == DType::kF32) {
     CopyRows<S, float>(src, dst, stream);
   } else if (dst.dtype == DType::kBF16) {
-    CopyRows<S, bf16>(src, dst, stream);
+    CopyRows<S, Bf16>(src, dst, stream);
   } else {
-    CopyRows<S, __half>(src, dst, stream);
+    CopyRows<S, F16>(src, dst, stream);
   }
 }
 
@@ -63,9 +63,9 @@ cudaError_t LaunchCopy(const TensorView& src, const TensorView& dst, cudaStream_
   if (src.dtype == DType::kF32) {
     CopyRowsFrom<float>(src, dst, stream);
   } else if (src.dtype == DType::kBF16) {
-    CopyRowsFrom<bf16>(src, dst, stream);
+    CopyRowsFrom<Bf16>(src, dst, stream);
   } else if (src.dtype == DType::kF16) {
-    CopyRowsFrom<__half>(src, dst, stream);
+    CopyRowsFrom<F16>(src, dst, stream);
   } else if (src.dtype == DType::kI32) {
     CopyRows<int32_t, int32_t>(src, dst, stream);
   } else {

@@ -24,16 +24,17 @@ __device__ inline float RowSum(float x, float (*sums)[kMaxThreads / 32], int hal
 
 // Until here x may not be turned into floats, which take twice the registers: with more than 64 of
 // them fewer blocks fit a multiprocessor.
-__device__ __forceinline__ void Hold(Strip<bf16, 8>& x) {
+template <typename E>
+__device__ __forceinline__ void Hold(Strip<E, 8>& x) {
   uint32_t(&words)[4] = reinterpret_cast<uint32_t(&)[4]>(x);
   asm volatile("" : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3]));
 }
 
 // A thread's columns of one row: runs of 8, a block's width apart.
-template <int kRuns>
+template <typename E, int kRuns>
 struct RowShare {
   Strip<float, 8> x[kRuns];
-  Strip<bf16, 8> d_out[kRuns], d_x[kRuns];
+  Strip<E, 8> d_out[kRuns], d_x[kRuns];
   float rstd;
 
   __device__ void Read(const ops::RmsNormBackwardParams& p, int row, int hidden) {
@@ -45,32 +46,32 @@ struct RowShare {
       d_out[r] = d_x[r] = {};
       if (c >= hidden) continue;
       x[r] = Strip<float, 8>::Read(RowOf<float>(p.x, row) + c);
-      d_out[r] = Strip<bf16, 8>::Read(RowOf<bf16>(p.d_out, row) + c);
-      if (p.accumulate_d_x) d_x[r] = Strip<bf16, 8>::Read(RowOf<bf16>(p.d_x, row) + c);
+      d_out[r] = Strip<E, 8>::Read(RowOf<E>(p.d_out, row) + c);
+      if (p.accumulate_d_x) d_x[r] = Strip<E, 8>::Read(RowOf<E>(p.d_x, row) + c);
     }
   }
 };
 
 // REQUIRES: hidden <= kRuns * 8 * blockDim.x, 16-byte rows.
-template <int kRuns>
+template <typename E, int kRuns>
 __global__ void __launch_bounds__(kMaxThreads, kRuns == 1 ? 2 : 1)
     RegisterNormBackwardKernel(ops::RmsNormBackwardParams p, float* partials) {
   __shared__ float sums[2][kMaxThreads / 32];
   const int hidden = static_cast<int>(p.x.shape[1]);
   const int end = static_cast<int>(p.x.shape[0] * (blockIdx.x + 1) / gridDim.x);
-  Strip<bf16, 8> weight[kRuns];
+  Strip<E, 8> weight[kRuns];
   float d_weight[kRuns][8] = {};
 #pragma unroll
   for (int r = 0; r < kRuns; ++r) {
     const int c = static_cast<int>(r * blockDim.x + threadIdx.x) * 8;
     weight[r] = {};
-    if (c < hidden) weight[r] = Strip<bf16, 8>::Read(RowOf<bf16>(p.weight, 0) + c);
+    if (c < hidden) weight[r] = Strip<E, 8>::Read(RowOf<E>(p.weight, 0) + c);
   }
   int row = static_cast<int>(p.x.shape[0] * blockIdx.x / gridDim.x);
-  RowShare<kRuns> share;
+  RowShare<E, kRuns> share;
   if (row < end) share.Read(p, row, hidden);
   for (int half = 0; row < end; ++row, half ^= 1) {
-    const RowShare<kRuns> now = share;
+    const RowShare<E, kRuns> now = share;
     if (row + 1 < end) share.Read(p, row + 1, hidden);
     float dot = 0;
 #pragma unroll
@@ -87,13 +88,13 @@ __global__ void __launch_bounds__(kMaxThreads, kRuns == 1 ? 2 : 1)
     for (int r = 0; r < kRuns; ++r) {
       const int c = static_cast<int>(r * blockDim.x + threadIdx.x) * 8;
       if (c >= hidden) continue;
-      Strip<bf16, 8> y;
+      Strip<E, 8> y;
       Hold(weight[r]);
       for (int j = 0; j < 8; ++j) {
         const float g = now.d_out[r][j] * weight[r][j];
         y.Set(j, now.d_x[r][j] + now.rstd * (g - now.x[r][j] * mean));
       }
-      y.Write(RowOf<bf16>(p.d_x, row) + c);
+      y.Write(RowOf<E>(p.d_x, row) + c);
     }
   }
 #pragma unroll
@@ -105,17 +106,18 @@ __global__ void __launch_bounds__(kMaxThreads, kRuns == 1 ? 2 : 1)
 }
 
 // Any width and alignment: d_weight in shared memory, an element at a time.
+template <typename E>
 __global__ void RmsNormBackwardKernel(ops::RmsNormBackwardParams p, float* partials) {
   extern __shared__ float d_weight[];  // [hidden]; each thread touches its own columns only
   __shared__ float shared[33];
   const int64_t rows = p.x.shape[0], hidden = p.x.shape[1];
-  const bf16* weight = RowOf<bf16>(p.weight, 0);
+  const E* weight = RowOf<E>(p.weight, 0);
   for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) d_weight[i] = 0;
   const int64_t end = rows * (blockIdx.x + 1) / gridDim.x;
   for (int64_t row = rows * blockIdx.x / gridDim.x; row < end; ++row) {
     const float* x = RowOf<float>(p.x, row);
-    const bf16* d_out = RowOf<bf16>(p.d_out, row);
-    bf16* d_x = RowOf<bf16>(p.d_x, row);
+    const E* d_out = RowOf<E>(p.d_out, row);
+    E* d_x = RowOf<E>(p.d_x, row);
     const float rstd = *RowOf<float>(p.rstd, row);
     float dot = 0;
     for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) {
@@ -127,12 +129,34 @@ __global__ void RmsNormBackwardKernel(ops::RmsNormBackwardParams p, float* parti
     for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) {
       const float before = p.accumulate_d_x ? ToFloat(d_x[i]) : 0.0f;
       const float g = ToFloat(d_out[i]) * ToFloat(weight[i]);
-      d_x[i] = FromFloat<bf16>(before + rstd * (g - x[i] * mean));
+      d_x[i] = FromFloat<E>(before + rstd * (g - x[i] * mean));
     }
   }
   for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) {
     partials[blockIdx.x * hidden + i] = d_weight[i];
   }
+}
+
+// Returns the partial sums.
+template <typename E>
+int64_t Launch(const ops::RmsNormBackwardParams& p, bool wide, float* partials,
+               cudaStream_t stream) {
+  const int64_t rows = p.x.shape[0], hidden = p.x.shape[1];
+  int64_t parts = NumPartials(rows);
+  if (wide && hidden <= 2 * 8 * kMaxThreads) {
+    const int threads = RowThreads(hidden / 8);
+    const bool one_run = threads * 8 >= hidden;
+    const auto kernel =
+        one_run ? RegisterNormBackwardKernel<E, 1> : RegisterNormBackwardKernel<E, 2>;
+    const int64_t resident = kMultiprocessors * (one_run ? 2 * kMaxThreads / threads : 1);
+    if (resident < parts) parts = resident;
+    kernel<<<static_cast<unsigned>(parts), threads, 0, stream>>>(p, partials);
+  } else {
+    RmsNormBackwardKernel<E>
+        <<<static_cast<unsigned>(parts), RowThreads(hidden), hidden * sizeof(float), stream>>>(
+            p, partials);
+  }
+  return parts;
 }
 
 }  // namespace
@@ -142,18 +166,9 @@ cudaError_t LaunchRmsNormBackward(const ops::RmsNormBackwardParams& p, float* pa
   const int64_t rows = p.x.shape[0], hidden = p.x.shape[1];
   if (rows == 0 || hidden == 0) return cudaSuccess;
   const bool wide = Aligned16(p.x) && Aligned16(p.d_out) && Aligned16(p.weight) && Aligned16(p.d_x);
-  int64_t parts = NumPartials(rows);
-  if (wide && hidden <= 2 * 8 * kMaxThreads) {
-    const int threads = RowThreads(hidden / 8);
-    const bool one_run = threads * 8 >= hidden;
-    const auto kernel = one_run ? RegisterNormBackwardKernel<1> : RegisterNormBackwardKernel<2>;
-    const int64_t resident = kMultiprocessors * (one_run ? 2 * kMaxThreads / threads : 1);
-    if (resident < parts) parts = resident;
-    kernel<<<static_cast<unsigned>(parts), threads, 0, stream>>>(p, partials);
-  } else {
-    RmsNormBackwardKernel<<<static_cast<unsigned>(parts), RowThreads(hidden),
-                            hidden * sizeof(float), stream>>>(p, partials);
-  }
+  const int64_t parts = ForElement(p.d_x.dtype, [&](auto element) {
+    return Launch<decltype(element)>(p, wide, partials, stream);
+  });
   return LaunchAddPartials(partials, parts, hidden, p.d_weight.f32(), stream);
 }
 
