@@ -1,5 +1,5 @@
 // Products of many rows on wgmma + TMA whose epilogue is the caller's: the loop that the head and
-// the gated products share.
+// the gated products share. Operands are of a 16-bit type E that only the matrix instructions know.
 //
 // Persistent clusters of two blocks. A work item is 256 rows x 256 columns, 128 rows a block; each
 // block loads its own rows of the left operand and half of the right one, which the copy engine
@@ -41,8 +41,8 @@ struct TileWork {
 };
 
 struct TileShared {
-  alignas(1024) Bf16 left[kStages][kTileRows * kPanel];
-  alignas(1024) Bf16 right[kStages][kTileColumns * kPanel];
+  alignas(1024) uint16_t left[kStages][kTileRows * kPanel];
+  alignas(1024) uint16_t right[kStages][kTileColumns * kPanel];
   Barrier full[kStages], empty[kStages];
   int item[kItemStages];
   Barrier item_full[kItemStages];
@@ -128,36 +128,38 @@ struct RightColumns {
   CUtensorMap map;  // boxes of kShare rows
   int tile_stride, share_stride;
 
-  __device__ __forceinline__ void Load(Bf16* panels, int block, int tile, Barrier& full) const {
+  __device__ __forceinline__ void Load(uint16_t* panels, int block, int tile, Barrier& full) const {
     const int rank = ClusterRank();
     LoadBoxForAll(panels + rank * kShare * kPanel, map, block * kPanel,
                   tile * tile_stride + rank * share_stride, full);
   }
-  __device__ __forceinline__ static void Multiply(float (&acc)[128], const Bf16* left,
-                                                  const Bf16* right, bool first) {
+  template <typename E>
+  __device__ __forceinline__ static void Multiply(float (&acc)[128], const uint16_t* left,
+                                                  const uint16_t* right, bool first) {
     const uint64_t a = ColumnsAreK(left), b = ColumnsAreK(right);
 #pragma unroll
     for (int k = 0; k < kPanel; k += 16)
-      WgmmaStep<Bf16>(acc, Advanced(a, k * 2), Advanced(b, k * 2), !first || k != 0);
+      WgmmaStep<E>(acc, Advanced(a, k * 2), Advanced(b, k * 2), !first || k != 0);
   }
 };
 // The right operand as [k, columns].
 struct RightRows {
   CUtensorMap map;  // boxes of kPanel rows
 
-  __device__ __forceinline__ void Load(Bf16* panels, int block, int tile, Barrier& full) const {
+  __device__ __forceinline__ void Load(uint16_t* panels, int block, int tile, Barrier& full) const {
     const int first = ClusterRank() * kShare;
 #pragma unroll
     for (int column = first; column < first + kShare; column += kPanel)
       LoadBoxForAll(panels + column * kPanel, map, tile * kTileColumns + column, block * kPanel,
                     full);
   }
-  __device__ __forceinline__ static void Multiply(float (&acc)[128], const Bf16* left,
-                                                  const Bf16* right, bool first) {
+  template <typename E>
+  __device__ __forceinline__ static void Multiply(float (&acc)[128], const uint16_t* left,
+                                                  const uint16_t* right, bool first) {
     const uint64_t a = ColumnsAreK(left), b = RowsAreK(right, kPanel);
 #pragma unroll
     for (int k = 0; k < kPanel; k += 16)
-      WgmmaStepRightRows<Bf16>(acc, Advanced(a, k * 2), Advanced(b, k * 128), !first || k != 0);
+      WgmmaStepRightRows<E>(acc, Advanced(a, k * 2), Advanced(b, k * 128), !first || k != 0);
   }
 };
 
@@ -211,7 +213,7 @@ __device__ __forceinline__ void ReleaseStage(Barrier& empty) {
 
 // acc[64, 256] = this warpgroup's rows of the item times its columns. `early`: called while the
 // tensor cores still work at the last step.
-template <class Right, class Early>
+template <typename E, class Right, class Early>
 __device__ __forceinline__ void MultiplyTile(const TileWork& w, TileShared& s, int group,
                                              Ring<kStages>& ring, float (&acc)[128], bool& announce,
                                              const Early& early) {
@@ -220,7 +222,8 @@ __device__ __forceinline__ void MultiplyTile(const TileWork& w, TileShared& s, i
     const int stage = ring.stage;
     s.full[stage].Wait(ring.phase);
     WgmmaFence();
-    Right::Multiply(acc, s.left[stage] + group * 64 * kPanel, s.right[stage], block == 0);
+    Right::template Multiply<E>(acc, s.left[stage] + group * 64 * kPanel, s.right[stage],
+                                block == 0);
     WgmmaCommit();
     WgmmaWait<1>();
     if (block > 0) ReleaseStage(s.empty[(stage + kStages - 1) % kStages]);
@@ -237,7 +240,7 @@ __device__ __forceinline__ void MultiplyTile(const TileWork& w, TileShared& s, i
 }
 
 // Consumers. For each item fold(item, multiply): it calls multiply(acc, early) once.
-template <class Right, class Fold>
+template <typename E, class Right, class Fold>
 __device__ __forceinline__ void ConsumeTiles(const TileWork& w, TileShared& s, int group,
                                              const Fold& fold) {
   Ring<kItemStages> items;
@@ -249,7 +252,7 @@ __device__ __forceinline__ void ConsumeTiles(const TileWork& w, TileShared& s, i
     if (index >= w.items) break;
     ArriveAt(s.item_empty[items.stage], 0);
     fold(ItemAt(w, index), [&](float(&acc)[128], const auto& early) {
-      MultiplyTile<Right>(w, s, group, ring, acc, announce, early);
+      MultiplyTile<E, Right>(w, s, group, ring, acc, announce, early);
     });
   }
   if (announce) NamedArrive(kLagBarrier, 256);
@@ -282,7 +285,7 @@ __device__ __forceinline__ void RunTiles(const TileWork& w, const Right& right, 
   ClusterSync();  // nobody leaves while the other block may write here
 }
 
-// left: [rows, k] bf16. tiles: of kTileColumns.
+// left: [rows, k] E. tiles: of kTileColumns.
 inline cudaError_t MakeTileWork(TileWork& w, const void* left, int64_t left_stride, int64_t rows,
                                 int64_t k, int64_t tiles, int* counter) {
   if (auto e = MakeMap(w.left, {left, rows, left_stride, 1, static_cast<int32_t>(k)}, kTileRows))

@@ -12,9 +12,9 @@ namespace {
 constexpr int64_t kMinRows = 1024;
 
 // Rows that 16-byte copies may walk.
-bool IsWide(const TensorView& t) {
+bool IsWide(const TensorView& t, DType dtype) {
   constexpr int64_t kMaxExtent = int64_t{1} << 30;
-  return t.rank == 2 && t.dtype == DType::kBF16 && t.stride[1] == 1 && t.stride[0] % 8 == 0 &&
+  return t.rank == 2 && t.dtype == dtype && t.stride[1] == 1 && t.stride[0] % 8 == 0 &&
          reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && t.dim(1) % 8 == 0 && t.dim(1) > 0 &&
          t.dim(0) < kMaxExtent && t.dim(1) < kMaxExtent;
 }
@@ -30,20 +30,23 @@ absl::StatusOr<int*> Counter(Context& context) {
 }  // namespace
 
 bool FitsGated(const Context& context, const ops::MatMulSwiGluParams& p) {
-  return IsWide(p.a) && Suits(context, p.a.dim(0)) && IsWide(p.b) && IsWide(p.gate_up) &&
-         p.gate_up.dim(1) % 16 == 0 && (!p.out.present() || IsWide(p.out));
+  const DType dtype = context.compute_dtype();
+  return IsWide(p.a, dtype) && Suits(context, p.a.dim(0)) && IsWide(p.b, dtype) &&
+         IsWide(p.gate_up, dtype) && p.gate_up.dim(1) % 16 == 0 &&
+         (!p.out.present() || IsWide(p.out, dtype));
 }
 bool FitsGated(const Context& context, const ops::MatMulSwiGluBackwardParams& p) {
-  return IsWide(p.d_y) && Suits(context, p.d_y.dim(0)) && IsWide(p.b) && IsWide(p.gate_up) &&
-         IsWide(p.d_gate_up) && IsWide(p.out);
+  const DType dtype = context.compute_dtype();
+  return IsWide(p.d_y, dtype) && Suits(context, p.d_y.dim(0)) && IsWide(p.b, dtype) &&
+         IsWide(p.gate_up, dtype) && IsWide(p.d_gate_up, dtype) && IsWide(p.out, dtype);
 }
 
 absl::Status GatedMatMul(Context& context, const ops::MatMulSwiGluParams& p) {
   const int64_t rows = p.a.dim(0), k = p.a.dim(1), ffn = p.gate_up.dim(1) / 2;
   RETURN_IF_ERROR(ops::ShapeCheck("matmul_swiglu")
-                      .Tensor("b", p.b, DType::kBF16, {2 * ffn, k})
-                      .Tensor("gate_up", p.gate_up, DType::kBF16, {rows, 2 * ffn})
-                      .Optional("out", p.out, DType::kBF16, {rows, ffn})
+                      .Tensor("b", p.b, context.compute_dtype(), {2 * ffn, k})
+                      .Tensor("gate_up", p.gate_up, context.compute_dtype(), {rows, 2 * ffn})
+                      .Optional("out", p.out, context.compute_dtype(), {rows, ffn})
                       .status());
   ASSIGN_OR_RETURN(int* const counter, Counter(context));
   const bool keep = p.keep_gate_up || !p.out.present();
@@ -58,17 +61,18 @@ absl::Status GatedMatMul(Context& context, const ops::MatMulSwiGluParams& p) {
                                 .rows = rows,
                                 .ffn = ffn,
                                 .k = k,
-                                .counter = counter};
+                                .counter = counter,
+                                .dtype = p.a.dtype};
   return context.Check(LaunchGatedMatMul(args, context.stream()), "matmul_swiglu");
 }
 
 absl::Status GatedMatMulBackward(Context& context, const ops::MatMulSwiGluBackwardParams& p) {
   const int64_t rows = p.d_y.dim(0), k = p.d_y.dim(1), ffn = p.out.dim(1);
   RETURN_IF_ERROR(ops::ShapeCheck("matmul_swiglu_backward")
-                      .Tensor("b", p.b, DType::kBF16, {k, ffn})
-                      .Tensor("gate_up", p.gate_up, DType::kBF16, {rows, 2 * ffn})
-                      .Tensor("d_gate_up", p.d_gate_up, DType::kBF16, {rows, 2 * ffn})
-                      .Tensor("out", p.out, DType::kBF16, {rows, ffn})
+                      .Tensor("b", p.b, context.compute_dtype(), {k, ffn})
+                      .Tensor("gate_up", p.gate_up, context.compute_dtype(), {rows, 2 * ffn})
+                      .Tensor("d_gate_up", p.d_gate_up, context.compute_dtype(), {rows, 2 * ffn})
+                      .Tensor("out", p.out, context.compute_dtype(), {rows, ffn})
                       .status());
   ASSIGN_OR_RETURN(int* const counter, Counter(context));
   const GatedBackwardArgs args = {.d_y = p.d_y.data,
@@ -84,7 +88,8 @@ absl::Status GatedMatMulBackward(Context& context, const ops::MatMulSwiGluBackwa
                                   .rows = rows,
                                   .ffn = ffn,
                                   .k = k,
-                                  .counter = counter};
+                                  .counter = counter,
+                                  .dtype = p.d_y.dtype};
   return context.Check(LaunchGatedBackward(args, context.stream()), "matmul_swiglu_backward");
 }
 

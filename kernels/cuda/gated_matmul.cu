@@ -18,7 +18,7 @@ constexpr int kBuffers = 2;               // of a warp
 constexpr int kGates = kTileColumns / 2;  // of a forward tile
 
 struct GatedShared : TileShared {
-  alignas(1024) Bf16 staged[kConsumerWarps][kBuffers][kWarpRows * kPanel];
+  alignas(1024) uint16_t staged[kConsumerWarps][kBuffers][kWarpRows * kPanel];
 };
 
 struct GatedParameters {
@@ -34,17 +34,14 @@ struct GatedBackwardParameters {
   GatedBackwardArgs args;
 };
 
-__device__ __forceinline__ float Low(uint32_t word) { return __uint_as_float(word << 16); }
-__device__ __forceinline__ float High(uint32_t word) { return __uint_as_float(word & 0xFFFF0000u); }
-
 // 16 rows x 64 columns of a [rows, columns] matrix from `row` and `column` on, zeros where it has
 // none: a lane reads 8 columns of every fourth row.
-__device__ __forceinline__ void ReadPanel(const Bf16* data, int64_t stride, int row, int column,
+__device__ __forceinline__ void ReadPanel(const uint16_t* data, int64_t stride, int row, int column,
                                           int64_t rows, int64_t columns, uint4 (&x)[4]) {
   asm volatile("" : "+r"(row));  // addresses kept from panel to panel would spill
   const int lane = threadIdx.x % 32;
   const int first = row + lane / 8, at = column + lane % 8 * 8;
-  const Bf16* from = data + first * stride + at;
+  const uint16_t* from = data + first * stride + at;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const bool inside = at < columns && first + 4 * i < rows;
@@ -55,7 +52,7 @@ __device__ __forceinline__ void ReadPanel(const Bf16* data, int64_t stride, int 
 // A warp's buffers of shared memory, each a swizzled panel of 16 rows x 64 columns, in turn.
 class WarpBuffers {
  public:
-  __device__ __forceinline__ explicit WarpBuffers(const Bf16* first) {
+  __device__ __forceinline__ explicit WarpBuffers(const uint16_t* first) {
     const int lane = threadIdx.x % 32;
     base_ = SharedAddress(first);
     tile_ = lane % 16 * 128 + ((lane / 16 ^ lane % 8) << 4);
@@ -118,15 +115,15 @@ class WarpBuffers {
 };
 
 // Folds gates and ups [64 kHalf, 64 kHalf + 64) of a tile.
-template <int kHalf>
+template <typename E, int kHalf>
 __device__ __forceinline__ void FoldGates(const GatedParameters& p, int row, int column,
                                           WarpBuffers& buffers, const float (&acc)[128]) {
   uint32_t gate[16], up[16];
 #pragma unroll
   for (int j = 0; j < 16; ++j) {
     const int at = 32 * kHalf + 2 * j;
-    gate[j] = PackPair<Bf16>(acc[at], acc[at + 1]);
-    up[j] = PackPair<Bf16>(acc[64 + at], acc[64 + at + 1]);
+    gate[j] = PackPair<E>(acc[at], acc[at + 1]);
+    up[j] = PackPair<E>(acc[64 + at], acc[64 + at + 1]);
   }
   const auto send = [&](const uint32_t(&x)[16], const CUtensorMap& map) {
     const uint32_t at = buffers.Take<0>();
@@ -141,12 +138,14 @@ __device__ __forceinline__ void FoldGates(const GatedParameters& p, int row, int
   if (p.args.act == nullptr) return;
   uint32_t act[16];
 #pragma unroll
-  for (int j = 0; j < 16; ++j)
-    act[j] =
-        PackPair<Bf16>(GatedUnit(Low(gate[j]), Low(up[j])), GatedUnit(High(gate[j]), High(up[j])));
+  for (int j = 0; j < 16; ++j) {
+    const float2 g = Pair<E>(gate[j]), u = Pair<E>(up[j]);
+    act[j] = PackPair<E>(GatedUnit(g.x, u.x), GatedUnit(g.y, u.y));
+  }
   send(act, p.act);
 }
 
+template <typename E>
 __global__ void __launch_bounds__(kTileThreads, 1)
     GatedMatMulKernel(const __grid_constant__ GatedParameters p) {
   extern __shared__ __align__(1024) unsigned char raw[];
@@ -154,12 +153,12 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   RunTiles(p.work, p.right, s, [&](int group) {
     const int warp = threadIdx.x / 32 % 4;
     WarpBuffers buffers(s.staged[group * 4 + warp][0]);
-    ConsumeTiles<RightColumns>(p.work, s, group, [&](const Item& item, const auto& multiply) {
+    ConsumeTiles<E, RightColumns>(p.work, s, group, [&](const Item& item, const auto& multiply) {
       float acc[128];
       multiply(acc, [] {});
       const int row = item.row + group * 64 + warp * kWarpRows, column = item.tile * kGates;
-      FoldGates<0>(p, row, column, buffers, acc);
-      FoldGates<1>(p, row, column + kPanel, buffers, acc);
+      FoldGates<E, 0>(p, row, column, buffers, acc);
+      FoldGates<E, 1>(p, row, column + kPanel, buffers, acc);
     });
     buffers.Drain();
   });
@@ -169,7 +168,7 @@ struct GatePanel {
   uint4 gate[4], up[4];
 
   __device__ __forceinline__ void Read(const GatedBackwardArgs& a, int row, int column) {
-    const auto* gates = static_cast<const Bf16*>(a.gate_up);
+    const auto* gates = static_cast<const uint16_t*>(a.gate_up);
     ReadPanel(gates, a.gate_up_stride, row, column, a.rows, a.ffn, gate);
     ReadPanel(gates + a.ffn, a.gate_up_stride, row, column, a.rows, a.ffn, up);
   }
@@ -177,7 +176,7 @@ struct GatePanel {
 
 // Folds columns [64 kQuarter, 64 kQuarter + 64) of a tile, whose gates and ups `panel` has, and
 // reads those of the next.
-template <int kQuarter>
+template <typename E, int kQuarter>
 __device__ __forceinline__ void FoldGradient(const GatedBackwardParameters& p, int row, int column,
                                              WarpBuffers& buffers, GatePanel& panel,
                                              const float (&acc)[128]) {
@@ -195,11 +194,11 @@ __device__ __forceinline__ void FoldGradient(const GatedBackwardParameters& p, i
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const int at = 32 * kQuarter + 8 * i + 2 * j;
-      const GatedGradient x = GatedUnitBackward(Low(gate[j]), Low(up[j]), acc[at]);
-      const GatedGradient y = GatedUnitBackward(High(gate[j]), High(up[j]), acc[at + 1]);
-      gate[j] = PackPair<Bf16>(x.gate, y.gate);
-      up[j] = PackPair<Bf16>(x.up, y.up);
-      act[4 * i + j] = PackPair<Bf16>(x.act, y.act);
+      const GatedGradient x = GatedUnitBackward(Pair<E>(gate[j]).x, Pair<E>(up[j]).x, acc[at]);
+      const GatedGradient y = GatedUnitBackward(Pair<E>(gate[j]).y, Pair<E>(up[j]).y, acc[at + 1]);
+      gate[j] = PackPair<E>(x.gate, y.gate);
+      up[j] = PackPair<E>(x.up, y.up);
+      act[4 * i + j] = PackPair<E>(x.act, y.act);
     }
     buffers.StoreTile(gates, i, gate);
     buffers.StoreTile(ups, i, up);
@@ -212,6 +211,7 @@ __device__ __forceinline__ void FoldGradient(const GatedBackwardParameters& p, i
   buffers.Send(acts, p.act, column, row);
 }
 
+template <typename E>
 __global__ void __launch_bounds__(kTileThreads, 1)
     GatedBackwardKernel(const __grid_constant__ GatedBackwardParameters p) {
   extern __shared__ __align__(1024) unsigned char raw[];
@@ -219,15 +219,15 @@ __global__ void __launch_bounds__(kTileThreads, 1)
   RunTiles(p.work, p.right, s, [&](int group) {
     const int warp = threadIdx.x / 32 % 4;
     WarpBuffers buffers(s.staged[group * 4 + warp][0]);
-    ConsumeTiles<RightRows>(p.work, s, group, [&](const Item& item, const auto& multiply) {
+    ConsumeTiles<E, RightRows>(p.work, s, group, [&](const Item& item, const auto& multiply) {
       const int row = item.row + group * 64 + warp * kWarpRows, column = item.tile * kTileColumns;
       float acc[128];
       GatePanel panel;
       multiply(acc, [&] { panel.Read(p.args, row, column); });
-      FoldGradient<0>(p, row, column, buffers, panel, acc);
-      FoldGradient<1>(p, row, column + kPanel, buffers, panel, acc);
-      FoldGradient<2>(p, row, column + 2 * kPanel, buffers, panel, acc);
-      FoldGradient<3>(p, row, column + 3 * kPanel, buffers, panel, acc);
+      FoldGradient<E, 0>(p, row, column, buffers, panel, acc);
+      FoldGradient<E, 1>(p, row, column + kPanel, buffers, panel, acc);
+      FoldGradient<E, 2>(p, row, column + 2 * kPanel, buffers, panel, acc);
+      FoldGradient<E, 3>(p, row, column + 3 * kPanel, buffers, panel, acc);
     });
     buffers.Drain();
   });
@@ -242,7 +242,7 @@ cudaError_t MakeOutMap(CUtensorMap& map, const void* data, int64_t stride, int64
 cudaError_t MakeOutMaps(CUtensorMap& gate, CUtensorMap& up, const void* data, int64_t stride,
                         int64_t rows, int64_t ffn) {
   if (auto e = MakeOutMap(gate, data, stride, rows, ffn)) return e;
-  return MakeOutMap(up, static_cast<const Bf16*>(data) + ffn, stride, rows, ffn);
+  return MakeOutMap(up, static_cast<const uint16_t*>(data) + ffn, stride, rows, ffn);
 }
 
 }  // namespace
@@ -260,7 +260,9 @@ cudaError_t LaunchGatedMatMul(const GatedMatMulArgs& a, cudaStream_t stream) {
   if (a.act != nullptr)
     if (auto e = MakeOutMap(p.act, a.act, a.act_stride, a.rows, a.ffn)) return e;
   p.args = a;
-  return LaunchTiles(GatedMatMulKernel, p, p.work, sizeof(GatedShared), stream);
+  return ForElement(a.dtype, [&](auto e) {
+    return LaunchTiles(GatedMatMulKernel<decltype(e)>, p, p.work, sizeof(GatedShared), stream);
+  });
 }
 
 cudaError_t LaunchGatedBackward(const GatedBackwardArgs& a, cudaStream_t stream) {
@@ -273,7 +275,9 @@ cudaError_t LaunchGatedBackward(const GatedBackwardArgs& a, cudaStream_t stream)
     return e;
   if (auto e = MakeOutMap(p.act, a.act, a.act_stride, a.rows, a.ffn)) return e;
   p.args = a;
-  return LaunchTiles(GatedBackwardKernel, p, p.work, sizeof(GatedShared), stream);
+  return ForElement(a.dtype, [&](auto e) {
+    return LaunchTiles(GatedBackwardKernel<decltype(e)>, p, p.work, sizeof(GatedShared), stream);
+  });
 }
 
 }  // namespace coppice::cuda

@@ -7,35 +7,41 @@
 
 #include <cstdint>
 
+#include "kernels/base/dtype.h"
+
 namespace coppice::cuda {
 
-// [gate | up] = x weight^T, both rounded to bf16;  act = silu(gate) * up
+// E: bf16 or f16.
+//
+// [gate | up] = x weight^T, both rounded to E;  act = silu(gate) * up
 struct GatedMatMulArgs {
-  const void* x = nullptr;  // [rows, k] bf16
+  const void* x = nullptr;  // [rows, k] E
   int64_t x_stride = 0;
-  const void* weight = nullptr;  // [2 ffn, k] bf16
+  const void* weight = nullptr;  // [2 ffn, k] E
   int64_t weight_stride = 0;
-  void* gate_up = nullptr;  // optional [rows, 2 ffn] bf16
+  void* gate_up = nullptr;  // optional [rows, 2 ffn] E
   int64_t gate_up_stride = 0;
-  void* act = nullptr;  // optional [rows, ffn] bf16
+  void* act = nullptr;  // optional [rows, ffn] E
   int64_t act_stride = 0;
   int64_t rows = 0, ffn = 0, k = 0;
-  int* counter = nullptr;  // scratch: who does what
+  int* counter = nullptr;      // scratch: who does what
+  DType dtype = DType::kBF16;  // E
 };
 // d_act = d_y weight, in f32, and from it the gradient of gate and up
 struct GatedBackwardArgs {
-  const void* d_y = nullptr;  // [rows, k] bf16
+  const void* d_y = nullptr;  // [rows, k] E
   int64_t d_y_stride = 0;
-  const void* weight = nullptr;  // [k, ffn] bf16
+  const void* weight = nullptr;  // [k, ffn] E
   int64_t weight_stride = 0;
-  const void* gate_up = nullptr;  // [rows, 2 ffn] bf16
+  const void* gate_up = nullptr;  // [rows, 2 ffn] E
   int64_t gate_up_stride = 0;
-  void* d_gate_up = nullptr;  // [rows, 2 ffn] bf16, may be gate_up
+  void* d_gate_up = nullptr;  // [rows, 2 ffn] E, may be gate_up
   int64_t d_gate_up_stride = 0;
-  void* act = nullptr;  // [rows, ffn] bf16: SwiGLU's output again
+  void* act = nullptr;  // [rows, ffn] E: SwiGLU's output again
   int64_t act_stride = 0;
   int64_t rows = 0, ffn = 0, k = 0;
   int* counter = nullptr;
+  DType dtype = DType::kBF16;
 };
 
 // REQUIRES, of both: sm_90a; rows, ffn, k at least 1 and below 2^30; ffn, k and the strides

@@ -75,13 +75,14 @@ struct HeadStats {
   float *entropy = nullptr, *lse = nullptr;  // [rows]
 };
 cudaError_t LaunchHeadStats(const HeadChunk& chunk, const HeadStats& out, cudaStream_t stream);
-// Replaces each row of logits by its gradient in bf16, in the first half of the row: [rows, vocab]
-// with 2 * ld elements a row. target_logits: scratch, one float per target.
+// Replaces each row of logits by its gradient in 16 bits, in the first half of the row: [rows,
+// vocab] with 2 * ld elements a row. target_logits: scratch, one float per target.
 struct HeadGradientArgs {
   const float *lse = nullptr, *entropy = nullptr;  // [rows]
   const float* d_logprobs = nullptr;               // per target
   const float* d_entropy = nullptr;                // [rows], or null
   float* target_logits = nullptr;
+  DType dtype = DType::kBF16;  // of the gradient
 };
 cudaError_t LaunchHeadGradient(const HeadChunk& chunk, const HeadGradientArgs& args,
                                cudaStream_t stream);

@@ -1,7 +1,7 @@
 // The language-model head with log-probs, a chunk of rows at a time, so that what is kept of a
 // chunk fits kChunkBytes of scratch. On sm_90 the product folds its logits while they are in
 // registers (vocab_matmul.h): forward keeps the statistics of its tiles, backward the gradient in
-// bf16. Elsewhere, and where shapes do not suit: a GEMM leaves f32 logits, one pass takes their
+// 16 bits. Elsewhere, and where shapes do not suit: a GEMM leaves f32 logits, one pass takes their
 // statistics, or puts the gradient in their place. Backward ends with two GEMMs either way.
 #include <algorithm>
 
@@ -152,6 +152,7 @@ VocabMatMulArgs ArgsOf(const Rows& rows, const Memory& memory) {
           .vocab = rows.weight.dim(0),
           .k = rows.hidden.dim(1),
           .scale = rows.scale,
+          .dtype = rows.hidden.dtype,
           .target_indptr = memory.indptr + rows.first,
           .targets = memory.targets,
           .counter = memory.counter};
@@ -191,7 +192,7 @@ absl::Status Statistics(Context& context, const Rows& rows, const Memory& memory
                        "head statistics");
 }
 
-// The gradient of the rows' logits, in bf16.
+// The gradient of the rows' logits, in the compute type.
 absl::StatusOr<TensorView> Gradient(Context& context, const Rows& rows, const Memory& memory,
                                     bool has_d_entropy, bool folds) {
   const HeadGradientArgs gradient = {
@@ -199,13 +200,14 @@ absl::StatusOr<TensorView> Gradient(Context& context, const Rows& rows, const Me
       .entropy = memory.entropy + rows.first,
       .d_logprobs = memory.logprobs,
       .d_entropy = has_d_entropy ? memory.d_entropy + rows.first : nullptr,
-      .target_logits = memory.target_logits};
+      .target_logits = memory.target_logits,
+      .dtype = rows.hidden.dtype};
   const int64_t num_rows = rows.hidden.dim(0), vocab = rows.weight.dim(0), ld = RowElements(vocab);
   if (!folds) {
     ASSIGN_OR_RETURN(const HeadChunk chunk, ComputeLogits(context, rows, memory));
     RETURN_IF_ERROR(
         context.Check(LaunchHeadGradient(chunk, gradient, context.stream()), "head gradient"));
-    return View2D(memory.chunk, DType::kBF16, num_rows, 2 * ld).Cols(0, vocab);
+    return View2D(memory.chunk, rows.hidden.dtype, num_rows, 2 * ld).Cols(0, vocab);
   }
   const VocabMatMulArgs args = ArgsOf(rows, memory);
   RETURN_IF_ERROR(
@@ -214,18 +216,19 @@ absl::StatusOr<TensorView> Gradient(Context& context, const Rows& rows, const Me
   RETURN_IF_ERROR(context.Check(LaunchVocabGradient(args, memory.row_gradients, memory.logprobs,
                                                     memory.chunk, context.stream()),
                                 "head product"));
-  return View2D(memory.chunk, DType::kBF16, num_rows, ld).Cols(0, vocab);
+  return View2D(memory.chunk, rows.hidden.dtype, num_rows, ld).Cols(0, vocab);
 }
 
 }  // namespace
 
 absl::Status LogProbHead(Context& context, const ops::LogProbHeadParams& p) {
   constexpr absl::string_view kOp = "logprob_head";
+  const DType compute = context.compute_dtype();
   const int64_t head_rows = p.hidden.dim(0), hidden = p.hidden.dim(1), vocab = p.weight.dim(0);
   const int64_t num_targets = p.targets.dim(0);
   RETURN_IF_ERROR(ops::ShapeCheck(kOp)
-                      .Tensor("hidden", p.hidden, DType::kBF16, {head_rows, hidden})
-                      .Tensor("weight", p.weight, DType::kBF16, {vocab, hidden})
+                      .Tensor("hidden", p.hidden, compute, {head_rows, hidden})
+                      .Tensor("weight", p.weight, compute, {vocab, hidden})
                       .Tensor("target_indptr", p.target_indptr, DType::kI32, {head_rows + 1})
                       .Tensor("targets", p.targets, DType::kI32, {num_targets})
                       .Tensor("logprobs", p.logprobs, DType::kF32, {num_targets})
@@ -251,18 +254,19 @@ absl::Status LogProbHead(Context& context, const ops::LogProbHeadParams& p) {
 
 absl::Status LogProbHeadBackward(Context& context, const ops::LogProbHeadBackwardParams& p) {
   constexpr absl::string_view kOp = "logprob_head_backward";
+  const DType compute = context.compute_dtype();
   const int64_t head_rows = p.hidden.dim(0), hidden = p.hidden.dim(1), vocab = p.weight.dim(0);
   const int64_t num_targets = p.targets.dim(0);
   RETURN_IF_ERROR(ops::ShapeCheck(kOp)
-                      .Tensor("hidden", p.hidden, DType::kBF16, {head_rows, hidden})
-                      .Tensor("weight", p.weight, DType::kBF16, {vocab, hidden})
+                      .Tensor("hidden", p.hidden, compute, {head_rows, hidden})
+                      .Tensor("weight", p.weight, compute, {vocab, hidden})
                       .Tensor("target_indptr", p.target_indptr, DType::kI32, {head_rows + 1})
                       .Tensor("targets", p.targets, DType::kI32, {num_targets})
                       .Tensor("lse", p.lse, DType::kF32, {head_rows})
                       .Tensor("entropy", p.entropy, DType::kF32, {head_rows})
                       .Tensor("d_logprobs", p.d_logprobs, DType::kF32, {num_targets})
                       .Optional("d_entropy", p.d_entropy, DType::kF32, {head_rows})
-                      .Tensor("d_hidden", p.d_hidden, DType::kBF16, {head_rows, hidden})
+                      .Tensor("d_hidden", p.d_hidden, compute, {head_rows, hidden})
                       .Tensor("d_weight", p.d_weight, DType::kF32, {vocab, hidden})
                       .That(p.temperature > 0, "temperature", "a positive number",
                             static_cast<int64_t>(p.temperature))

@@ -192,11 +192,12 @@ struct RowGradient {
 // In place: a step reads the logits of the next step, waits until all threads have, and writes the
 // gradients of its own below everything that is still unread. The few target columns are set aside
 // first and written last.
+template <typename E>
 __global__ void __launch_bounds__(kThreads)
     HeadGradientKernel(HeadChunk chunk, HeadGradientArgs a) {
   const int64_t row = blockIdx.x;
   const float* logits = chunk.logits + row * chunk.ld;
-  bf16* gradient = reinterpret_cast<bf16*>(chunk.logits + row * chunk.ld);
+  E* gradient = reinterpret_cast<E*>(chunk.logits + row * chunk.ld);
   const int32_t begin = chunk.target_indptr[row], end = chunk.target_indptr[row + 1];
   RowGradient g = {a.lse[row], a.entropy[row], 0, a.d_entropy == nullptr ? 0 : a.d_entropy[row],
                    chunk.scale};
@@ -218,9 +219,9 @@ __global__ void __launch_bounds__(kThreads)
     read(i + kStep);
     __syncthreads();
     if (i >= chunk.ld) continue;
-    Pack<bf16, 8> d;
-    for (int j = 0; j < 8; ++j) d.v[j] = FromFloat<bf16>(g.At(z[j / 4].v[j % 4]) * chunk.scale);
-    Store<bf16, 8>(gradient + i, d);
+    Pack<E, 8> d;
+    for (int j = 0; j < 8; ++j) d.v[j] = FromFloat<E>(g.At(z[j / 4].v[j % 4]) * chunk.scale);
+    Store<E, 8>(gradient + i, d);
   }
   __syncthreads();
   for (int32_t t = begin + static_cast<int32_t>(threadIdx.x); t < end; t += kThreads) {
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int32_t same = begin; same < end; ++same) {  // ascending, whoever writes
       if (chunk.targets[same] == chunk.targets[t]) d += a.d_logprobs[same];
     }
-    gradient[chunk.targets[t]] = FromFloat<bf16>(d * chunk.scale);
+    gradient[chunk.targets[t]] = FromFloat<E>(d * chunk.scale);
   }
 }
 
@@ -258,8 +259,11 @@ cudaError_t LaunchHeadStats(const HeadChunk& chunk, const HeadStats& out, cudaSt
 cudaError_t LaunchHeadGradient(const HeadChunk& chunk, const HeadGradientArgs& args,
                                cudaStream_t stream) {
   if (chunk.rows == 0) return cudaSuccess;
-  HeadGradientKernel<<<static_cast<unsigned>(chunk.rows), kThreads, 0, stream>>>(chunk, args);
-  return cudaGetLastError();
+  return ForElement(args.dtype, [&](auto e) {
+    HeadGradientKernel<decltype(e)>
+        <<<static_cast<unsigned>(chunk.rows), kThreads, 0, stream>>>(chunk, args);
+    return cudaGetLastError();
+  });
 }
 
 }  // namespace coppice::cuda

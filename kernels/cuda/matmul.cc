@@ -1,6 +1,6 @@
 // Matrix products by cuBLASLt. A row-major matrix is its transpose in column-major order, so C =
 // op(A) op(B) is asked for as C^T = op(B)^T op(A)^T: the library's first operand is our b, its
-// second our a. bf16 in, f32 sums, bf16 or f32 out; the bias is an epilogue, the addend the C
+// second our a. 16 bits in, f32 sums, 16 bits or f32 out; the bias is an epilogue, the addend the C
 // operand with beta = 1. Also SumRows, the gradient of a bias.
 #include <algorithm>
 
@@ -30,14 +30,13 @@ int CommonAlignment(std::initializer_list<const TensorView*> tensors) {
   return static_cast<int>(bits & -bits);
 }
 
-absl::Status CheckMatMul(const ops::MatMulParams& p, int64_t m, int64_t n, int64_t k) {
+absl::Status CheckMatMul(const ops::MatMulParams& p, DType compute, int64_t m, int64_t n,
+                         int64_t k) {
   ops::ShapeCheck check("matmul");
-  p.trans_a ? check.Tensor("a", p.a, DType::kBF16, {k, m})
-            : check.Tensor("a", p.a, DType::kBF16, {m, k});
-  p.trans_b ? check.Tensor("b", p.b, DType::kBF16, {n, k})
-            : check.Tensor("b", p.b, DType::kBF16, {k, n});
-  const DType out = p.c.dtype == DType::kF32 ? DType::kF32 : DType::kBF16;
-  return check.Optional("bias", p.bias, DType::kBF16, {n})
+  p.trans_a ? check.Tensor("a", p.a, compute, {k, m}) : check.Tensor("a", p.a, compute, {m, k});
+  p.trans_b ? check.Tensor("b", p.b, compute, {n, k}) : check.Tensor("b", p.b, compute, {k, n});
+  const DType out = p.c.dtype == DType::kF32 ? DType::kF32 : compute;
+  return check.Optional("bias", p.bias, compute, {n})
       .Optional("addend", p.addend, out, {m, n})
       .Tensor("c", p.c, out, {m, n})
       .That(k > 0 || m == 0 || n == 0, "k", "at least 1", k)
@@ -51,7 +50,7 @@ absl::Status MatMul(Context& context, const ops::MatMulParams& p) {
   const int64_t m = p.trans_a ? p.a.dim(1) : p.a.dim(0);
   const int64_t k = p.trans_a ? p.a.dim(0) : p.a.dim(1);
   const int64_t n = p.trans_b ? p.b.dim(0) : p.b.dim(1);
-  RETURN_IF_ERROR(CheckMatMul(p, m, n, k));
+  RETURN_IF_ERROR(CheckMatMul(p, context.compute_dtype(), m, n, k));
   if (m == 0 || n == 0) return absl::OkStatus();
   if (FitsSkinny(context, p)) return SkinnyMatMul(context, p);
   const MatMulShape shape = {.m = m,
@@ -63,6 +62,7 @@ absl::Status MatMul(Context& context, const ops::MatMulParams& p) {
                              .b_row = RowStride(p.b),
                              .c_row = RowStride(p.c),
                              .addend_row = p.addend.present() ? RowStride(p.addend) : 0,
+                             .type = p.a.dtype,
                              .c_type = p.c.dtype,
                              .bias = p.bias.present(),
                              .addend = p.addend.present(),
@@ -91,7 +91,7 @@ absl::Status SumRows(Context& context, const ops::SumRowsParams& p) {
   const int64_t rows = p.x.dim(0), n = p.out.dim(0);
   RETURN_IF_ERROR(ops::ShapeCheck("sum_rows")
                       .Tensor("out", p.out, DType::kF32, {n})
-                      .Tensor("x", p.x, DType::kBF16, {rows, n})
+                      .Tensor("x", p.x, context.compute_dtype(), {rows, n})
                       .status());
   ASSIGN_OR_RETURN(char* scratch,
                    context.Scratch(NumPartials(rows) * n * static_cast<int64_t>(sizeof(float))));

@@ -33,25 +33,30 @@ cublasLtMatrixLayout_t Layout(cudaDataType_t type, int64_t rows, int64_t cols, i
   return layout;
 }
 
+cudaDataType_t CudaType(DType type) {
+  if (type == DType::kF32) return CUDA_R_32F;
+  return type == DType::kF16 ? CUDA_R_16F : CUDA_R_16BF;
+}
+
 MatMulCache::Entry Describe(const MatMulShape& s) {
-  const cudaDataType_t out = s.c_type == DType::kF32 ? CUDA_R_32F : CUDA_R_16BF;
+  const cudaDataType_t in = CudaType(s.type), out = CudaType(s.c_type);
   MatMulCache::Entry e;
   cublasLtMatmulDescCreate(&e.desc, CUBLAS_COMPUTE_32F, CUDA_R_32F);
   Set(e.desc, CUBLASLT_MATMUL_DESC_TRANSA, s.trans_b ? CUBLAS_OP_T : CUBLAS_OP_N);
   Set(e.desc, CUBLASLT_MATMUL_DESC_TRANSB, s.trans_a ? CUBLAS_OP_T : CUBLAS_OP_N);
   if (s.bias) {
     Set(e.desc, CUBLASLT_MATMUL_DESC_EPILOGUE, CUBLASLT_EPILOGUE_BIAS);
-    Set(e.desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, CUDA_R_16BF);
+    Set(e.desc, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, in);
   }
-  e.a = s.trans_b ? Layout(CUDA_R_16BF, s.n, s.k, s.b_row) : Layout(CUDA_R_16BF, s.k, s.n, s.b_row);
-  e.b = s.trans_a ? Layout(CUDA_R_16BF, s.k, s.m, s.a_row) : Layout(CUDA_R_16BF, s.m, s.k, s.a_row);
+  e.a = s.trans_b ? Layout(in, s.n, s.k, s.b_row) : Layout(in, s.k, s.n, s.b_row);
+  e.b = s.trans_a ? Layout(in, s.k, s.m, s.a_row) : Layout(in, s.m, s.k, s.a_row);
   e.c = Layout(out, s.m, s.n, s.addend ? s.addend_row : s.c_row);
   e.d = Layout(out, s.m, s.n, s.c_row);
   return e;
 }
 
-// How parts of k may be added up. Never rounded to bf16 in between: the two schemes left out hold
-// parts in c's type.
+// How parts of k may be added up. Never rounded to 16 bits in between: the two schemes left out
+// hold parts in c's type.
 uint32_t ReductionSchemes(const MatMulShape& s, bool whole_k) {
   if (whole_k) return CUBLASLT_REDUCTION_SCHEME_NONE;
   return s.c_type == DType::kF32 ? CUBLASLT_REDUCTION_SCHEME_MASK
@@ -127,10 +132,11 @@ std::optional<cublasLtMatmulAlgo_t> ChooseForEveryM(cublasLtHandle_t blas, MatMu
 
 absl::Status NoAlgorithm(const MatMulShape& s) {
   return absl::UnimplementedError(
-      absl::StrCat("matmul: want a product that cublasLt has (bf16 operands; c in bf16 or f32; "
-                   "bias with c in bf16), got m=",
-                   s.m, " n=", s.n, " k=", s.k, " c=", Name(s.c_type), " bias=", s.bias,
-                   "; change the types or strides"));
+      absl::StrCat("matmul: want a product that cublasLt has (bf16 or f16 operands; c in their "
+                   "type or f32; bias "
+                   "with c in their type), got m=",
+                   s.m, " n=", s.n, " k=", s.k, " type=", Name(s.type), " c=", Name(s.c_type),
+                   " bias=", s.bias, "; change the types or strides"));
 }
 
 }  // namespace

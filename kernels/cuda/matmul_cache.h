@@ -23,14 +23,23 @@ struct MatMulShape {
   int64_t m = 0, n = 0, k = 0;
   bool trans_a = false, trans_b = false;
   int64_t a_row = 0, b_row = 0, c_row = 0,
-          addend_row = 0;  // elements from one stored row to the next
-  DType c_type = DType::kBF16;
+          addend_row = 0;                            // elements from one stored row to the next
+  DType type = DType::kBF16, c_type = DType::kBF16;  // of a, b and bias; of c and addend
   bool bias = false, addend = false;
   int alignment = 16;  // of all pointers and rows: 16, 8, 4 or 2 bytes
 
-  std::array<int64_t, 11> Key() const {
-    return {m,        n,     k,          int64_t{trans_a} * 2 + trans_b, a_row,
-            b_row,    c_row, addend_row, static_cast<int64_t>(c_type),   int64_t{bias} * 2 + addend,
+  std::array<int64_t, 12> Key() const {
+    return {m,
+            n,
+            k,
+            int64_t{trans_a} * 2 + trans_b,
+            a_row,
+            b_row,
+            c_row,
+            addend_row,
+            static_cast<int64_t>(type),
+            static_cast<int64_t>(c_type),
+            int64_t{bias} * 2 + addend,
             alignment};
   }
 };
@@ -54,7 +63,7 @@ class MatMulCache {
                                     bool deterministic, int64_t workspace_bytes);
 
  private:
-  using Key = std::array<int64_t, 11>;
+  using Key = std::array<int64_t, 12>;
 
   std::optional<cublasLtMatmulAlgo_t> Choose(cublasLtHandle_t blas, const MatMulShape& shape,
                                              const Entry& entry, bool deterministic,

@@ -29,7 +29,7 @@ struct VocabParameters {
 };
 
 struct VocabSharedStaged : TileShared {
-  alignas(1024) Bf16 staged[2][64 * kStagedColumns];  // of a warpgroup
+  alignas(1024) uint16_t staged[2][64 * kStagedColumns];  // of a warpgroup
 };
 
 // This thread's two rows, `first` and 8 below, and what goes with them.
@@ -112,8 +112,8 @@ __device__ __forceinline__ void FoldTile(const VocabParameters& p, const Item& i
 
 // Rounds columns [kFirst, kFirst + kStagedColumns) of the accumulators into a swizzled tile of 64
 // rows.
-template <int kFirst>
-__device__ __forceinline__ void StageColumns(Bf16* tile, const float (&acc)[128]) {
+template <typename E, int kFirst>
+__device__ __forceinline__ void StageColumns(uint16_t* tile, const float (&acc)[128]) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
   const uint32_t base = SharedAddress(tile) + row * 128;
 #pragma unroll
@@ -122,17 +122,17 @@ __device__ __forceinline__ void StageColumns(Bf16* tile, const float (&acc)[128]
     const uint32_t at = base + i / 4 * 64 * 128 + ((chunk ^ (row & 7)) << 4);
     const float* x = acc + kFirst / 2 + 8 * i;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
-                 "r"(PackPair<Bf16>(x[0], x[1])), "r"(PackPair<Bf16>(x[2], x[3])),
-                 "r"(PackPair<Bf16>(x[4], x[5])), "r"(PackPair<Bf16>(x[6], x[7]))
+                 "r"(PackPair<E>(x[0], x[1])), "r"(PackPair<E>(x[2], x[3])),
+                 "r"(PackPair<E>(x[4], x[5])), "r"(PackPair<E>(x[6], x[7]))
                  : "memory");
   }
 }
 
 // Writes the gradient of half of the tile's logits.
-template <int kFirst>
+template <typename E, int kFirst>
 __device__ __forceinline__ void StoreGradientColumns(const VocabParameters& p, const Item& item,
                                                      int group, const Targets& targets,
-                                                     const float4 (&row)[2], Bf16* staged,
+                                                     const float4 (&row)[2], uint16_t* staged,
                                                      float (&acc)[128]) {
   const VocabMatMulArgs& a = p.args;
   const float scale_log2 = a.scale * kLog2e;
@@ -147,7 +147,7 @@ __device__ __forceinline__ void StoreGradientColumns(const VocabParameters& p, c
   // The stores before must have read the staging tile before it is overwritten.
   if (threadIdx.x % 128 == 0) WaitStoresRead();
   NamedSync(kStagingBarrier + group, 128);
-  StageColumns<kFirst>(staged, acc);
+  StageColumns<E, kFirst>(staged, acc);
   FenceAsyncShared();
   NamedSync(kStagingBarrier + group, 128);
   if (threadIdx.x % 128 != 0) return;
@@ -158,8 +158,9 @@ __device__ __forceinline__ void StoreGradientColumns(const VocabParameters& p, c
   CommitStores();
 }
 
+template <typename E>
 __device__ __forceinline__ void StoreGradient(const VocabParameters& p, const Item& item, int group,
-                                              const Targets& targets, Bf16* staged,
+                                              const Targets& targets, uint16_t* staged,
                                               float (&acc)[128]) {
   float4 row[2] = {};
 #pragma unroll
@@ -167,19 +168,19 @@ __device__ __forceinline__ void StoreGradient(const VocabParameters& p, const It
     if (targets.first + 8 * h < p.args.rows)
       row[h] = __ldg(reinterpret_cast<const float4*>(p.rows + targets.first + 8 * h));
   }
-  StoreGradientColumns<0>(p, item, group, targets, row, staged, acc);
-  StoreGradientColumns<kStagedColumns>(p, item, group, targets, row, staged, acc);
+  StoreGradientColumns<E, 0>(p, item, group, targets, row, staged, acc);
+  StoreGradientColumns<E, kStagedColumns>(p, item, group, targets, row, staged, acc);
 }
 
-template <bool kGradient, class Shared>
+template <typename E, bool kGradient, class Shared>
 __device__ void Consume(const VocabParameters& p, Shared& s, int group) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-  ConsumeTiles<RightColumns>(p.work, s, group, [&](const Item& item, const auto& multiply) {
+  ConsumeTiles<E, RightColumns>(p.work, s, group, [&](const Item& item, const auto& multiply) {
     const Targets targets(p.args, item.row + group * 64 + warp * 16 + lane / 4);
     float acc[128];
     multiply(acc, [] {});
     if constexpr (kGradient) {
-      StoreGradient(p, item, group, targets, s.staged[group], acc);
+      StoreGradient<E>(p, item, group, targets, s.staged[group], acc);
     } else {
       FoldTile(p, item, targets, acc);
     }
@@ -187,12 +188,12 @@ __device__ void Consume(const VocabParameters& p, Shared& s, int group) {
   if (kGradient && threadIdx.x % 128 == 0) WaitStoresRead();
 }
 
-template <bool kGradient, class Shared>
+template <typename E, bool kGradient, class Shared>
 __global__ void __launch_bounds__(kTileThreads, 1)
     VocabMatMulKernel(const __grid_constant__ VocabParameters p) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& s = *reinterpret_cast<Shared*>(raw);
-  RunTiles(p.work, p.weight, s, [&](int group) { Consume<kGradient>(p, s, group); });
+  RunTiles(p.work, p.weight, s, [&](int group) { Consume<E, kGradient>(p, s, group); });
 }
 
 cudaError_t MakeParameters(const VocabMatMulArgs& a, VocabParameters& p) {
@@ -215,7 +216,10 @@ cudaError_t LaunchVocabStats(const VocabMatMulArgs& args, const VocabPartials& p
   if (auto e = MakeParameters(args, p)) return e;
   p.partials = partials;
   p.target_z = target_z;
-  return LaunchTiles(VocabMatMulKernel<false, TileShared>, p, p.work, sizeof(TileShared), stream);
+  return ForElement(args.dtype, [&](auto e) {
+    return LaunchTiles(VocabMatMulKernel<decltype(e), false, TileShared>, p, p.work,
+                       sizeof(TileShared), stream);
+  });
 }
 
 cudaError_t LaunchVocabGradient(const VocabMatMulArgs& args, const VocabRowGradient* rows,
@@ -227,8 +231,10 @@ cudaError_t LaunchVocabGradient(const VocabMatMulArgs& args, const VocabRowGradi
     return e;
   p.rows = rows;
   p.d_logprobs = d_logprobs;
-  return LaunchTiles(VocabMatMulKernel<true, VocabSharedStaged>, p, p.work,
-                     sizeof(VocabSharedStaged), stream);
+  return ForElement(args.dtype, [&](auto e) {
+    return LaunchTiles(VocabMatMulKernel<decltype(e), true, VocabSharedStaged>, p, p.work,
+                       sizeof(VocabSharedStaged), stream);
+  });
 }
 
 }  // namespace coppice::cuda

@@ -1,11 +1,14 @@
 // The head's product, hidden rows times the vocabulary, folded while it is in registers: no f32
 // logits in memory. What is written is a tile's statistics of each row, or the gradient of the
-// logits in bf16. Deterministic: a row's bits depend on neither its batch nor the launch.
+// logits in E, bf16 or f16, which the operands have. Deterministic: a row's bits depend on neither
+// its batch nor the launch.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+
+#include "kernels/base/dtype.h"
 
 namespace coppice::cuda {
 
@@ -14,12 +17,13 @@ inline int64_t NumVocabTiles(int64_t vocab) { return (vocab + kVocabTile - 1) / 
 
 // z = scale * hidden weight^T
 struct VocabMatMulArgs {
-  const void* hidden = nullptr;  // [rows, k] bf16
+  const void* hidden = nullptr;  // [rows, k] E
   int64_t hidden_stride = 0;
-  const void* weight = nullptr;  // [vocab, k] bf16
+  const void* weight = nullptr;  // [vocab, k] E
   int64_t weight_stride = 0;
   int64_t rows = 0, vocab = 0, k = 0;
   float scale = 1;
+  DType dtype = DType::kBF16;              // E
   const int32_t* target_indptr = nullptr;  // [rows + 1]; values index `targets` and their arrays
   const int32_t* targets = nullptr;
   int* counter = nullptr;  // scratch: who does what
@@ -44,7 +48,7 @@ struct alignas(16) VocabRowGradient {
 // target_z: z of each target.
 cudaError_t LaunchVocabStats(const VocabMatMulArgs& args, const VocabPartials& partials,
                              float* target_z, cudaStream_t stream);
-// d_logits: [rows, ld] bf16, ld the next multiple of 8 from vocab; what is behind vocab is
+// d_logits: [rows, ld] E, ld the next multiple of 8 from vocab; what is behind vocab is
 // overwritten, too.
 cudaError_t LaunchVocabGradient(const VocabMatMulArgs& args, const VocabRowGradient* rows,
                                 const float* d_logprobs, void* d_logits, cudaStream_t stream);
