@@ -11,9 +11,9 @@ namespace {
 bool AlignedTo(const TensorView& t, uintptr_t bytes) {
   return reinterpret_cast<uintptr_t>(t.data) % bytes == 0;
 }
-// Rows of bf16 that 16-byte copies may walk.
-bool IsWide(const TensorView& t) {
-  return t.rank == 2 && t.dtype == DType::kBF16 && t.stride[1] == 1 && AlignedTo(t, 16) &&
+// Rows that 16-byte copies may walk.
+bool IsWide(const TensorView& t, DType dtype) {
+  return t.rank == 2 && t.dtype == dtype && t.stride[1] == 1 && AlignedTo(t, 16) &&
          t.dim(1) % 8 == 0 && t.stride[0] % 8 == 0;
 }
 // Rows of the residual stream.
@@ -21,33 +21,34 @@ bool IsPaired(const TensorView& t) {
   return t.rank == 2 && t.dtype == DType::kF32 && t.stride[1] == 1 && AlignedTo(t, 8) &&
          t.stride[0] % 2 == 0;
 }
-bool FitsNorm(const ops::RmsNormParams& norm) {
-  return !norm.rstd.present() && IsPaired(norm.x) && IsWide(norm.out) && AlignedTo(norm.weight, 4);
+bool FitsNorm(const ops::RmsNormParams& norm, DType dtype) {
+  return !norm.rstd.present() && IsPaired(norm.x) && IsWide(norm.out, dtype) &&
+         AlignedTo(norm.weight, 4);
 }
 
-absl::Status CheckShapes(const ops::MlpBlockParams& p) {
+absl::Status CheckShapes(const ops::MlpBlockParams& p, DType f) {
   const ops::RmsNormParams& norm = p.mlp.norm;
   const int64_t rows = norm.x.dim(0), hidden = norm.x.dim(1);
   const int64_t columns = p.attn_out.dim(1), ffn = p.mlp.out.dim(1);
   RETURN_IF_ERROR(ops::ShapeCheck("mlp_block")
-                      .Tensor("attn_out", p.attn_out, DType::kBF16, {rows, columns})
-                      .Tensor("o", p.o, DType::kBF16, {hidden, columns})
+                      .Tensor("attn_out", p.attn_out, f, {rows, columns})
+                      .Tensor("o", p.o, f, {hidden, columns})
                       .Tensor("input", p.input, DType::kF32, {rows, hidden})
-                      .Tensor("norm", norm.weight, DType::kBF16, {hidden})
-                      .Tensor("norm.out", norm.out, DType::kBF16, {rows, hidden})
-                      .Tensor("gate_up", p.mlp.b, DType::kBF16, {2 * ffn, hidden})
-                      .Tensor("act", p.mlp.out, DType::kBF16, {rows, ffn})
-                      .Tensor("down", p.down, DType::kBF16, {hidden, ffn})
+                      .Tensor("norm", norm.weight, f, {hidden})
+                      .Tensor("norm.out", norm.out, f, {rows, hidden})
+                      .Tensor("gate_up", p.mlp.b, f, {2 * ffn, hidden})
+                      .Tensor("act", p.mlp.out, f, {rows, ffn})
+                      .Tensor("down", p.down, f, {hidden, ffn})
                       .Tensor("output", p.output, DType::kF32, {rows, hidden})
                       .status());
   if (!p.next.c.present()) return absl::OkStatus();
   const int64_t n = p.next.b.dim(0);
   return ops::ShapeCheck("mlp_block")
-      .Tensor("next.weight", p.next.norm.weight, DType::kBF16, {hidden})
-      .Tensor("next.out", p.next.norm.out, DType::kBF16, {rows, hidden})
-      .Tensor("next.b", p.next.b, DType::kBF16, {n, hidden})
-      .Optional("next.bias", p.next.bias, DType::kBF16, {n})
-      .Tensor("next.c", p.next.c, DType::kBF16, {rows, n})
+      .Tensor("next.weight", p.next.norm.weight, f, {hidden})
+      .Tensor("next.out", p.next.norm.out, f, {rows, hidden})
+      .Tensor("next.b", p.next.b, f, {n, hidden})
+      .Optional("next.bias", p.next.bias, f, {n})
+      .Tensor("next.c", p.next.c, f, {rows, n})
       .status();
 }
 
@@ -59,18 +60,21 @@ bool FitsChain(const Context& context, const ops::MlpBlockParams& p) {
   if (context.chain_memory().data == nullptr || context.deterministic()) return false;
   const int64_t rows = p.mlp.norm.x.dim(0);
   if (rows < 1 || rows > kMaxChainRows || p.mlp.norm.x.dim(1) > kMaxChainHidden) return false;
-  const bool fits = FitsNorm(p.mlp.norm) && IsPaired(p.input) && IsPaired(p.output) &&
-                    IsWide(p.attn_out) && IsWide(p.o) && IsWide(p.mlp.b) && IsWide(p.mlp.out) &&
-                    IsWide(p.down) && p.attn_out.dim(1) > 0 && p.mlp.out.dim(1) > 0;
+  const DType f = context.compute_dtype();
+  const bool fits = FitsNorm(p.mlp.norm, f) && IsPaired(p.input) && IsPaired(p.output) &&
+                    IsWide(p.attn_out, f) && IsWide(p.o, f) && IsWide(p.mlp.b, f) &&
+                    IsWide(p.mlp.out, f) && IsWide(p.down, f) && p.attn_out.dim(1) > 0 &&
+                    p.mlp.out.dim(1) > 0;
   if (!p.next.c.present()) return fits;
-  return fits && FitsNorm(p.next.norm) && p.next.norm.x.data == p.output.data &&
-         p.next.norm.eps == p.mlp.norm.eps && IsWide(p.next.b) && IsWide(p.next.c) &&
+  return fits && FitsNorm(p.next.norm, f) && p.next.norm.x.data == p.output.data &&
+         p.next.norm.eps == p.mlp.norm.eps && IsWide(p.next.b, f) && IsWide(p.next.c, f) &&
          (!p.next.bias.present() || AlignedTo(p.next.bias, 4));
 }
 
 absl::Status LayerChain(Context& context, const ops::MlpBlockParams& p) {
-  RETURN_IF_ERROR(CheckShapes(p));
-  LayerChainArgs args = {.attn_out = p.attn_out.data,
+  RETURN_IF_ERROR(CheckShapes(p, context.compute_dtype()));
+  LayerChainArgs args = {.dtype = context.compute_dtype(),
+                         .attn_out = p.attn_out.data,
                          .attn_out_stride = p.attn_out.stride[0],
                          .o = Matrix(p.o),
                          .gate_up = Matrix(p.mlp.b),

@@ -186,13 +186,13 @@ struct Multiplier {
     s.x_full[x_ring.stage].Wait(x_ring.phase);
     s.w_full[w_ring.stage].Wait(w_ring.phase);
     const int panel = threadIdx.x / kMultipliers;
-    const uint64_t w = ColumnsAreK(reinterpret_cast<const Bf16*>(s.w[w_ring.stage]) +
-                                   panel * kPanelRows * kColumns);
-    const uint64_t x = ColumnsAreK(reinterpret_cast<const Bf16*>(s.x[x_ring.stage]));
+    const uint64_t w = ColumnsAreK(s.w[w_ring.stage] + panel * kPanelRows * kColumns * 2);
+    const uint64_t x = ColumnsAreK(s.x[x_ring.stage]);
     WgmmaFence();
 #pragma unroll
     for (int k = 0; k < kColumns; k += 16)
-      WgmmaStep<Bf16>(sum, Advanced(w, k * 2), Advanced(x, k * 2), kAdd || k > 0);
+      WgmmaStep<typename Shape::Element>(sum, Advanced(w, k * 2), Advanced(x, k * 2),
+                                         kAdd || k > 0);
     WgmmaCommit();
   }
   __device__ __forceinline__ void Release(int w_stage, int x_stage) {
@@ -335,15 +335,18 @@ cudaError_t Launch(const LayerChainArgs& a, const LayerChainMemory& memory, cuda
   p.phases[2].Adds(a.mid, a.mid_stride, a.output, a.output_stride);
   if (p.num_phases == 4) p.phases[2].Norms(a.next_norm, a.attn_in, a.attn_in_stride);
   p.phases[3].Stores(a.qkv_out, a.qkv_out_stride);
-  p.phases[3].factor = static_cast<const Bf16*>(a.qkv_bias);
+  p.phases[3].factor = a.qkv_bias;
   const OverlappedGrid grid = {dim3(static_cast<unsigned>(blocks)), kChainThreads,
                                sizeof(ChainShared<Shape>)};
   return LaunchOverlapped<LayerChainKernel<Shape>>(grid, stream, p);
 }
 
-using Shape8 = ChainShape<8, 13, 16>;
-using Shape16 = ChainShape<16, 13, 8>;
-using Shape32 = ChainShape<32, 12, 8>;
+template <typename E>
+using Shape8 = ChainShape<E, 8, 13, 16>;
+template <typename E>
+using Shape16 = ChainShape<E, 16, 13, 8>;
+template <typename E>
+using Shape32 = ChainShape<E, 32, 12, 8>;
 
 }  // namespace
 
@@ -366,9 +369,13 @@ cudaError_t CountChainBlocks(int& blocks) {
           &count, LayerChainKernel<Shape>, kChainThreads, sizeof(ChainShared<Shape>));
     least = count < least ? count : least;
   };
-  resident.template operator()<Shape8>();
-  resident.template operator()<Shape16>();
-  resident.template operator()<Shape32>();
+  const auto all_resident = [&]<typename E>() {
+    resident.template operator()<Shape8<E>>();
+    resident.template operator()<Shape16<E>>();
+    resident.template operator()<Shape32<E>>();
+  };
+  all_resident.template operator()<Bf16>();
+  all_resident.template operator()<F16>();
   if (error == cudaSuccess && least > 0) blocks = multiprocessors;
   return error;
 }
@@ -386,9 +393,11 @@ cudaError_t InitLayerChainMemory(const LayerChainMemory& memory, cudaStream_t st
 
 cudaError_t LaunchLayerChain(const LayerChainArgs& args, const LayerChainMemory& memory,
                              cudaStream_t stream) {
-  if (args.rows <= 8) return Launch<Shape8>(args, memory, stream);
-  if (args.rows <= 16) return Launch<Shape16>(args, memory, stream);
-  return Launch<Shape32>(args, memory, stream);
+  return ForElement(args.dtype, [&]<typename E>(E) {
+    if (args.rows <= 8) return Launch<Shape8<E>>(args, memory, stream);
+    if (args.rows <= 16) return Launch<Shape16<E>>(args, memory, stream);
+    return Launch<Shape32<E>>(args, memory, stream);
+  });
 }
 
 }  // namespace coppice::cuda

@@ -31,9 +31,9 @@ struct ChainPhase {
   int columns;  // of the result
   ChainStep step;
   const float* addend;  // kResidual: [rows, columns]
-  const Bf16* factor;   // kResidual: the norm's weight, or null; kProject: the bias, or null
+  const void* factor;   // kResidual: the norm's weight, or null; kProject: the bias, or null
   void* out;
-  Bf16* normed;  // kResidual, optional: [rows, columns] out * factor
+  void* normed;  // kResidual, optional: [rows, columns] out * factor
   int64_t addend_stride, out_stride, normed_stride;
 
   void Stores(void* to, int64_t stride) { out = to, out_stride = stride; }
@@ -42,8 +42,8 @@ struct ChainPhase {
     Stores(to, to_stride);
   }
   void Norms(const void* weight, void* to, int64_t stride) {
-    factor = static_cast<const Bf16*>(weight);
-    normed = static_cast<Bf16*>(to), normed_stride = stride;
+    factor = weight;
+    normed = to, normed_stride = stride;
   }
 
   __device__ __forceinline__ int Begin(int run) const {
@@ -101,8 +101,9 @@ struct Piece {
 
 // A tile is added up in units of sums: what a warp holds of 8 tokens, 16 bytes a lane. Unit
 // 8 j + warp belongs to adder unit * adders / kTokens.
-template <int kTokenCount, int kStageCount, int kXStageCount>
+template <typename E, int kTokenCount, int kStageCount, int kXStageCount>
 struct ChainShape {
+  using Element = E;
   static constexpr int kTokens = kTokenCount;
   static constexpr int kStages = kStageCount, kXStages = kXStageCount;
   static constexpr int kXStageBytes = kTokens * kColumns * 2;

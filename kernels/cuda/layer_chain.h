@@ -12,32 +12,36 @@
 
 #include <cstdint>
 
+#include "kernels/base/dtype.h"
+
 namespace coppice::cuda {
 
 constexpr int64_t kMaxChainRows = 32;  // more are faster as products of their own
 constexpr int64_t kMaxChainHidden = 16384;
 
 struct ChainMatrix {
-  const void* data = nullptr;  // [n, k] bf16
+  const void* data = nullptr;  // [n, k] E
   int64_t stride = 0;
 };
 
+// E is what `dtype` says.
 struct LayerChainArgs {
-  const void* attn_out = nullptr;  // [rows, attn_columns] bf16
+  DType dtype = DType::kBF16;      // or kF16
+  const void* attn_out = nullptr;  // [rows, attn_columns] E
   int64_t attn_out_stride = 0;
   ChainMatrix o, gate_up, down;            // [hidden, attn_columns], [2 ffn, hidden], [hidden, ffn]
   ChainMatrix qkv;                         // optional [qkv_columns, hidden]
   const void* input = nullptr;             // [rows, hidden] f32
   void *mid = nullptr, *output = nullptr;  // [rows, hidden] f32; all three may be one
   int64_t input_stride = 0, mid_stride = 0, output_stride = 0;
-  // Memory for the products' operands: [rows, hidden], [rows, ffn], with qkv [rows, hidden] bf16.
+  // Memory for the products' operands: [rows, hidden], [rows, ffn], with qkv [rows, hidden] E.
   // The first may be the last.
   void *mlp_in = nullptr, *act = nullptr, *attn_in = nullptr;
   int64_t mlp_in_stride = 0, act_stride = 0, attn_in_stride = 0;
-  const void* mlp_norm = nullptr;   // [hidden] bf16
-  const void* next_norm = nullptr;  // [hidden] bf16, with qkv
-  const void* qkv_bias = nullptr;   // optional [qkv_columns] bf16
-  void* qkv_out = nullptr;          // [rows, qkv_columns] bf16, with qkv
+  const void* mlp_norm = nullptr;   // [hidden] E
+  const void* next_norm = nullptr;  // [hidden] E, with qkv
+  const void* qkv_bias = nullptr;   // optional [qkv_columns] E
+  void* qkv_out = nullptr;          // [rows, qkv_columns] E, with qkv
   int64_t qkv_out_stride = 0;
   float eps = 0;
   int64_t rows = 0, hidden = 0, attn_columns = 0, ffn = 0, qkv_columns = 0;

@@ -41,8 +41,9 @@ __device__ __forceinline__ float2 Exchange(float even_token, float odd_token) {
 }
 __device__ __forceinline__ float Silu(float x) { return x / (1.f + __expf(-x)); }
 
-__device__ __forceinline__ float2 LoadBf16Pair(const Bf16* from) {
-  return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(from));
+template <typename E>
+__device__ __forceinline__ float2 LoadPair(const E* from) {
+  return Pair<E>(*reinterpret_cast<const uint32_t*>(from));
 }
 
 // What a warp does with sums of a tile once they are complete. Lanes 4 apart exchange sums, so that
@@ -50,6 +51,7 @@ __device__ __forceinline__ float2 LoadBf16Pair(const Bf16* from) {
 // further on.
 template <typename Shape>
 struct Finisher {
+  using E = typename Shape::Element;
   const ChainParameters& p;
   const ChainPhase& phase;
   ChainShared<Shape>& s;
@@ -66,7 +68,7 @@ struct Finisher {
     for (int h = 0; h < 2; ++h) {
       factor[h] = {0.f, 0.f};
       if (phase.factor != nullptr && column + 8 * h < phase.columns)
-        factor[h] = LoadBf16Pair(phase.factor + column + 8 * h);
+        factor[h] = LoadPair(static_cast<const E*>(phase.factor) + column + 8 * h);
     }
   }
 
@@ -105,13 +107,13 @@ struct Finisher {
     const float2 scale = *reinterpret_cast<const float2*>(s.scales + 8 * j + lane % 4 * 2);
     const float2 y = Exchange(Silu(sum.x * scale.x) * (sum.z * scale.x),
                               Silu(sum.y * scale.y) * (sum.w * scale.y));
-    StoreBf16(phase.out, phase.out_stride, j, 0, y);
+    StorePair(phase.out, phase.out_stride, j, 0, y);
   }
   __device__ __forceinline__ void FinishProject(int j, const float2 (&y)[2]) const {
     const float scale = s.scales[Token(j)];
 #pragma unroll
     for (int h = 0; h < 2; ++h)
-      StoreBf16(phase.out, phase.out_stride, j, h,
+      StorePair(phase.out, phase.out_stride, j, h,
                 {y[h].x * scale + factor[h].x, y[h].y * scale + factor[h].y});
   }
   __device__ __forceinline__ void FinishResidual(int j, float2 (&y)[2],
@@ -125,18 +127,18 @@ struct Finisher {
         *reinterpret_cast<float2*>(static_cast<float*>(phase.out) + Token(j) * phase.out_stride +
                                    column + 8 * h) = y[h];
       if (phase.normed != nullptr)
-        StoreBf16(phase.normed, phase.normed_stride, j, h,
+        StorePair(phase.normed, phase.normed_stride, j, h,
                   {y[h].x * factor[h].x, y[h].y * factor[h].y});
     }
     squares += __shfl_xor_sync(~0u, squares, 8);
     squares += __shfl_xor_sync(~0u, squares, 16);
     if (lane < 8) p.squares[square_row * Shape::kTokens + Token(j)] = squares;
   }
-  __device__ __forceinline__ void StoreBf16(void* to, int64_t stride, int j, int h,
+  __device__ __forceinline__ void StorePair(void* to, int64_t stride, int j, int h,
                                             float2 y) const {
     if (Token(j) < p.rows && column + 8 * h < phase.columns)
-      *reinterpret_cast<uint32_t*>(static_cast<Bf16*>(to) + Token(j) * stride + column + 8 * h) =
-          PackPair<Bf16>(y.x, y.y);
+      *reinterpret_cast<uint32_t*>(static_cast<E*>(to) + Token(j) * stride + column + 8 * h) =
+          PackPair<E>(y.x, y.y);
   }
 };
 

@@ -28,7 +28,7 @@ bool IsPaired(const TensorView& t) {
 bool Fits(const Context& context, int64_t rows, const TensorView& w, const TensorView& c) {
   constexpr int64_t kMaxColumns = int64_t{1} << 21;  // tiles are a grid's second dimension
   const bool suits = context.compute_capability() == 90 && !context.deterministic();
-  return suits && rows >= 1 && rows <= kMaxSkinnyRows && IsWide(w, DType::kBF16) &&
+  return suits && rows >= 1 && rows <= kMaxSkinnyRows && IsWide(w, context.compute_dtype()) &&
          w.dim(0) < kMaxColumns && w.dim(1) > 0 && c.rank == 2 && IsPaired(c);
 }
 // Whether the product may norm x itself. Backward wants the normed rows, so not where it follows.
@@ -42,6 +42,7 @@ SkinnyArgs ArgsOf(const TensorView& x, const TensorView& w, const TensorView& c)
           .x_stride = x.stride[0],
           .w = w.data,
           .w_stride = w.stride[0],
+          .dtype = w.dtype,
           .c = c.data,
           .c_stride = c.stride[0],
           .c_is_f32 = c.dtype == DType::kF32,
@@ -63,7 +64,7 @@ absl::Status Run(Context& context, const SkinnyArgs& args) {
 }  // namespace
 
 bool FitsSkinny(const Context& context, const ops::MatMulParams& p) {
-  return p.trans_b && !p.trans_a && IsWide(p.a, DType::kBF16) &&
+  return p.trans_b && !p.trans_a && IsWide(p.a, context.compute_dtype()) &&
          Fits(context, p.a.dim(0), p.b, p.c) && (!p.bias.present() || IsPaired(p.bias)) &&
          (!p.addend.present() || IsPaired(p.addend));
 }
@@ -73,7 +74,7 @@ bool FitsSkinny(const Context& context, const ops::NormMatMulParams& p) {
 }
 bool FitsSkinny(const Context& context, const ops::NormSwiGluParams& p) {
   const bool has_rows =
-      FitsNorm(p.norm) || (!p.norm.rstd.present() && IsWide(p.norm.out, DType::kBF16));
+      FitsNorm(p.norm) || (!p.norm.rstd.present() && IsWide(p.norm.out, context.compute_dtype()));
   return has_rows && Fits(context, p.norm.x.dim(0), p.b, p.out) && p.b.dim(0) % 2 == 0;
 }
 
@@ -88,12 +89,12 @@ absl::Status SkinnyMatMul(Context& context, const ops::MatMulParams& p) {
 
 absl::Status SkinnyNormMatMul(Context& context, const ops::NormMatMulParams& p) {
   const int64_t rows = p.norm.x.dim(0), hidden = p.norm.x.dim(1), n = p.b.dim(0);
-  const DType out = p.c.dtype == DType::kF32 ? DType::kF32 : DType::kBF16;
+  const DType f = context.compute_dtype(), out = p.c.dtype == DType::kF32 ? DType::kF32 : f;
   RETURN_IF_ERROR(ops::ShapeCheck("norm_matmul")
                       .Tensor("x", p.norm.x, DType::kF32, {rows, hidden})
-                      .Tensor("weight", p.norm.weight, DType::kBF16, {hidden})
-                      .Tensor("b", p.b, DType::kBF16, {n, hidden})
-                      .Optional("bias", p.bias, DType::kBF16, {n})
+                      .Tensor("weight", p.norm.weight, f, {hidden})
+                      .Tensor("b", p.b, f, {n, hidden})
+                      .Optional("bias", p.bias, f, {n})
                       .Tensor("c", p.c, out, {rows, n})
                       .status());
   SkinnyArgs args = ArgsOf(p.norm, p.b, p.c);
@@ -104,10 +105,11 @@ absl::Status SkinnyNormMatMul(Context& context, const ops::NormMatMulParams& p) 
 
 absl::Status SkinnyNormSwiGlu(Context& context, const ops::NormSwiGluParams& p) {
   const int64_t rows = p.norm.x.dim(0), hidden = p.norm.x.dim(1), ffn = p.out.dim(1);
+  const DType f = context.compute_dtype();
   RETURN_IF_ERROR(ops::ShapeCheck("norm_swiglu")
-                      .Tensor("weight", p.norm.weight, DType::kBF16, {hidden})
-                      .Tensor("b", p.b, DType::kBF16, {2 * ffn, hidden})
-                      .Tensor("out", p.out, DType::kBF16, {rows, ffn})
+                      .Tensor("weight", p.norm.weight, f, {hidden})
+                      .Tensor("b", p.b, f, {2 * ffn, hidden})
+                      .Tensor("out", p.out, f, {rows, ffn})
                       .status());
   SkinnyArgs args;
   if (FitsNorm(p.norm)) {

@@ -1,8 +1,8 @@
 // Few rows times weights on wgmma + TMA, transposed: c^T = W x^T, weights as the 64-row operand,
 // tokens as 8 to 64 columns.
 //
-// With a norm, RmsNorm(x) W^T = rstd * (x * norm) W^T: x * norm is rounded to bf16 on its way into
-// shared memory, the sum of squares is gathered beside it, and rstd multiplies the result.
+// With a norm, RmsNorm(x) W^T = rstd * (x * norm) W^T: x * norm is rounded to 16 bits on its way
+// into shared memory, the sum of squares is gathered beside it, and rstd multiplies the result.
 //
 // A cluster of 1 to 8 blocks takes a tile of 64 or 128 weight rows, each block an equal share of
 // its columns. Then every block sends what it summed to those that add it up, in the order of
@@ -41,15 +41,15 @@ __device__ __forceinline__ void MultiplyBlock(SkinnyShared<Shape>& s, WRing& rin
                                               const unsigned char* x_stage,
                                               float (&sum)[Shape::kPanels][Shape::kTokens / 2]) {
   s.w_full[ring.stage].Wait(ring.phase);
-  const auto* w_stage = reinterpret_cast<const Bf16*>(s.w[ring.stage]);
-  const uint64_t x = ColumnsAreK(reinterpret_cast<const Bf16*>(x_stage));
+  const unsigned char* w_stage = s.w[ring.stage];
+  const uint64_t x = ColumnsAreK(x_stage);
   WgmmaFence();
 #pragma unroll
   for (int panel = 0; panel < Shape::kPanels; ++panel) {
-    const uint64_t w = ColumnsAreK(w_stage + panel * kPanelRows * kColumns);
+    const uint64_t w = ColumnsAreK(w_stage + panel * kPanelRows * kColumns * 2);
 #pragma unroll
     for (int k = 0; k < kColumns; k += 16)
-      WgmmaStep<Bf16>(sum[panel], Advanced(w, k * 2), Advanced(x, k * 2), true);
+      WgmmaStep<typename Shape::Element>(sum[panel], Advanced(w, k * 2), Advanced(x, k * 2), true);
   }
   WgmmaCommit();
   WgmmaWait<0>();
@@ -114,14 +114,14 @@ __device__ __forceinline__ void SendSums(SkinnyShared<Shape>& s,
   if (ranks == 1) NamedSync(1, kMultipliers);
 }
 
+template <typename E>
 __device__ __forceinline__ float2 LoadPair(const void* from, int64_t at, bool is_f32) {
   if (is_f32) return __ldcg(reinterpret_cast<const float2*>(static_cast<const float*>(from) + at));
-  const uint32_t word =
-      __ldcg(reinterpret_cast<const uint32_t*>(static_cast<const Bf16*>(from) + at));
-  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
+  return Pair<E>(__ldcg(reinterpret_cast<const uint32_t*>(static_cast<const E*>(from) + at)));
 }
 
 // One token's `column` and the next of c.
+template <typename E>
 struct Target {
   int token, column;
   bool inside;
@@ -136,9 +136,9 @@ struct Target {
   // What is added to the product.
   __device__ __forceinline__ float2 Base(const SkinnyArgs& a) const {
     float2 base = {0.f, 0.f};
-    if (inside && a.bias != nullptr) base = LoadPair(a.bias, column, false);
+    if (inside && a.bias != nullptr) base = LoadPair<E>(a.bias, column, false);
     if (inside && a.addend != nullptr) {
-      const float2 x = LoadPair(a.addend, token * a.addend_stride + column, a.c_is_f32);
+      const float2 x = LoadPair<E>(a.addend, token * a.addend_stride + column, a.c_is_f32);
       base.x += x.x, base.y += x.y;
     }
     return base;
@@ -149,7 +149,7 @@ struct Target {
     if (a.c_is_f32) {
       *reinterpret_cast<float2*>(static_cast<float*>(a.c) + at) = y;
     } else {
-      *reinterpret_cast<uint32_t*>(static_cast<Bf16*>(a.c) + at) = PackPair<Bf16>(y.x, y.y);
+      *reinterpret_cast<uint32_t*>(static_cast<E*>(a.c) + at) = PackPair<E>(y.x, y.y);
     }
   }
 };
@@ -210,7 +210,7 @@ struct Base {
     for (int h = 0; h < 2; ++h) {
       x[h] = {0.f, 0.f};
       if (!Shape::kSwiGlu && unit < Units<Shape::kTokens>::kCount)
-        x[h] = Target(p, unit, h).Base(p.args);
+        x[h] = Target<typename Shape::Element>(p, unit, h).Base(p.args);
     }
   }
 };
@@ -228,7 +228,8 @@ __device__ __forceinline__ void StoreUnit(const SkinnyParameters& p, SkinnyShare
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const float2 y = h == 0 ? Exchange(x.x, x.y) : Exchange(x.z, x.w);
-    Target(p, unit, h).Store(p.args, {y.x + base.x[h].x, y.y + base.x[h].y});
+    Target<typename Shape::Element>(p, unit, h)
+        .Store(p.args, {y.x + base.x[h].x, y.y + base.x[h].y});
   }
 }
 
@@ -343,19 +344,21 @@ cudaError_t Launch(const SkinnyArgs& a, cudaStream_t stream) {
   return LaunchOverlapped<SkinnyMatMulKernel<Shape>>(grid, stream, p);
 }
 
-template <bool kSwiGlu>
+template <typename E, bool kSwiGlu>
 cudaError_t Dispatch(const SkinnyArgs& a, cudaStream_t stream) {
-  if (a.norm != nullptr) return Launch<SkinnyShape<true, kSwiGlu, 8>>(a, stream);
-  if (a.rows <= 8) return Launch<SkinnyShape<false, kSwiGlu, 8>>(a, stream);
-  if (a.rows <= 16) return Launch<SkinnyShape<false, kSwiGlu, 16>>(a, stream);
-  if (a.rows <= 32) return Launch<SkinnyShape<false, kSwiGlu, 32>>(a, stream);
-  return Launch<SkinnyShape<false, kSwiGlu, 64>>(a, stream);
+  if (a.norm != nullptr) return Launch<SkinnyShape<E, true, kSwiGlu, 8>>(a, stream);
+  if (a.rows <= 8) return Launch<SkinnyShape<E, false, kSwiGlu, 8>>(a, stream);
+  if (a.rows <= 16) return Launch<SkinnyShape<E, false, kSwiGlu, 16>>(a, stream);
+  if (a.rows <= 32) return Launch<SkinnyShape<E, false, kSwiGlu, 32>>(a, stream);
+  return Launch<SkinnyShape<E, false, kSwiGlu, 64>>(a, stream);
 }
 
 }  // namespace
 
 cudaError_t LaunchSkinnyMatMul(const SkinnyArgs& args, cudaStream_t stream) {
-  return args.swiglu ? Dispatch<true>(args, stream) : Dispatch<false>(args, stream);
+  return ForElement(args.dtype, [&]<typename E>(E) {
+    return args.swiglu ? Dispatch<E, true>(args, stream) : Dispatch<E, false>(args, stream);
+  });
 }
 
 }  // namespace coppice::cuda

@@ -43,8 +43,9 @@ struct Units {
 
 // Threads and shared memory of a block. Several blocks fit a multiprocessor, so that the next
 // kernel's are at work before this one's have ended.
-template <bool kIsNormed, bool kIsSwiGlu, int kTokenCount>
+template <typename E, bool kIsNormed, bool kIsSwiGlu, int kTokenCount>
 struct SkinnyShape {
+  using Element = E;
   static constexpr bool kNormed = kIsNormed, kSwiGlu = kIsSwiGlu;
   static constexpr int kTokens = kTokenCount, kPanels = kSwiGlu ? 2 : 1;
   // The multipliers, a warp that issues the copies of W, and one that issues those of x.

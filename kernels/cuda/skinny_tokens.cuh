@@ -19,6 +19,7 @@ __device__ void LoadTokenBoxes(const SkinnyParameters& p, SkinnyShared<Shape>& s
 }
 
 // 8 columns of a token, and of the norm's weight.
+template <typename E>
 struct Piece {
   float4 x[2];
   uint4 norm;
@@ -29,19 +30,19 @@ struct Piece {
                                                        token * a.x_stride + column);
 #pragma unroll
     for (int i = 0; i < 2; ++i) x[i] = inside ? __ldcg(from + i) : float4{};
-    const auto* weight = static_cast<const Bf16*>(a.norm) + column;
+    const auto* weight = static_cast<const E*>(a.norm) + column;
     norm = inside ? *reinterpret_cast<const uint4*>(weight) : uint4{};
   }
   // x * norm; adds the squares of x.
   __device__ __forceinline__ uint4 Scale(float& squares) const {
     uint4 y;
-    const auto* by = reinterpret_cast<const __nv_bfloat162*>(&norm);
+    const auto* by = reinterpret_cast<const uint32_t*>(&norm);
     auto* to = reinterpret_cast<uint32_t*>(&y);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 v = reinterpret_cast<const float2*>(x)[i], w = __bfloat1622float2(by[i]);
+      const float2 v = reinterpret_cast<const float2*>(x)[i], w = Pair<E>(by[i]);
       squares += v.x * v.x + v.y * v.y;
-      to[i] = PackPair<Bf16>(v.x * w.x, v.y * w.y);
+      to[i] = PackPair<E>(v.x * w.x, v.y * w.y);
     }
     return y;
   }
@@ -59,7 +60,7 @@ __device__ __forceinline__ void BringNormedTokens(const SkinnyArgs& a, SkinnySha
   const int place = token * 128 + ((piece ^ (token & 7)) << 4);
 #pragma unroll
   for (int round = 0; round < kPieces; round += kAhead) {
-    Piece pieces[kAhead];
+    Piece<typename Shape::Element> pieces[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int b = begin + (round + i) * kTogether + first;

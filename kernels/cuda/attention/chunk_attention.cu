@@ -13,26 +13,27 @@
 #include <algorithm>
 
 #include "kernels/cuda/attention/chunk_attention.cuh"
+#include "kernels/cuda/common.cuh"
 #include "kernels/cuda/overlap.cuh"
 
 namespace coppice::cuda {
 namespace {
 
-template <int D>
-struct WideShared : ChunkShared<D> {
+template <typename E, int D>
+struct WideShared : ChunkShared<E, D> {
   SharedSums<D> chunk[kChunkWarps], total[kChunkWarps];
 };
 
 // One or two warps, 16 stacked rows each, one split. Keys in pages are on their way before the
 // kernel ahead has ended: it wrote none of them.
-template <int D, int kWarps>
+template <typename E, int D, int kWarps>
 __global__ void __launch_bounds__(32 * kWarps)
-    NarrowChunkKernel(const __grid_constant__ ChunkParameters p) {
+    NarrowChunkKernel(const __grid_constant__ ChunkParameters<E> p) {
   extern __shared__ __align__(128) unsigned char raw[];
-  auto& shared = *reinterpret_cast<ChunkShared<D>*>(raw);
+  auto& shared = *reinterpret_cast<ChunkShared<E, D>*>(raw);
   LetSuccessorStart();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const WarpWork<D, kWarps> work{
+  const WarpWork<D, kWarps, ChunkShared<E, D>> work{
       p, p.items[blockIdx.x], static_cast<int>(blockIdx.y), lane, warp, shared};
   const int begin = work.item.key_begin, end = work.item.key_end;
   const bool is_cached = end <= work.item.context_tokens;
@@ -48,13 +49,13 @@ __global__ void __launch_bounds__(32 * kWarps)
 }
 
 // Four warps, 16 stacked rows each, all keys of the item.
-template <int D>
+template <typename E, int D>
 __global__ void __launch_bounds__(kChunkThreads)
-    WideChunkKernel(const __grid_constant__ ChunkParameters p) {
+    WideChunkKernel(const __grid_constant__ ChunkParameters<E> p) {
   extern __shared__ __align__(128) unsigned char raw[];
-  auto& shared = *reinterpret_cast<WideShared<D>*>(raw);
+  auto& shared = *reinterpret_cast<WideShared<E, D>*>(raw);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const WarpWork<D, kChunkWarps> work{
+  const WarpWork<D, kChunkWarps, WideShared<E, D>> work{
       p, p.items[blockIdx.x], static_cast<int>(blockIdx.y), lane, warp, shared};
   LetSuccessorStart();
   WaitForPredecessor();
@@ -113,7 +114,8 @@ struct ChunkPartials {
     for (int i = 0; i < kChunkParts; ++i)
       if (i < count) parts[i] = schedule.merge_parts[first + i];
   }
-  __device__ __forceinline__ void Read(const ChunkParameters& p, int head) {
+  template <typename E>
+  __device__ __forceinline__ void Read(const ChunkParameters<E>& p, int head) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < kChunkParts; ++i) {
@@ -148,9 +150,9 @@ struct MergeShared {
 // Folds the partial results of one row and query head. Each warp folds one chunk and reads its next
 // one meanwhile; then each of the first D threads folds a column of the chunks in order. Reads
 // 4 head_dim + 8 bytes a part, mostly from L2; bound by latency.
-template <int D>
+template <typename E, int D>
 __global__ void __launch_bounds__(kMaxMergeWarps * 32)
-    MergeChunksKernel(const __grid_constant__ ChunkParameters p) {
+    MergeChunksKernel(const __grid_constant__ ChunkParameters<E> p) {
   constexpr int kColumns = D / 32;
   __shared__ MergeShared<D> shared;
   LetSuccessorStart();
@@ -186,8 +188,7 @@ __global__ void __launch_bounds__(kMaxMergeWarps * 32)
     }
   }
   if (column >= D) return;
-  p.out[work.row * p.out_stride + head * D + column] =
-      __float2bfloat16_rn(total.out[0] / total.sum);
+  p.out[work.row * p.out_stride + head * D + column] = FromFloat<E>(total.out[0] / total.sum);
   if (p.lse && column == 0)
     p.lse[int64_t{work.row} * p.q_heads + head] = total.max * kLn2 + logf(total.sum);
 }
@@ -199,62 +200,64 @@ int MergeWarps(int head_dim, int blocks, int most_chunks) {
   return std::max(wanted, head_dim / 32);
 }
 
-template <auto kKernel, typename Shared>
-cudaError_t LaunchItems(const ChunkParameters& p, int items, int threads, cudaStream_t stream) {
+template <auto kKernel, typename Shared, typename E>
+cudaError_t LaunchItems(const ChunkParameters<E>& p, int items, int threads, cudaStream_t stream) {
   if (items == 0) return cudaSuccess;
   return LaunchOverlapped<kKernel>({dim3(items, p.kv_heads), threads, sizeof(Shared)}, stream, p);
 }
 
-template <int D>
-cudaError_t LaunchBoth(ChunkParameters p, cudaStream_t stream) {
+template <typename E, int D>
+cudaError_t LaunchBoth(ChunkParameters<E> p, cudaStream_t stream) {
   const AttentionSchedule& s = p.schedule;
   p.items = s.wide_chunks;
-  if (auto e = LaunchItems<WideChunkKernel<D>, WideShared<D>>(p, s.num_wide, kChunkThreads, stream))
+  if (auto e = LaunchItems<WideChunkKernel<E, D>, WideShared<E, D>>(p, s.num_wide, kChunkThreads,
+                                                                    stream))
     return e;
   p.items = s.narrow_chunks;
   if (s.narrow_rows <= 16)
-    return LaunchItems<NarrowChunkKernel<D, 1>, ChunkShared<D>>(p, s.num_narrow, 32, stream);
-  return LaunchItems<NarrowChunkKernel<D, 2>, ChunkShared<D>>(p, s.num_narrow, 64, stream);
+    return LaunchItems<NarrowChunkKernel<E, D, 1>, ChunkShared<E, D>>(p, s.num_narrow, 32, stream);
+  return LaunchItems<NarrowChunkKernel<E, D, 2>, ChunkShared<E, D>>(p, s.num_narrow, 64, stream);
 }
 
-template <int D>
-cudaError_t LaunchMerge(const ChunkParameters& p, cudaStream_t stream) {
+template <typename E, int D>
+cudaError_t LaunchMerge(const ChunkParameters<E>& p, cudaStream_t stream) {
   const AttentionSchedule& s = p.schedule;
   const int warps = MergeWarps(D, s.num_merges * p.q_heads, s.most_chunks);
-  return LaunchOverlapped<MergeChunksKernel<D>>({dim3(s.num_merges, p.q_heads), warps * 32}, stream,
-                                                p);
+  return LaunchOverlapped<MergeChunksKernel<E, D>>({dim3(s.num_merges, p.q_heads), warps * 32},
+                                                   stream, p);
+}
+
+// launch(E, head_dim as a constant) for the dtype and head_dim of `shape`.
+template <typename Run>
+cudaError_t ForShape(const AttentionShape& shape, const Run& launch) {
+  return ForElement(shape.dtype, [&]<typename E>(E) {
+    switch (shape.head_dim) {
+      case 64:
+        return launch.template operator()<E, 64>();
+      case 128:
+        return launch.template operator()<E, 128>();
+      case 256:
+        return launch.template operator()<E, 256>();
+      default:
+        return cudaErrorNotSupported;
+    }
+  });
 }
 
 }  // namespace
 
 cudaError_t LaunchChunks(const TreeAttentionArgs& args, const ChunkScratch& scratch,
                          cudaStream_t stream) {
-  const ChunkParameters p = ParametersOf(args, scratch);
-  switch (args.shape.head_dim) {
-    case 64:
-      return LaunchBoth<64>(p, stream);
-    case 128:
-      return LaunchBoth<128>(p, stream);
-    case 256:
-      return LaunchBoth<256>(p, stream);
-    default:
-      return cudaErrorNotSupported;
-  }
+  return ForShape(args.shape, [&]<typename E, int D>() {
+    return LaunchBoth<E, D>(ParametersOf<E>(args, scratch), stream);
+  });
 }
 
 cudaError_t LaunchMerges(const TreeAttentionArgs& args, const ChunkScratch& scratch,
                          cudaStream_t stream) {
-  const ChunkParameters p = ParametersOf(args, scratch);
-  switch (args.shape.head_dim) {
-    case 64:
-      return LaunchMerge<64>(p, stream);
-    case 128:
-      return LaunchMerge<128>(p, stream);
-    case 256:
-      return LaunchMerge<256>(p, stream);
-    default:
-      return cudaErrorNotSupported;
-  }
+  return ForShape(args.shape, [&]<typename E, int D>() {
+    return LaunchMerge<E, D>(ParametersOf<E>(args, scratch), stream);
+  });
 }
 
 }  // namespace coppice::cuda

@@ -21,12 +21,13 @@ constexpr int kChunkStages = 3;
 template <int D>
 constexpr int kTileKeys = D == 256 ? 16 : 32;
 
+template <typename E>
 struct ChunkParameters {
   AttentionSchedule schedule;
   const ChunkWork* items;
-  const Bf16 *q, *k, *v, *context_k, *context_v;
+  const E *q, *k, *v, *context_k, *context_v;
   int64_t q_stride, k_stride, v_stride, out_stride;
-  Bf16* out;
+  E* out;
   float* lse;
   ChunkScratch partial;
   int block_shift, q_heads, kv_heads, group_size;
@@ -39,17 +40,18 @@ inline int Log2(int x) {
   return shift;
 }
 
-inline ChunkParameters ParametersOf(const TreeAttentionArgs& a, const ChunkScratch& scratch) {
-  ChunkParameters p{};
+template <typename E>
+ChunkParameters<E> ParametersOf(const TreeAttentionArgs& a, const ChunkScratch& scratch) {
+  ChunkParameters<E> p{};
   p.schedule = a.schedule;
-  p.q = static_cast<const Bf16*>(a.q.data);
-  p.k = static_cast<const Bf16*>(a.k.data);
-  p.v = static_cast<const Bf16*>(a.v.data);
-  p.context_k = static_cast<const Bf16*>(a.context.k);
-  p.context_v = static_cast<const Bf16*>(a.context.v);
+  p.q = static_cast<const E*>(a.q.data);
+  p.k = static_cast<const E*>(a.k.data);
+  p.v = static_cast<const E*>(a.v.data);
+  p.context_k = static_cast<const E*>(a.context.k);
+  p.context_v = static_cast<const E*>(a.context.v);
   p.q_stride = a.q.row_stride, p.k_stride = a.k.row_stride, p.v_stride = a.v.row_stride;
   p.out_stride = a.out.row_stride;
-  p.out = static_cast<Bf16*>(a.out.data);
+  p.out = static_cast<E*>(a.out.data);
   p.lse = a.lse;
   p.partial = scratch;
   p.block_shift = Log2(a.context.block_tokens);
@@ -57,11 +59,6 @@ inline ChunkParameters ParametersOf(const TreeAttentionArgs& a, const ChunkScrat
   p.group_size = p.q_heads / p.kv_heads;
   p.scale = a.shape.scale;
   return p;
-}
-
-__device__ __forceinline__ uint32_t Pack(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return reinterpret_cast<const uint32_t&>(pair);
 }
 
 __device__ __forceinline__ void LoadMatrices(uint32_t (&r)[4], uint32_t at) {
@@ -79,13 +76,22 @@ __device__ __forceinline__ void LoadMatricesTransposed(uint32_t (&r)[4], uint32_
 
 // d[16, 8] += a[16, 16] b[16, 8]. Lane l holds rows l / 4 and l / 4 + 8 of d, columns 2 (l % 4) and
 // the next.
+template <typename E>
 __device__ __forceinline__ void Multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  if constexpr (kIsF16<E>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  }
 }
 
 // Factors that bring two sums to their common maximum; both are exact no-ops on an empty side.
@@ -152,17 +158,19 @@ struct InShared {
 
 // Shared memory of a block. Keys [tile keys][D] in 16-byte pieces, piece c of a row at c ^ (row &
 // 7).
-template <int D, int kKeys = kTileKeys<D>, int kRing = kChunkStages>
+template <typename E, int D, int kKeys = kTileKeys<D>, int kRing = kChunkStages>
 struct ChunkShared {
+  using Element = E;
   static constexpr int kTile = kKeys, kStages = kRing;
-  alignas(128) Bf16 keys[kStages][2][kTile * D];
+  alignas(128) E keys[kStages][2][kTile * D];
 };
 
 // What one warp works on. Its block has kWarps warps of 16 stacked rows each, which share the keys.
-template <int D, int kWarps, typename Shared = ChunkShared<D>>
+template <int D, int kWarps, typename Shared>
 struct WarpWork {
+  using E = typename Shared::Element;
   static constexpr int kT = Shared::kTile, kStages = Shared::kStages;
-  const ChunkParameters& p;
+  const ChunkParameters<E>& p;
   const ChunkWork item;
   const int kv_head, lane, warp;
   Shared& shared;
@@ -181,7 +189,7 @@ struct WarpWork {
     for (int h = 0; h < 2; ++h) {
       const int2 at = RowAndHead(FirstStacked() + lane / 4 + 8 * h);
       rows[h] = at.x;
-      const Bf16* from = p.q + at.x * p.q_stride + at.y * D + lane % 4 * 2;
+      const E* from = p.q + at.x * p.q_stride + at.y * D + lane % 4 * 2;
 #pragma unroll
       for (int i = 0; i < D / 16; ++i) {
         q[i][h] = at.x < 0 ? 0 : *reinterpret_cast<const uint32_t*>(from + i * 16);
@@ -194,7 +202,7 @@ struct WarpWork {
   // all.
   __device__ void LoadTile(int key, int end, int stage) const {
     const int j = key + lane % kT;
-    const Bf16 *k = p.k, *v = p.v;
+    const E *k = p.k, *v = p.v;
     if (j < item.context_tokens) {
       const int block = p.schedule.chunk_blocks[item.first_block + (j >> p.block_shift) -
                                                 (item.key_begin >> p.block_shift)];
@@ -214,9 +222,9 @@ struct WarpWork {
 #pragma unroll 4
     for (int i = thread; i < kT * kPieces; i += kLoaders) {
       const int row = i / kPieces, piece = i % kPieces;
-      const auto* from_k = reinterpret_cast<const Bf16*>(
+      const auto* from_k = reinterpret_cast<const E*>(
           __shfl_sync(~0u, reinterpret_cast<unsigned long long>(k), row));
-      const auto* from_v = reinterpret_cast<const Bf16*>(
+      const auto* from_v = reinterpret_cast<const E*>(
           __shfl_sync(~0u, reinterpret_cast<unsigned long long>(v), row));
       const uint32_t at = (row * kPieces + (piece ^ (row & 7))) * 16;
       CopyAsync(to_k + at, from_k + piece * 8, key + row < end);
@@ -244,8 +252,8 @@ struct WarpWork {
         uint32_t b[4];
         const int row = j * 16 + lane / 16 * 8 + lane % 8, piece = 2 * i + lane / 8 % 2;
         LoadMatrices(b, keys + (row * (D / 8) + (piece ^ (row & 7))) * 16);
-        Multiply(scores[2 * j], q[i], b[0], b[1]);
-        Multiply(scores[2 * j + 1], q[i], b[2], b[3]);
+        Multiply<E>(scores[2 * j], q[i], b[0], b[1]);
+        Multiply<E>(scores[2 * j + 1], q[i], b[2], b[3]);
       }
     }
     const bool masked = key + kT > min(item.context_tokens, end);
@@ -282,17 +290,17 @@ struct WarpWork {
     }
 #pragma unroll
     for (int j = 0; j < kT / 16; ++j) {
-      const uint32_t a[4] = {Pack(scores[2 * j][0], scores[2 * j][1]),
-                             Pack(scores[2 * j][2], scores[2 * j][3]),
-                             Pack(scores[2 * j + 1][0], scores[2 * j + 1][1]),
-                             Pack(scores[2 * j + 1][2], scores[2 * j + 1][3])};
+      const uint32_t a[4] = {PackPair<E>(scores[2 * j][0], scores[2 * j][1]),
+                             PackPair<E>(scores[2 * j][2], scores[2 * j][3]),
+                             PackPair<E>(scores[2 * j + 1][0], scores[2 * j + 1][1]),
+                             PackPair<E>(scores[2 * j + 1][2], scores[2 * j + 1][3])};
 #pragma unroll
       for (int i = 0; i < D / 16; ++i) {
         uint32_t b[4];
         const int row = j * 16 + lane / 8 % 2 * 8 + lane % 8, piece = 2 * i + lane / 16;
         LoadMatricesTransposed(b, values + (row * (D / 8) + (piece ^ (row & 7))) * 16);
-        Multiply(s.out[2 * i], a, b[0], b[1]);
-        Multiply(s.out[2 * i + 1], a, b[2], b[3]);
+        Multiply<E>(s.out[2 * i], a, b[0], b[1]);
+        Multiply<E>(s.out[2 * i + 1], a, b[2], b[3]);
       }
     }
   }
@@ -351,11 +359,11 @@ struct WarpWork {
       if (at.x < 0) continue;
       if (item.partial < 0) {
         const float inverse = 1.f / s.Sum(h);
-        Bf16* to = p.out + at.x * p.out_stride + at.y * D + column;
+        E* to = p.out + at.x * p.out_stride + at.y * D + column;
 #pragma unroll
         for (int n = 0; n < D / 8; ++n)
           *reinterpret_cast<uint32_t*>(to + 8 * n) =
-              Pack(s.Out(n, 2 * h) * inverse, s.Out(n, 2 * h + 1) * inverse);
+              PackPair<E>(s.Out(n, 2 * h) * inverse, s.Out(n, 2 * h + 1) * inverse);
         if (p.lse && column == 0)
           p.lse[int64_t{at.x} * p.q_heads + at.y] = s.Max(h) * kLn2 + logf(s.Sum(h));
         continue;

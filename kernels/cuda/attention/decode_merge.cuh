@@ -21,18 +21,21 @@ struct BlockMerges {
 struct MergeShare {
   int blocks, units;
 
-  __device__ explicit MergeShare(const ChunkParameters& p)
+  template <typename E>
+  __device__ explicit MergeShare(const ChunkParameters<E>& p)
       : blocks(gridDim.x), units(p.schedule.num_merges * p.group_size) {}
   __device__ __forceinline__ int Unit(int i) const { return i * blocks + blockIdx.x; }
   __device__ __forceinline__ bool Has(int i) const { return Unit(i) < units; }
 };
 
-__device__ __forceinline__ int PartAt(const ChunkParameters& p, int i, int head) {
+template <typename E>
+__device__ __forceinline__ int PartAt(const ChunkParameters<E>& p, int i, int head) {
   return p.schedule.merge_parts[i] * p.q_heads + head;
 }
 
 // One warp. The schedule alone is read.
-__device__ __forceinline__ void LookUp(const ChunkParameters& p, BlockMerges& merges) {
+template <typename E>
+__device__ __forceinline__ void LookUp(const ChunkParameters<E>& p, BlockMerges& merges) {
   const MergeShare share(p);
   const int lane = threadIdx.x % 32;
   int2 row = {}, ends = {};
@@ -128,20 +131,22 @@ struct RowSum {
     if (count > kHalf) AddHalf(high, factor, kHalf);
   }
 
-  __device__ __forceinline__ void Store(const ChunkParameters& p, int2 row) const {
+  template <typename E>
+  __device__ __forceinline__ void Store(const ChunkParameters<E>& p, int2 row) const {
     const int lane = threadIdx.x % 32;
     const float inverse = 1.f / sum;
     auto* to = reinterpret_cast<uint32_t*>(p.out + row.x * p.out_stride + row.y * D) +
                lane * (kColumns / 2);
 #pragma unroll
-    for (int c = 0; c < kColumns; c += 2) to[c / 2] = Pack(out[c] * inverse, out[c + 1] * inverse);
+    for (int c = 0; c < kColumns; c += 2)
+      to[c / 2] = PackPair<E>(out[c] * inverse, out[c + 1] * inverse);
     if (p.lse && lane == 0) p.lse[int64_t{row.x} * p.q_heads + row.y] = max * kLn2 + logf(sum);
   }
 };
 
 // Merge i of the block's share.
-template <int D>
-__device__ __forceinline__ void MergeRow(const ChunkParameters& p, const BlockMerges& merges,
+template <int D, typename E>
+__device__ __forceinline__ void MergeRow(const ChunkParameters<E>& p, const BlockMerges& merges,
                                          int i) {
   const int lane = threadIdx.x % 32;
   const int2 row = merges.rows[i], ends = merges.ends[i];
@@ -158,8 +163,8 @@ __device__ __forceinline__ void MergeRow(const ChunkParameters& p, const BlockMe
 
 // All threads of all blocks. Traffic: 4 head_dim + 8 bytes a partial result, from L2; bound by
 // latency.
-template <int D>
-__device__ __forceinline__ void MergeWithAllBlocks(const ChunkParameters& p,
+template <int D, typename E>
+__device__ __forceinline__ void MergeWithAllBlocks(const ChunkParameters<E>& p,
                                                    const BlockMerges& merges) {
   const MergeShare share(p);
   WaitForPredecessor();

@@ -26,22 +26,23 @@ constexpr int kLeafWarps = 2;
 constexpr int kFirstLeafWarp = 2;  // behind one for keys and one that looks ahead
 constexpr int kGroupRows = 64;     // stacked rows of a consumer warpgroup
 
+template <typename E>
 struct StackedParameters {
   CUtensorMap k, v;
-  ChunkParameters common;
+  ChunkParameters<E> common;
   int pieces;   // boxes of a step: pages, or one
   bool merges;  // the last step is the kernel's own
 };
 
-template <int D>
-using LeafShared = ChunkShared<D, 16, 4>;
+template <typename E, int D>
+using LeafShared = ChunkShared<E, D, 16, 4>;
 
-template <int D>
+template <typename E, int D>
 struct StackedShared {
-  alignas(1024) Bf16 q[kConsumers][kGroupRows * D];
-  alignas(1024) Bf16 k[kStages][kStepKeys * D];
-  alignas(1024) Bf16 v[kStages][kStepKeys * D];
-  LeafShared<D> leaves[kLeafWarps];
+  alignas(1024) E q[kConsumers][kGroupRows * D];
+  alignas(1024) E k[kStages][kStepKeys * D];
+  alignas(1024) E v[kStages][kStepKeys * D];
+  LeafShared<E, D> leaves[kLeafWarps];
   BlockMerges merges;
   Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
@@ -50,7 +51,8 @@ __device__ __forceinline__ int Steps(const ChunkWork& item) {
   return (item.key_end - item.key_begin) / kStepKeys;
 }
 
-__device__ __forceinline__ int SlotOf(const ChunkParameters& p, const ChunkWork& item, int key) {
+template <typename E>
+__device__ __forceinline__ int SlotOf(const ChunkParameters<E>& p, const ChunkWork& item, int key) {
   const int block = p.schedule.chunk_blocks[item.first_block + (key >> p.block_shift) -
                                             (item.key_begin >> p.block_shift)];
   return (block << p.block_shift) + (key & ((1 << p.block_shift) - 1));
@@ -74,12 +76,12 @@ __device__ __forceinline__ SlotItems StackedItems(const AttentionSchedule& sched
 }
 
 // One warp: keys and values, each lane its pages of a step. They are older than the kernel ahead.
-template <int D>
-__device__ void LoadKeys(const StackedParameters& p, StackedShared<D>& s) {
+template <typename E, int D>
+__device__ void LoadKeys(const StackedParameters<E>& p, StackedShared<E, D>& s) {
   Ring<kStages> ring;
   const SlotItems items = StackedItems(p.common.schedule);
   const int lane = threadIdx.x % 32, kv_head = blockIdx.y, rows = kStepKeys / p.pieces;
-  const auto load = [&](Bf16* to, const CUtensorMap& map, int slot, Barrier& full) {
+  const auto load = [&](E* to, const CUtensorMap& map, int slot, Barrier& full) {
     if (lane == 0) full.ArriveExpecting(kStepKeys * D * 2);
     __syncwarp();
     if (lane >= p.pieces) return;
@@ -102,14 +104,14 @@ __device__ void LoadKeys(const StackedParameters& p, StackedShared<D>& s) {
 }
 
 // One of kLeafWarps: every so many of the slot's leaves.
-template <int D>
-__device__ void SumLeaves(const ChunkParameters& p, LeafShared<D>& shared, int first) {
+template <typename E, int D>
+__device__ void SumLeaves(const ChunkParameters<E>& p, LeafShared<E, D>& shared, int first) {
   const SlotItems items = ItemsOf(p.schedule.leaf_chunks, p.schedule.leaf_slots);
   const int lane = threadIdx.x % 32;
   WaitForPredecessor();
   for (int n = first; n < items.count; n += kLeafWarps) {
-    const WarpWork<D, 1, LeafShared<D>> work{p, items.first[n], static_cast<int>(blockIdx.y), lane,
-                                             0, shared};
+    const WarpWork<D, 1, LeafShared<E, D>> work{
+        p, items.first[n], static_cast<int>(blockIdx.y), lane, 0, shared};
     const int begin = work.item.key_begin, end = work.item.key_end;
     work.StartSplit(begin, end);
     uint32_t q[D / 16][4];
@@ -122,8 +124,8 @@ __device__ void SumLeaves(const ChunkParameters& p, LeafShared<D>& shared, int f
 }
 
 // Writes this thread's accumulators, not normalised, as partial results.
-template <int D>
-__device__ void StorePartial(const ChunkParameters& p, const ChunkWork& item, int first,
+template <int D, typename E>
+__device__ void StorePartial(const ChunkParameters<E>& p, const ChunkWork& item, int first,
                              const float (&o)[D / 2], const float (&m)[2], const float (&l)[2]) {
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
@@ -146,12 +148,12 @@ struct ConsumerRings {
 
 // The warpgroup's query rows of an item, from stacked row `first` on, into its tile, zeros behind
 // the item's. Not by TMA, where they would queue up behind the keys.
-template <int D>
-__device__ __forceinline__ void GatherQueries(const ChunkParameters& p, const ChunkWork& item,
-                                              int first, int group, Bf16* tile) {
+template <int D, typename E>
+__device__ __forceinline__ void GatherQueries(const ChunkParameters<E>& p, const ChunkWork& item,
+                                              int first, int group, E* tile) {
   constexpr int kPieces = D / 8, kRowsAtOnce = 128 / kPieces;
   const int thread = threadIdx.x % 128, piece = thread % kPieces;
-  const Bf16* from[kGroupRows / kRowsAtOnce];
+  const E* from[kGroupRows / kRowsAtOnce];
 #pragma unroll
   for (int i = 0; i < kGroupRows / kRowsAtOnce; ++i) {
     const int stacked = first + thread / kPieces + i * kRowsAtOnce;
@@ -164,7 +166,7 @@ __device__ __forceinline__ void GatherQueries(const ChunkParameters& p, const Ch
 #pragma unroll
   for (int i = 0; i < kGroupRows / kRowsAtOnce; ++i) {
     const int row = thread / kPieces + i * kRowsAtOnce;
-    Bf16* line = tile + (piece / 8 * kGroupRows + row) * kPanel;
+    E* line = tile + (piece / 8 * kGroupRows + row) * kPanel;
     CopyAsync(SharedAddress(line + ((piece % 8) ^ (row & 7)) * 8), from[i] + piece * 8,
               first + row < item.num_rows * p.group_size);
   }
@@ -175,8 +177,8 @@ __device__ __forceinline__ void GatherQueries(const ChunkParameters& p, const Ch
 }
 
 // Lets an item pass that the other warpgroup works on.
-template <int D>
-__device__ void PassItem(StackedShared<D>& s, int count, ConsumerRings& rings) {
+template <typename E, int D>
+__device__ void PassItem(StackedShared<E, D>& s, int count, ConsumerRings& rings) {
   for (int i = 0; i < count; ++i, rings.keys.Advance(), rings.values.Advance()) {
     s.k_full[rings.keys.stage].Wait(rings.keys.phase);
     Release(s.k_empty[rings.keys.stage]);
@@ -186,9 +188,9 @@ __device__ void PassItem(StackedShared<D>& s, int count, ConsumerRings& rings) {
 }
 
 // The item's sums for the 64 stacked rows from `first` on.
-template <int D>
-__device__ void ConsumeItem(const ChunkParameters& p, StackedShared<D>& s, const ChunkWork& item,
-                            int first, int group, ConsumerRings& rings) {
+template <typename E, int D>
+__device__ void ConsumeItem(const ChunkParameters<E>& p, StackedShared<E, D>& s,
+                            const ChunkWork& item, int first, int group, ConsumerRings& rings) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const float scale_log2 = p.scale * kLog2e;
   const int count = Steps(item);
@@ -200,12 +202,12 @@ __device__ void ConsumeItem(const ChunkParameters& p, StackedShared<D>& s, const
 
   const auto start_scores = [&] {
     s.k_full[rings.keys.stage].Wait(rings.keys.phase);
-    MultiplyAbt<Bf16, D, kGroupRows>(scores, q, ColumnsAreK(s.k[Uniform(rings.keys.stage)]));
+    MultiplyAbt<E, D, kGroupRows>(scores, q, ColumnsAreK(s.k[Uniform(rings.keys.stage)]));
   };
   const auto start_output = [&] {
     s.v_full[rings.values.stage].Wait(rings.values.phase);
-    MultiplyAdd<Bf16, kStepKeys>(o, probabilities,
-                                 RowsAreK(s.v[Uniform(rings.values.stage)], kStepKeys));
+    MultiplyAdd<E, kStepKeys>(o, probabilities,
+                              RowsAreK(s.v[Uniform(rings.values.stage)], kStepKeys));
   };
   const auto finish_scores = [&] {
     Pin(scores);
@@ -224,7 +226,7 @@ __device__ void ConsumeItem(const ChunkParameters& p, StackedShared<D>& s, const
   start_scores();
   WgmmaWait<0>();
   finish_scores();
-  PackOperand<Bf16>(probabilities, scores);
+  PackOperand<E>(probabilities, scores);
   for (int i = 1; i < count; ++i) {
     start_scores();
     start_output();
@@ -235,7 +237,7 @@ __device__ void ConsumeItem(const ChunkParameters& p, StackedShared<D>& s, const
 #pragma unroll
       for (int j = 0; j < D / 2; ++j) o[j] *= shrink[j / 2 % 2];
     }
-    PackOperand<Bf16>(probabilities, scores);
+    PackOperand<E>(probabilities, scores);
   }
   start_output();
   finish_output();
@@ -247,8 +249,8 @@ __device__ void ConsumeItem(const ChunkParameters& p, StackedShared<D>& s, const
   StorePartial<D>(p, item, first + warp * 16 + lane / 4, o, m, l);
 }
 
-template <int D>
-__device__ void Consume(const ChunkParameters& p, StackedShared<D>& s, int group) {
+template <typename E, int D>
+__device__ void Consume(const ChunkParameters<E>& p, StackedShared<E, D>& s, int group) {
   ConsumerRings rings;
   const SlotItems items = StackedItems(p.schedule);
   for (int n = 0; n < items.count; ++n) {
@@ -262,8 +264,8 @@ __device__ void Consume(const ChunkParameters& p, StackedShared<D>& s, int group
   }
 }
 
-template <int D>
-__device__ void InitBarriers(StackedShared<D>& s) {
+template <typename E, int D>
+__device__ void InitBarriers(StackedShared<E, D>& s) {
   for (int i = 0; i < kStages; ++i) {
     s.k_full[i].Init(1), s.k_empty[i].Init(kConsumerWarps);
     s.v_full[i].Init(1), s.v_empty[i].Init(kConsumerWarps);
@@ -271,11 +273,11 @@ __device__ void InitBarriers(StackedShared<D>& s) {
   FenceBarrierInit();
 }
 
-template <int D>
+template <typename E, int D>
 __global__ void __launch_bounds__(kThreads, 1)
-    StackedAttentionKernel(const __grid_constant__ StackedParameters p) {
+    StackedAttentionKernel(const __grid_constant__ StackedParameters<E> p) {
   extern __shared__ __align__(1024) unsigned char raw[];
-  auto& s = *reinterpret_cast<StackedShared<D>*>(raw);
+  auto& s = *reinterpret_cast<StackedShared<E, D>*>(raw);
   LetSuccessorStart();
   if (threadIdx.x == 0) InitBarriers(s);
   __syncthreads();
@@ -287,7 +289,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else if (warp == 1) {
     if (p.merges) LookUp(p.common, s.merges);
   } else {
-    SumLeaves<D>(p.common, s.leaves[warp - kFirstLeafWarp], warp - kFirstLeafWarp);
+    SumLeaves(p.common, s.leaves[warp - kFirstLeafWarp], warp - kFirstLeafWarp);
   }
   if (p.merges) {
     MergeWithAllBlocks<D>(p.common, s.merges);
@@ -296,15 +298,15 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <int D>
+template <typename E, int D>
 cudaError_t Launch(const TreeAttentionArgs& a, const ChunkScratch& scratch, cudaStream_t stream) {
-  StackedParameters p{};
+  StackedParameters<E> p{};
   const ContextPages& c = a.context;
   if (a.schedule.num_arrivals < a.shape.kv_heads) return cudaErrorInvalidValue;
   const int32_t kv_heads = a.shape.kv_heads;
   const int piece = c.block_tokens < kStepKeys ? c.block_tokens : kStepKeys;
   const int64_t slots = c.num_blocks * c.block_tokens, stride = int64_t{kv_heads} * D;
-  p.common = ParametersOf(a, scratch);
+  p.common = ParametersOf<E>(a, scratch);
   p.pieces = kStepKeys / piece;
   if (auto e = MakeMap(p.k, {c.k, slots, stride, kv_heads, D}, piece)) return e;
   if (auto e = MakeMap(p.v, {c.v, slots, stride, kv_heads, D}, piece)) return e;
@@ -313,8 +315,8 @@ cudaError_t Launch(const TreeAttentionArgs& a, const ChunkScratch& scratch, cuda
   p.merges =
       int64_t{grid.x} * grid.y <= Multiprocessors() &&
       int64_t{a.schedule.num_merges} * p.common.group_size <= int64_t{BlockMerges::kCount} * grid.x;
-  if (auto e = LaunchOverlapped<StackedAttentionKernel<D>>(
-          {grid, kThreads, sizeof(StackedShared<D>)}, stream, p))
+  if (auto e = LaunchOverlapped<StackedAttentionKernel<E, D>>(
+          {grid, kThreads, sizeof(StackedShared<E, D>)}, stream, p))
     return e;
   return p.merges ? cudaSuccess : LaunchMerges(a, scratch, stream);
 }
@@ -323,9 +325,11 @@ cudaError_t Launch(const TreeAttentionArgs& a, const ChunkScratch& scratch, cuda
 
 cudaError_t LaunchStackedChunks(const TreeAttentionArgs& args, const ChunkScratch& scratch,
                                 cudaStream_t stream) {
-  if (args.shape.head_dim == 64) return Launch<64>(args, scratch, stream);
-  if (args.shape.head_dim == 128) return Launch<128>(args, scratch, stream);
-  return cudaErrorNotSupported;
+  return ForElement(args.shape.dtype, [&]<typename E>(E) {
+    if (args.shape.head_dim == 64) return Launch<E, 64>(args, scratch, stream);
+    if (args.shape.head_dim == 128) return Launch<E, 128>(args, scratch, stream);
+    return cudaErrorNotSupported;
+  });
 }
 
 }  // namespace coppice::cuda
