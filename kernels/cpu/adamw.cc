@@ -4,9 +4,9 @@
 #include <cmath>
 #include <vector>
 
+#include "kernels/base/float16.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/cpu/families.h"
-#include "kernels/cpu/float16.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/cpu/simd/kernels.h"
 #include "kernels/ops/shape_check.h"

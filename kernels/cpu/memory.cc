@@ -3,9 +3,9 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/float16.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/cpu/families.h"
-#include "kernels/cpu/float16.h"
 #include "kernels/cpu/parallel.h"
 #include "kernels/ops/shape_check.h"
 
@@ -16,15 +16,14 @@ bool IsFloat(DType t) { return t == DType::kF32 || t == DType::kBF16 || t == DTy
 
 float ReadFloat(const void* p, DType t, int64_t i) {
   if (t == DType::kF32) return static_cast<const float*>(p)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(p)[i];
-  return t == DType::kBF16 ? FloatFromBf16(bits) : FloatFromF16(bits);
+  return FloatFrom16(t, static_cast<const uint16_t*>(p)[i]);
 }
 
 void WriteFloat(void* p, DType t, int64_t i, float value) {
   if (t == DType::kF32) {
     static_cast<float*>(p)[i] = value;
   } else {
-    static_cast<uint16_t*>(p)[i] = t == DType::kBF16 ? Bf16FromFloat(value) : F16FromFloat(value);
+    static_cast<uint16_t*>(p)[i] = Bits16FromFloat(t, value);
   }
 }
 

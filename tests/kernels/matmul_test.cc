@@ -51,7 +51,7 @@ constexpr Extras kAllExtras[] = {{false, false, false}, {true, false, false}, {f
 class MatMulDeviceTest : public DeviceTest {
  protected:
   double Tolerance(const Extras& extras) const {
-    return on_cuda() && extras.bias ? tolerance::kBf16Bias : forward_tolerance();
+    return extras.bias ? bias_tolerance() : forward_tolerance();
   }
 };
 INSTANTIATE_TEST_SUITE_P(Devices, MatMulDeviceTest, testing::ValuesIn(kDevices));

@@ -41,12 +41,8 @@ class NormMatMulTest : public DeviceTest {
   NormMatMulTest() : random_(17) {}
 
   // The normed rows are rounded before the product is.
-  double ChainTolerance() const {
-    return on_cuda() ? tolerance::kBf16Backward : forward_tolerance();
-  }
-  double Tolerance(bool bias) const {
-    return on_cuda() && bias ? tolerance::kBf16Bias : forward_tolerance();
-  }
+  double ChainTolerance() const { return on_cuda() ? backward_tolerance() : forward_tolerance(); }
+  double Tolerance(bool bias) const { return bias ? bias_tolerance() : forward_tolerance(); }
   std::mt19937_64 random_;
 };
 INSTANTIATE_TEST_SUITE_P(Devices, NormMatMulTest, testing::ValuesIn(kDevices));
@@ -194,7 +190,7 @@ double RelativeError(DeviceTensor& got, const Vector& want) {
 
 // The residual stream is f32 where the products' operands are not.
 TEST_P(NormMatMulTest, NormReadsF32Rows) {
-  const auto ops = std::move(ops::CreateOps(GetParam(), 2)).value();
+  const auto ops = std::move(CreateTestOps(GetParam(), 2)).value();
   const DType f = ops->Info().compute_dtype;
   for (const int64_t rows : Share<int64_t>({1, 4, 5, 8, 9, 16, 17, 32, 33, 64})) {
     for (const auto& [n, k] : {std::pair{2, 8}, {130, 72}, {192, 2560}}) {
@@ -238,7 +234,7 @@ std::vector<float> RunChain(ops::Ops& ops, DeviceTensor& a, DeviceTensor& b, Ten
 }
 
 TEST_P(NormMatMulTest, ChainsOfProductsGiveEqualBitsAndLogitsInF32) {
-  const auto ops = std::move(ops::CreateOps(GetParam(), 2)).value();
+  const auto ops = std::move(CreateTestOps(GetParam(), 2)).value();
   const DType f = ops->Info().compute_dtype;
   const int64_t k = 512, n = 3000;
   GuardedTensor square({k, k}), head({n, k});

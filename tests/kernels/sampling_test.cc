@@ -298,7 +298,7 @@ TEST_P(SamplingTest, BadRowsAreRefused) {
 // and each result appears when it is waited for, whatever came after it.
 TEST_P(SamplingTest, ResultsWaitUntilTheyAreAskedFor) {
   constexpr int64_t kVocab = 999, kRows = 70, kBatches = 24;  // more than are staged at a time
-  auto device = std::move(ops::CreateOps(GetParam())).value();
+  auto device = std::move(CreateTestOps(GetParam())).value();
   const std::vector<float> logits = RandomLogits(5, kRows * kVocab, 2);
   auto memory = device->Allocate(kRows * kVocab * 4, "logits").value();
   auto drawn_memory = device->Allocate(kRows * 4, "drawn").value();

@@ -1,32 +1,27 @@
 // DeviceTest: a test of ops that runs on every backend, over tensors in host memory. Instantiate
 // with
 //   INSTANTIATE_TEST_SUITE_P(Devices, MyTest, testing::ValuesIn(kDevices));
-// Without a GPU the cuda instances are skipped, unless REQUIRE_CUDA=1 makes that a failure.
 #pragma once
 
 #include <gtest/gtest.h>
 
-#include <cstdlib>
 #include <memory>
-#include <string>
 #include <utility>
 
 #include "kernels/ops/ops.h"
 #include "tests/support/guarded_tensor.h"
 #include "tests/support/staged_ops.h"
+#include "tests/support/test_ops.h"
 #include "tests/support/tolerances.h"
 
 namespace coppice {
 
-inline constexpr const char* kDevices[] = {"cpu", "cuda"};
-
 class DeviceTest : public testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
-    GuardedTensor::normal_bits = on_cuda() ? GuardedTensor::kBf16Bits : GuardedTensor::kAllBits;
-    auto ops = ops::CreateOps(GetParam(), 2);
-    if (on_cuda() && !ops.ok() && std::getenv("REQUIRE_CUDA") == nullptr)
-      GTEST_SKIP() << ops.status();
+    GuardedTensor::normal_dtype = ComputeDType(GetParam());
+    auto ops = CreateTestOps(GetParam(), 2);
+    if (SkipsDevice(GetParam(), ops.status())) GTEST_SKIP() << ops.status();
     ASSERT_TRUE(ops.ok()) << ops.status();
     ops_ = std::move(ops).value();
     if (!on_cuda()) return;
@@ -34,7 +29,7 @@ class DeviceTest : public testing::TestWithParam<const char*> {
     staged_ = staged.get();
     ops_ = std::move(staged);
   }
-  void TearDown() override { GuardedTensor::normal_bits = GuardedTensor::kAllBits; }
+  void TearDown() override { GuardedTensor::normal_dtype = DType::kF32; }
 
   // Runs `test` for every type that an op takes where params.h says "f or r".
   template <typename Test>
@@ -47,17 +42,25 @@ class DeviceTest : public testing::TestWithParam<const char*> {
       if (info.compute_dtype == info.residual_dtype) return;
     }
   }
-  bool on_cuda() const { return std::string(GetParam()) == "cuda"; }
+  bool on_cuda() const { return OnCuda(GetParam()); }
   double forward_tolerance() const {
-    return on_cuda() ? tolerance::kBf16Forward : tolerance::kOpForward;
+    return ByType(tolerance::kOpForward, tolerance::kBf16Forward, tolerance::kF16Forward);
+  }
+  double bias_tolerance() const {  // of a product with one
+    return ByType(tolerance::kOpForward, tolerance::kBf16Bias, tolerance::kF16Bias);
   }
   double backward_tolerance() const {
-    return on_cuda() ? tolerance::kBf16Backward : tolerance::kOpBackward;
+    return ByType(tolerance::kOpBackward, tolerance::kBf16Backward, tolerance::kF16Backward);
   }
 
   std::unique_ptr<ops::Ops> ops_;
 
  private:
+  static double ByType(double f32, double bf16, double f16) {
+    const DType dtype = ComputeDType(GetParam());
+    return dtype == DType::kF32 ? f32 : dtype == DType::kBF16 ? bf16 : f16;
+  }
+
   StagedOps* staged_ = nullptr;  // ops_, on a device
 };
 

@@ -51,14 +51,12 @@ class GuardedTensor {
   void FillNormal(std::mt19937_64& random, float deviation = 1) {
     std::normal_distribution<float> normal(0, deviation);
     for (int64_t i = 0; i < size(); ++i) {
-      const float x = normal(random);
-      (*this)[i] = std::bit_cast<float>(std::bit_cast<uint32_t>(x) & normal_bits);
+      (*this)[i] = Held(normal(random));
     }
   }
-  // The bits of normals that are kept. The upper half while a test runs on a device that computes
-  // in bf16, so that device and reference see the same inputs.
-  static constexpr uint32_t kAllBits = ~0u, kBf16Bits = 0xffff0000u;
-  inline static uint32_t normal_bits = kAllBits;
+  // What normals are cut to: the type that the device of the test computes in, so that device and
+  // reference see the same inputs.
+  inline static DType normal_dtype = DType::kF32;
 
   std::vector<double> ToDouble() const {
     std::vector<double> values(size());
@@ -86,6 +84,13 @@ class GuardedTensor {
   }
 
  private:
+  static float Held(float x) {
+    if (normal_dtype == DType::kF32) return x;
+    const bool f16 = normal_dtype == DType::kF16;
+    if (f16 && std::abs(x) < 0x1p-14f) return 0;  // where its steps stop shrinking
+    return std::bit_cast<float>(std::bit_cast<uint32_t>(x) & (f16 ? 0xffffe000u : 0xffff0000u));
+  }
+
   static constexpr int64_t kGuard = 64;
   static constexpr float kSentinel = -12345.5f;
 

@@ -1,10 +1,10 @@
 #include "tests/support/staged_ops.h"
 
-#include <bit>
 #include <cstring>
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
+#include "kernels/base/float16.h"
 #include "kernels/base/status_macros.h"
 
 namespace coppice {
@@ -12,12 +12,6 @@ namespace {
 
 constexpr int64_t kGuard = 64;        // elements before and after
 constexpr uint8_t kGuardByte = 0x5a;  // a finite number in every type
-
-uint16_t Bf16FromFloat(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
 
 // The device twins of one op's tensors.
 class Staging {
@@ -94,9 +88,12 @@ class Staging {
     CHECK_OK(ops_.Upload(t.sent.data(), t.whole));
     t.device.data = static_cast<char*>(t.buffer.data()) + kGuard * size;
   }
+  static bool Converts(const Twin& t) {
+    return t.host.dtype == DType::kF32 && SizeOf(t.device.dtype) == 2;
+  }
   static void Convert(Twin& t, int64_t from, int64_t to) {
-    if (t.host.dtype == DType::kF32 && t.device.dtype == DType::kBF16) {
-      const uint16_t bits = Bf16FromFloat(t.host.f32()[from]);
+    if (Converts(t)) {
+      const uint16_t bits = Bits16FromFloat(t.device.dtype, t.host.f32()[from]);
       std::memcpy(t.sent.data() + to * 2, &bits, 2);
     } else {
       const int64_t size = SizeOf(t.host.dtype);
@@ -118,10 +115,10 @@ class Staging {
     }
     if (!t.output) return absl::OkStatus();
     ForElements(t, [&](int64_t from, int64_t to) {
-      if (t.host.dtype == DType::kF32 && t.device.dtype == DType::kBF16) {
+      if (Converts(t)) {
         uint16_t bits = 0;
         std::memcpy(&bits, got.data() + to * 2, 2);
-        t.host.f32()[from] = std::bit_cast<float>(uint32_t{bits} << 16);
+        t.host.f32()[from] = FloatFrom16(t.device.dtype, bits);
       } else {
         std::memcpy(t.host.as<char>() + from * size, got.data() + to * size, size);
       }
@@ -188,7 +185,7 @@ absl::Status StagedOps::MatMul(const ops::MatMulParams& params) {
   ops::MatMulParams p = params;
   const bool f32 = (p.trans_a || p.addend.present()) && !p.bias.present();
   const DType wide = f32 ? DType::kF32 : ops_->Info().compute_dtype;
-  const DType c = p.c.dtype == DType::kBF16 ? DType::kBF16 : wide;
+  const DType c = p.c.dtype == DType::kF32 ? wide : p.c.dtype;
   Staging s(*ops_);
   s.In(p.a).In(p.b).In(p.bias).InAs(p.addend, c).OutAs(p.c, c);
   return s.Finish(ops_->MatMul(p));

@@ -16,6 +16,10 @@ inline constexpr double kBf16Forward = 4e-3;
 inline constexpr double kBf16Bias = 8e-3;
 // Gradients there chain two or three such roundings.
 inline constexpr double kBf16Backward = 1e-2;
+// The three in f16, which has three bits more: one rounding of the result is 2^-12 of its size.
+inline constexpr double kF16Forward = 5e-4;
+inline constexpr double kF16Bias = 1e-3;
+inline constexpr double kF16Backward = 1.5e-3;
 // Central differences in double precision with step 1e-5: truncation about step^2 = 1e-10, rounding
 // about 1e-16 / step = 1e-11.
 inline constexpr double kFiniteDifferenceStep = 1e-5;
@@ -30,6 +34,8 @@ inline constexpr double kTreeVersusFlat = 1e-5;
 // Two ways through a whole model in bf16 (shared or flat, in chunks or at once): both round every
 // activation to 2^-9, and the largest difference of any element counts.
 inline constexpr double kBf16Model = 5e-2;
+// The same in f16: an eighth.
+inline constexpr double kF16Model = 6.25e-3;
 // Sums of a few dozen terms of size 1 in double precision.
 inline constexpr double kDoubleSums = 1e-12;
 // Derivatives of a loss against its central differences with kFiniteDifferenceStep; third
@@ -60,8 +66,11 @@ inline constexpr double kBf16Attention = 1e-2;
 // Log-probs of a real model in bf16 against fp32 with the same weights, mean of the absolute
 // difference: what an importance ratio bears. Measured 8.4e-3.
 inline constexpr double kDeviceLogProb = 1e-2;
+// The same in f16: an eighth of what bf16 measured, emulated at 1.1e-3, and what other sums add.
+inline constexpr double kF16LogProb = 2e-3;
 // Two candidates whose log-probs may each be off by that.
 inline constexpr double kNearTie = 2e-2;
+inline constexpr double kF16NearTie = 4e-3;
 // Entropy of a softmax over logits of deviation 1, against log(vocab): less by 1/2 on average, i.e.
 // by an eighth for a vocabulary of 64.
 inline constexpr double kRandomEntropy = 0.2;
@@ -72,6 +81,9 @@ inline constexpr double kBf16Gradient = 1e-2;
 // The same with matrices of gain 1, which pass on every rounding undiminished. Separate sequences
 // err as much: measured 0.9 to 2.8e-2 for both.
 inline constexpr double kBf16GradientOfLargeWeights = 4e-2;
+// Both in f16: a quarter, where roundings alone would be an eighth; emulated at 2e-3 for the first.
+inline constexpr double kF16Gradient = 2.5e-3;
+inline constexpr double kF16GradientOfLargeWeights = 1e-2;
 // Such an error of a shared tree over that of separate sequences, all tensors together: both round
 // the same quantities, other bits of them. Of one request 1.00 on average, deviation 0.042 (96
 // measured); of three together four of theirs.

@@ -5,7 +5,9 @@
 #include <bit>
 #include <cstdint>
 
-namespace coppice::cpu {
+#include "kernels/base/dtype.h"
+
+namespace coppice {
 
 inline float FloatFromBf16(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
 
@@ -40,4 +42,12 @@ inline uint16_t F16FromFloat(float value) {
   return sign | static_cast<uint16_t>((rounded - 0x38000000u) >> 13);
 }
 
-}  // namespace coppice::cpu
+// The bits of either type.
+inline float FloatFrom16(DType dtype, uint16_t bits) {
+  return dtype == DType::kBF16 ? FloatFromBf16(bits) : FloatFromF16(bits);
+}
+inline uint16_t Bits16FromFloat(DType dtype, float value) {
+  return dtype == DType::kBF16 ? Bf16FromFloat(value) : F16FromFloat(value);
+}
+
+}  // namespace coppice
