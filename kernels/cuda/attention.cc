@@ -13,40 +13,47 @@ namespace {
 
 // Heads of a row side by side, rows at 16-byte boundaries: what the kernels want of q, k, v, out
 // and their gradients.
-void CheckRows(ops::ShapeCheck& check, absl::string_view name, const TensorView& t, int64_t rows,
-               int64_t heads, int64_t head_dim) {
-  check.Tensor(name, t, DType::kBF16, {rows, heads, head_dim})
-      .That(heads <= 1 || t.stride[1] == head_dim, name, "heads side by side", t.stride[1])
-      .That(rows <= 1 || t.stride[0] % 8 == 0, name, "a row stride that is a multiple of 8",
+void CheckRows(ops::ShapeCheck& check, absl::string_view name, const TensorView& t,
+               const AttentionShape& shape, int64_t heads) {
+  check.Tensor(name, t, shape.dtype, {shape.rows, heads, shape.head_dim})
+      .That(heads <= 1 || t.stride[1] == shape.head_dim, name, "heads side by side", t.stride[1])
+      .That(shape.rows <= 1 || t.stride[0] % 8 == 0, name, "a row stride that is a multiple of 8",
             t.stride[0])
       .That(reinterpret_cast<uintptr_t>(t.data) % 16 == 0, name, "memory at a 16-byte boundary", 0);
 }
 
-absl::Status CheckInputs(absl::string_view op, const ops::BatchPlan* plan, const TensorView& q,
-                         const TensorView& k, const TensorView& v, const ops::PagedKv& context,
-                         float scale) {
-  RETURN_IF_ERROR(ops::ShapeCheck(op)
-                      .That(plan != nullptr, "plan", "a batch plan", 0)
-                      .That(scale > 0, "scale", "a positive number", static_cast<int64_t>(scale))
-                      .Rank("q", q, 3)
-                      .Rank("k", k, 3)
-                      .status());
-  const int64_t rows = plan->batch().num_rows();
-  const int64_t q_heads = q.dim(1), kv_heads = k.dim(1), head_dim = q.dim(2);
+// What both directions read, given as `p`.
+template <typename Params>
+absl::StatusOr<AttentionShape> CheckInputs(const Context& context, absl::string_view op,
+                                           const Params& p) {
+  RETURN_IF_ERROR(
+      ops::ShapeCheck(op)
+          .That(p.plan != nullptr, "plan", "a batch plan", 0)
+          .That(p.scale > 0, "scale", "a positive number", static_cast<int64_t>(p.scale))
+          .Rank("q", p.q, 3)
+          .Rank("k", p.k, 3)
+          .status());
+  const AttentionShape shape = {.rows = p.plan->batch().num_rows(),
+                                .q_heads = static_cast<int32_t>(p.q.dim(1)),
+                                .kv_heads = static_cast<int32_t>(p.k.dim(1)),
+                                .head_dim = static_cast<int32_t>(p.q.dim(2)),
+                                .scale = p.scale,
+                                .dtype = context.compute_dtype()};
+  const int64_t q_heads = shape.q_heads, kv_heads = shape.kv_heads;
   ops::ShapeCheck check(op);
-  CheckRows(check, "q", q, rows, q_heads, head_dim);
-  CheckRows(check, "k", k, rows, kv_heads, head_dim);
-  CheckRows(check, "v", v, rows, kv_heads, head_dim);
+  CheckRows(check, "q", p.q, shape, q_heads);
+  CheckRows(check, "k", p.k, shape, kv_heads);
+  CheckRows(check, "v", p.v, shape, kv_heads);
   check.That(kv_heads > 0 && q_heads % kv_heads == 0, "q_heads", "a multiple of kv_heads", q_heads);
   check.That(q_heads <= kv_heads * kChunkRows, "q_heads", "at most 64 for each KV head", q_heads);
-  const int64_t last_block = CudaPlan(plan).max_context_block();
-  if (last_block < 0) return check.status();
-  const int64_t blocks = context.k.dim(0), block_tokens = plan->batch().block_tokens;
-  return check
-      .Dense("context.k", context.k, DType::kBF16, {blocks, block_tokens, kv_heads, head_dim})
-      .Dense("context.v", context.v, DType::kBF16, {blocks, block_tokens, kv_heads, head_dim})
-      .That(last_block < blocks, "context block", "below the blocks of context.k", last_block)
-      .status();
+  if (const int64_t last_block = CudaPlan(p.plan).max_context_block(); last_block >= 0) {
+    const int64_t blocks = p.context.k.dim(0), tokens = p.plan->batch().block_tokens;
+    check.Dense("context.k", p.context.k, shape.dtype, {blocks, tokens, kv_heads, shape.head_dim})
+        .Dense("context.v", p.context.v, shape.dtype, {blocks, tokens, kv_heads, shape.head_dim})
+        .That(last_block < blocks, "context block", "below the blocks of context.k", last_block);
+  }
+  RETURN_IF_ERROR(check.status());
+  return shape;
 }
 
 RowMatrix Rows(const TensorView& t) {
@@ -55,14 +62,6 @@ RowMatrix Rows(const TensorView& t) {
 
 ContextPages Pages(const ops::PagedKv& context, const ops::BatchPlan& plan) {
   return {context.k.data, context.v.data, context.k.dim(0), plan.batch().block_tokens};
-}
-
-AttentionShape ShapeOf(const TensorView& q, const TensorView& k, float scale) {
-  return {.rows = q.dim(0),
-          .q_heads = static_cast<int32_t>(q.dim(1)),
-          .kv_heads = static_cast<int32_t>(k.dim(1)),
-          .head_dim = static_cast<int32_t>(q.dim(2)),
-          .scale = scale};
 }
 
 // Heads of a round that go together at least: with fewer, multiprocessors run out of work.
@@ -127,10 +126,9 @@ absl::Status TakeBackwardScratch(Context& context, const TensorView& workspace,
 
 absl::Status TreeAttention(Context& context, const ops::TreeAttentionParams& p) {
   constexpr absl::string_view kOp = "tree_attention";
-  RETURN_IF_ERROR(CheckInputs(kOp, p.plan, p.q, p.k, p.v, p.context, p.scale));
-  const AttentionShape shape = ShapeOf(p.q, p.k, p.scale);
+  ASSIGN_OR_RETURN(const AttentionShape shape, CheckInputs(context, kOp, p));
   ops::ShapeCheck check(kOp);
-  CheckRows(check, "out", p.out, shape.rows, shape.q_heads, shape.head_dim);
+  CheckRows(check, "out", p.out, shape, shape.q_heads);
   if (p.lse.present()) check.Dense("lse", p.lse, DType::kF32, {shape.rows, shape.q_heads});
   RETURN_IF_ERROR(check.status());
   if (shape.rows == 0) return absl::OkStatus();
@@ -153,14 +151,13 @@ absl::Status TreeAttention(Context& context, const ops::TreeAttentionParams& p) 
 
 absl::Status TreeAttentionBackward(Context& context, const ops::TreeAttentionBackwardParams& p) {
   constexpr absl::string_view kOp = "tree_attention_backward";
-  RETURN_IF_ERROR(CheckInputs(kOp, p.plan, p.q, p.k, p.v, p.context, p.scale));
-  const AttentionShape shape = ShapeOf(p.q, p.k, p.scale);
+  ASSIGN_OR_RETURN(const AttentionShape shape, CheckInputs(context, kOp, p));
   ops::ShapeCheck check(kOp);
   for (const auto& [name, t] : {std::pair("out", &p.out), {"d_out", &p.d_out}, {"d_q", &p.d_q}}) {
-    CheckRows(check, name, *t, shape.rows, shape.q_heads, shape.head_dim);
+    CheckRows(check, name, *t, shape, shape.q_heads);
   }
-  CheckRows(check, "d_k", p.d_k, shape.rows, shape.kv_heads, shape.head_dim);
-  CheckRows(check, "d_v", p.d_v, shape.rows, shape.kv_heads, shape.head_dim);
+  CheckRows(check, "d_k", p.d_k, shape, shape.kv_heads);
+  CheckRows(check, "d_v", p.d_v, shape, shape.kv_heads);
   check.Dense("lse", p.lse, DType::kF32, {shape.rows, shape.q_heads})
       .Optional("workspace", p.workspace, DType::kU8, {p.workspace.dim(0)})
       .That(reinterpret_cast<uintptr_t>(p.workspace.data) % 256 == 0, "workspace",

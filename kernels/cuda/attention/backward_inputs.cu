@@ -11,14 +11,14 @@ constexpr int kRowsPerBlock = 16;
 // together. D / 8 threads a row, 16 bytes each; a block takes 16 rows of one head. Reads 4 D bytes,
 // writes 8 per row and head; bound by that.
 struct RowsParameters {
-  const Bf16 *out, *d_out;
+  const uint16_t *out, *d_out;  // of E
   const float* lse;
   float *row_lse, *row_delta;
   int64_t out_stride, d_out_stride;
   int rows, padded;
 };
 
-template <int D>
+template <typename E, int D>
 __global__ void AttentionRowSumsKernel(const RowsParameters p) {
   constexpr int kLanes = D / 8;
   const int row = blockIdx.x * kRowsPerBlock + threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
@@ -31,8 +31,8 @@ __global__ void AttentionRowSumsKernel(const RowsParameters p) {
     const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 u = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(x[i]));
-      const float2 v = __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(y[i]));
+      const float2 u = Pair<E>(x[i]);
+      const float2 v = Pair<E>(y[i]);
       sum += u.x * v.x + u.y * v.y;
     }
   }
@@ -40,7 +40,8 @@ __global__ void AttentionRowSumsKernel(const RowsParameters p) {
   for (int step = kLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
   if (lane == 0) {
     const int64_t at = int64_t{head} * p.padded + row;
-    p.row_lse[at] = row < p.rows ? p.lse[int64_t{row} * heads + head] * kLog2e : INFINITY;
+    p.row_lse[at] =
+        row < p.rows ? p.lse[int64_t{row} * heads + head] * kLog2e - kBackwardShift<E> : INFINITY;
     p.row_delta[at] = sum;
   }
 }
@@ -71,12 +72,12 @@ __global__ void GatherContextKernel(const GatherParameters p) {
   }
 }
 
-template <int D>
+template <typename E, int D>
 cudaError_t LaunchRowSums(const BackwardPass& b, cudaStream_t stream) {
   const TreeAttentionBackwardArgs& a = *b.args;
   const int padded = static_cast<int>(PaddedRows(a.shape.rows));
-  const RowsParameters p = {static_cast<const Bf16*>(a.out.data),
-                            static_cast<const Bf16*>(a.d_out.data),
+  const RowsParameters p = {static_cast<const uint16_t*>(a.out.data),
+                            static_cast<const uint16_t*>(a.d_out.data),
                             a.lse,
                             b.row_lse,
                             b.row_delta,
@@ -85,17 +86,21 @@ cudaError_t LaunchRowSums(const BackwardPass& b, cudaStream_t stream) {
                             static_cast<int>(a.shape.rows),
                             padded};
   const dim3 grid(padded / kRowsPerBlock, a.shape.q_heads);
-  AttentionRowSumsKernel<D><<<grid, kRowsPerBlock * D / 8, 0, stream>>>(p);
+  AttentionRowSumsKernel<E, D><<<grid, kRowsPerBlock * D / 8, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
 }  // namespace
 
 cudaError_t LaunchBackwardRowSums(const BackwardPass& pass, cudaStream_t stream) {
-  if (pass.args->shape.head_dim == 64) return LaunchRowSums<64>(pass, stream);
-  if (pass.args->shape.head_dim == 128) return LaunchRowSums<128>(pass, stream);
-  if (pass.args->shape.head_dim == 256) return LaunchRowSums<256>(pass, stream);
-  return cudaErrorNotSupported;
+  const AttentionShape& shape = pass.args->shape;
+  return ForElement(shape.dtype, [&](auto element) {
+    using E = decltype(element);
+    if (shape.head_dim == 64) return LaunchRowSums<E, 64>(pass, stream);
+    if (shape.head_dim == 128) return LaunchRowSums<E, 128>(pass, stream);
+    if (shape.head_dim == 256) return LaunchRowSums<E, 256>(pass, stream);
+    return cudaErrorNotSupported;
+  });
 }
 
 cudaError_t LaunchGatherContext(const BackwardPass& pass, cudaStream_t stream) {

@@ -15,7 +15,7 @@ struct KeysParameters {
   CUtensorMap context_k, context_v;  // of the gathered context
   AttentionSchedule schedule;
   ItemOrder order;
-  Bf16* ds;
+  void* ds;                          // images of E
   float *d_context_k, *d_context_v;  // pages, or null
   float* sums;                       // of tiles that go on in a later round
   int* counter;
@@ -157,8 +157,8 @@ __device__ __forceinline__ void ColumnGradients(float (&dp)[kColumns / 2],
 // registers: a warp's words of an 8 x 8 block are 128 contiguous bytes, a core matrix of the
 // unswizzled layout that the dQ kernel multiplies from. Streaming stores: 16 KB per step, read
 // once, by another kernel.
-__device__ __forceinline__ void StoreImage(Bf16* image, int half,
-                                           const uint32_t (&ds)[kColumns / 4]) {
+template <typename E>
+__device__ __forceinline__ void StoreImage(E* image, int half, const uint32_t (&ds)[kColumns / 4]) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   constexpr int kRowOfBlocks = kColumns / 8 * 32;  // words
   uint32_t* to = reinterpret_cast<uint32_t*>(image) + (8 * half + 2 * warp) * kRowOfBlocks + lane;
@@ -236,7 +236,7 @@ inline cudaError_t MakeKeysParameters(KeysParameters& p, const BackwardPass& b, 
   if (auto e = MakeWordMap(p.lse, b.row_lse, sums, kColumns)) return e;
   if (auto e = MakeWordMap(p.delta, b.row_delta, sums, kColumns)) return e;
   p.schedule = a.schedule;
-  p.ds = static_cast<Bf16*>(b.ds);
+  p.ds = b.ds;
   p.d_context_k = a.d_context.k;
   p.d_context_v = a.d_context.v;
   p.sums = b.sums;

@@ -37,9 +37,9 @@ struct BackwardPass {
   const TreeAttentionBackwardArgs* args = nullptr;
   float* row_lse = nullptr;    // [q_heads, padded rows] lse in log2 units, +inf past the last row
   float* row_delta = nullptr;  // [q_heads, padded rows]
-  void* context_k = nullptr;   // [context tiles, kKeyTile, kv_heads, head_dim] bf16, if any
+  void* context_k = nullptr;   // [context tiles, kKeyTile, kv_heads, head_dim], if any
   void* context_v = nullptr;   // same
-  void* ds = nullptr;          // bf16 dS of these heads, or null: dQ recomputes S and dP
+  void* ds = nullptr;          // dS of these heads, or null: dQ recomputes S and dP
   float* sums = nullptr;       // [packed key tiles, kv_heads, 2, kKeyTile, head_dim] dK and dV
   int* counters = nullptr;     // two ints of scratch
   int32_t first_kv_head = 0, num_kv_heads = 0;

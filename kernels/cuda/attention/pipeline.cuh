@@ -23,6 +23,13 @@ inline constexpr int kImage = kKeyTile * kBackwardQueryTile;  // elements of a s
 // got, 3 x 168.
 template <int kProducer>
 inline constexpr int kConsumerRegisters = (3 * 168 - kProducer) / 2;
+// P and dS of backward are rounded, multiplied and kept times 2^kBackwardShift: f16 is no finer
+// than 2^-24, and a row of many keys has small probabilities. Gradients are written times
+// kBackwardUnit.
+template <typename E>
+inline constexpr int kBackwardShift = kIsF16<E> ? 6 : 0;
+template <typename E>
+inline constexpr float kBackwardUnit = 1.f / (1 << kBackwardShift<E>);
 
 // Order of the work items (tile, head), handed out by a counter. Heads of one KV head that work at
 // the same time share their key tiles in L2, so the first `solo` KV heads go one after the other,
@@ -57,8 +64,8 @@ inline ItemOrder BackwardOrder(const AttentionSchedule& s, int kv_heads, int per
 }
 
 // A tile of kRows rows x kWidth columns of one head, from `column` on, panel by panel.
-template <int kWidth, int kRows>
-__device__ __forceinline__ void LoadTile(Bf16* to, const CUtensorMap& map, int head, int row,
+template <int kWidth, int kRows, typename E>
+__device__ __forceinline__ void LoadTile(E* to, const CUtensorMap& map, int head, int row,
                                          Barrier& full, int column = 0) {
 #pragma unroll
   for (int panel = 0; panel < kWidth / kPanel; ++panel)
@@ -67,9 +74,9 @@ __device__ __forceinline__ void LoadTile(Bf16* to, const CUtensorMap& map, int h
 
 // Rows [row0, row0 + 64) of a staged tile of kRows rows, to rows from `row` and columns from
 // `column` of the tensor. One thread.
-template <int kWidth, int kRows>
-__device__ __forceinline__ void StoreRows(const CUtensorMap& map, const Bf16* tile, int row0,
-                                          int head, int row, int column = 0) {
+template <int kWidth, int kRows, typename E>
+__device__ __forceinline__ void StoreRows(const CUtensorMap& map, const E* tile, int row0, int head,
+                                          int row, int column = 0) {
 #pragma unroll
   for (int panel = 0; panel < kWidth / kPanel; ++panel)
     StoreBox(map, tile + (panel * kRows + row0) * kPanel, column + panel * kPanel, head, row);

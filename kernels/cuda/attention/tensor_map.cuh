@@ -1,4 +1,4 @@
-// Bulk-copy descriptions of [rows, heads, head_dim] bf16 tensors.
+// Bulk-copy descriptions of [rows, heads, head_dim] tensors of 16-bit elements.
 #pragma once
 
 #include <cuda.h>
@@ -38,8 +38,8 @@ inline cudaError_t MakeMap(CUtensorMap& map, const MapShape& shape, int box_rows
                                 static_cast<cuuint64_t>(shape.row_stride) * 2};
   const cuuint32_t box[3] = {64, 1, static_cast<cuuint32_t>(box_rows)}, step[3] = {1, 1, 1};
   const CUresult result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<void*>(shape.data), extent,
-             stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 3, const_cast<void*>(shape.data), extent, stride,
+             box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

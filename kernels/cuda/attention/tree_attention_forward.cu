@@ -35,7 +35,7 @@ struct ForwardParameters {
   CUtensorMap q, k, v, o, ends, context_k, context_v, context_ends;
   AttentionSchedule schedule;
   ItemOrder order;
-  Bf16* out;
+  uint16_t* out;                // of E
   int64_t out_stride, no_slot;  // a row past the pages: loads as zeros
   float* lse;
   int* counter;
@@ -51,12 +51,12 @@ struct ForwardWork {
   QueryTileWork tile;
 };
 
-template <int D>
+template <typename E, int D>
 struct ForwardShared {
-  alignas(1024) Bf16 q[kQueryTile * D];
-  alignas(1024) Bf16 k[kStages][kStepKeys<D> * D];
-  alignas(1024) Bf16 v[kStages][kStepKeys<D> * D];
-  alignas(1024) Bf16 o[kQueryTile * kWidth<D>];
+  alignas(1024) E q[kQueryTile * D];
+  alignas(1024) E k[kStages][kStepKeys<D> * D];
+  alignas(1024) E v[kStages][kStepKeys<D> * D];
+  alignas(1024) E o[kQueryTile * kWidth<D>];
   alignas(16) int end[kStages][kStepKeys<D>];
   ForwardWork work;
   Barrier q_full, q_empty;
@@ -65,8 +65,8 @@ struct ForwardShared {
 
 // Loads one step of a key tile, its keys from `first` on, of one tensor: packed rows, or context
 // piece by piece.
-template <int D>
-__device__ __forceinline__ void LoadKeys(const ForwardParameters& p, Bf16* to,
+template <int D, typename E>
+__device__ __forceinline__ void LoadKeys(const ForwardParameters& p, E* to,
                                          const CUtensorMap& packed, const CUtensorMap& pages,
                                          int kv_head, int entry, int first, Barrier& full) {
   constexpr int kRows = kStepKeys<D>;
@@ -86,8 +86,8 @@ __device__ __forceinline__ void LoadKeys(const ForwardParameters& p, Bf16* to,
 
 // One thread. Items come from a global counter, longest first; the next one is fetched while this
 // one loads.
-template <int D>
-__device__ void Produce(const ForwardParameters& p, ForwardShared<D>& s) {
+template <typename E, int D>
+__device__ void Produce(const ForwardParameters& p, ForwardShared<E, D>& s) {
   constexpr int kKeys = kStepKeys<D>;
   Ring<1> items;
   Ring<kStages> ring;
@@ -128,8 +128,8 @@ __device__ void Produce(const ForwardParameters& p, ForwardShared<D>& s) {
 // Zeros in rows [first, end) of a step's swizzled keys: whatever the pages hold there must not meet
 // a zero probability. All consumers share the work; rows are whole 128-byte lines, so the swizzle
 // does not matter.
-template <int D>
-__device__ void ClearRows(Bf16* tile, int first) {
+template <int D, typename E>
+__device__ void ClearRows(E* tile, int first) {
   constexpr int kChunks = kPanel / 8, kRows = kStepKeys<D>;  // 16 bytes each
   const int lines = (D / kPanel) * (kRows - first);
   for (int i = threadIdx.x - 128; i < lines * kChunks; i += 128 * kConsumers) {
@@ -142,23 +142,23 @@ __device__ void ClearRows(Bf16* tile, int first) {
 
 // Ordinary stores of this warpgroup's staged rows up to the tile's last: the rows after it belong
 // to another tile.
-template <int D>
-__device__ void StoreSomeRows(const ForwardParameters& p, const Bf16* staged, int first,
+template <int D, typename E>
+__device__ void StoreSomeRows(const ForwardParameters& p, const E* staged, int first,
                               const ForwardWork& work, int column) {
   constexpr int kChunks = kWidth<D> / 8;
   const int row0 = work.tile.row_begin + first, rows = work.tile.row_end - row0;
   for (int i = threadIdx.x % 128; i < rows * kChunks; i += 128) {
     const int row = first + i / kChunks, chunk = i % kChunks, panel = chunk / 8;
-    const Bf16* from = staged + (panel * kQueryTile + row) * kPanel + ((chunk % 8) ^ (row & 7)) * 8;
-    Bf16* to =
+    const E* from = staged + (panel * kQueryTile + row) * kPanel + ((chunk % 8) ^ (row & 7)) * 8;
+    uint16_t* to =
         p.out + int64_t{row0 + i / kChunks} * p.out_stride + work.head * D + column + chunk * 8;
     *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
   }
 }
 
 // Stages this warpgroup's rows, one part of the columns after the other, and stores them.
-template <int D>
-__device__ void StoreOutput(const ForwardParameters& p, Bf16* staged, int group,
+template <int D, typename E>
+__device__ void StoreOutput(const ForwardParameters& p, E* staged, int group,
                             const ForwardWork& work, const float (&o)[kParts<D>][kWidth<D> / 2],
                             const float (&inverse)[2]) {
   const int epilogue = 1 + group, first_row = work.tile.row_begin + group * 64;
@@ -181,8 +181,8 @@ __device__ void StoreOutput(const ForwardParameters& p, Bf16* staged, int group,
   }
 }
 
-template <int D>
-__device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int group) {
+template <typename E, int D>
+__device__ void Consume(const ForwardParameters& p, ForwardShared<E, D>& s, int group) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   constexpr int kKeys = kStepKeys<D>;
   const float scale_log2 = p.scale * kLog2e;
@@ -209,11 +209,11 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
     };
     const auto start_scores = [&] {
       s.k_full[key_ring.stage].Wait(key_ring.phase);
-      MultiplyAbt<Bf16, D, kQueryTile>(scores, q, ColumnsAreK(s.k[key_ring.stage]));
+      MultiplyAbt<E, D, kQueryTile>(scores, q, ColumnsAreK(s.k[key_ring.stage]));
     };
     const auto start_output = [&] {
       s.v_full[value_ring.stage].Wait(value_ring.phase);
-      MultiplyAdd<Bf16, kKeys>(o, probabilities, RowsAreK(s.v[value_ring.stage], kKeys));
+      MultiplyAdd<E, kKeys>(o, probabilities, RowsAreK(s.v[value_ring.stage], kKeys));
     };
     const auto finish_scores = [&](int i, int first_key) {
       Pin(scores);
@@ -244,7 +244,7 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
     start_scores();
     WgmmaWait<0>();
     finish_scores(0, first_key0);
-    PackOperand<Bf16>(probabilities, scores);
+    PackOperand<E>(probabilities, scores);
     clear_tail(0);
     for (int i = 1; i < work.count; ++i) {
       const int first_key = first_key_of(i);
@@ -259,7 +259,7 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
 #pragma unroll
           for (int j = 0; j < kWidth<D> / 2; ++j) o[part][j] *= shrink[j / 2 % 2];
       }
-      PackOperand<Bf16>(probabilities, scores);
+      PackOperand<E>(probabilities, scores);
       if constexpr ((kSteps<D>) > 1) clear_tail(i);
     }
     start_output();
@@ -279,11 +279,11 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<D>& s, int gro
   if (threadIdx.x % 128 == 0) WaitStoresRead();
 }
 
-template <int D>
+template <typename E, int D>
 __global__ void __launch_bounds__(kThreads, 1)
     TreeAttentionForwardKernel(const __grid_constant__ ForwardParameters p) {
   extern __shared__ __align__(1024) unsigned char raw[];
-  auto& s = *reinterpret_cast<ForwardShared<D>*>(raw);
+  auto& s = *reinterpret_cast<ForwardShared<E, D>*>(raw);
   if (threadIdx.x == 0) {
     s.q_full.Init(1), s.q_empty.Init(kConsumerThreads);
     for (int i = 0; i < kStages; ++i) {
@@ -303,7 +303,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <int D>
+template <typename E, int D>
 cudaError_t Launch(const TreeAttentionArgs& a, int* counter, cudaStream_t stream) {
   ForwardParameters p{};
   const AttentionShape& shape = a.shape;
@@ -323,7 +323,7 @@ cudaError_t Launch(const TreeAttentionArgs& a, int* counter, cudaStream_t stream
     p.no_slot = slots;
   }
   p.schedule = a.schedule;
-  p.out = static_cast<Bf16*>(a.out.data);
+  p.out = static_cast<uint16_t*>(a.out.data);
   p.out_stride = a.out.row_stride;
   p.lse = a.lse;
   p.counter = counter;
@@ -332,16 +332,20 @@ cudaError_t Launch(const TreeAttentionArgs& a, int* counter, cudaStream_t stream
   p.order = MakeItemOrder(a.schedule.num_query_tiles, a.schedule.longest_list,
                           a.schedule.num_list_entries, shape.kv_heads, p.group_size);
   p.scale = shape.scale;
-  return LaunchPersistent<ForwardShared<D>>(TreeAttentionForwardKernel<D>, p, counter, stream);
+  return LaunchPersistent<ForwardShared<E, D>>(TreeAttentionForwardKernel<E, D>, p, counter,
+                                               stream);
 }
 
 }  // namespace
 
 cudaError_t LaunchTileForward(const TreeAttentionArgs& args, int* counter, cudaStream_t stream) {
-  if (args.shape.head_dim == 64) return Launch<64>(args, counter, stream);
-  if (args.shape.head_dim == 128) return Launch<128>(args, counter, stream);
-  if (args.shape.head_dim == 256) return Launch<256>(args, counter, stream);
-  return cudaErrorNotSupported;
+  return ForElement(args.shape.dtype, [&](auto element) {
+    using E = decltype(element);
+    if (args.shape.head_dim == 64) return Launch<E, 64>(args, counter, stream);
+    if (args.shape.head_dim == 128) return Launch<E, 128>(args, counter, stream);
+    if (args.shape.head_dim == 256) return Launch<E, 256>(args, counter, stream);
+    return cudaErrorNotSupported;
+  });
 }
 
 }  // namespace coppice::cuda

@@ -16,20 +16,20 @@ namespace {
 // + dO 16) = 192 KB. Traffic: 32 KB per 64 x 128 tile pair for 8.4 MFLOP, 256 FLOP per L2 byte.
 constexpr int kKeyStages = 4;
 
-template <int D>
+template <typename E, int D>
 struct KeysShared {
-  alignas(1024) Bf16 k[kKeyTile * D];
-  alignas(1024) Bf16 v[kKeyTile * D];
-  alignas(1024) Bf16 q[kKeyStages][kColumns * D];
-  alignas(1024) Bf16 dout[kKeyStages][kColumns * D];
+  alignas(1024) E k[kKeyTile * D];
+  alignas(1024) E v[kKeyTile * D];
+  alignas(1024) E q[kKeyStages][kColumns * D];
+  alignas(1024) E dout[kKeyStages][kColumns * D];
   alignas(16) float lse[kKeyStages][kColumns];
   alignas(16) float delta[kKeyStages][kColumns];
   KeysWork work;
   Barrier kv_full, kv_empty, full[kKeyStages], empty[kKeyStages];
 };
 
-template <int D>
-__device__ void Produce(const KeysParameters& p, KeysShared<D>& s) {
+template <typename E, int D>
+__device__ void Produce(const KeysParameters& p, KeysShared<E, D>& s) {
   Ring<1> items;
   Ring<kKeyStages> ring;
   for (int item, next = atomicAdd(p.counter, 1);; items.Advance()) {
@@ -62,8 +62,8 @@ __device__ void Produce(const KeysParameters& p, KeysShared<D>& s) {
   s.kv_full.Arrive();
 }
 
-template <int D, bool kStore, bool kContext>
-__device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
+template <bool kStore, bool kContext, typename E, int D>
+__device__ void Consume(const KeysParameters& p, KeysShared<E, D>& s, int group) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int thread = threadIdx.x - 128;  // of the consumers
   const float scale_log2 = p.scale * kLog2e;
@@ -88,31 +88,31 @@ __device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
       const int stage = ring.stage;
       s.full[stage].Wait(ring.phase);
       float scores[kColumns / 2], dp[kColumns / 2];
-      MultiplyAbt<Bf16, D, kKeyTile>(scores, k, ColumnsAreK(s.q[stage]));
+      MultiplyAbt<E, D, kKeyTile>(scores, k, ColumnsAreK(s.q[stage]));
       WgmmaWait<1>();  // dV and dK of the step before: frees their operands and their stage
       Pin(dk), Pin(dv);
       if (at.step > 0) Release(s.empty[(stage + kKeyStages - 1) % kKeyStages]);
-      MultiplyAbt<Bf16, D, kKeyTile>(dp, v, ColumnsAreK(s.dout[stage]));
+      MultiplyAbt<E, D, kKeyTile>(dp, v, ColumnsAreK(s.dout[stage]));
       turns.Pass();
       WgmmaWait<1>();  // S^T
       Pin(scores);
       ColumnProbabilities(scores, s.lse[stage], scale_log2);
       if (at.partial()) MaskColumns(scores, at.query_tile * kColumns, keys);
       uint32_t p_operand[kColumns / 4], ds_operand[kColumns / 4];
-      PackOperand<Bf16>(p_operand, scores);
-      MultiplyAdd<Bf16, kColumns>(dv, p_operand, RowsAreK(s.dout[stage], kColumns));
+      PackOperand<E>(p_operand, scores);
+      MultiplyAdd<E, kColumns>(dv, p_operand, RowsAreK(s.dout[stage], kColumns));
       WgmmaWait<1>();  // dP^T
       Pin(dp);
       ColumnGradients(dp, scores, s.delta[stage]);
-      PackOperand<Bf16>(ds_operand, dp);
+      PackOperand<E>(ds_operand, dp);
       if constexpr (kStore) {
         const int heads = p.order.kv_heads * p.group_size;  // of this pass
         const int head = (work.head - p.first_kv_head) * p.group_size + at.in_group;
         const size_t image = size_t(at.run.image + at.query_tile) * heads + head;
-        StoreImage(p.ds + image * kImage, group, ds_operand);
+        StoreImage(static_cast<E*>(p.ds) + image * kImage, group, ds_operand);
       }
       turns.Take();
-      MultiplyAdd<Bf16, kColumns>(dk, ds_operand, RowsAreK(s.q[stage], kColumns));
+      MultiplyAdd<E, kColumns>(dk, ds_operand, RowsAreK(s.q[stage], kColumns));
       if (at.Advance(p)) keys = SpansOf<kContext>(p, work.tile, key, at.run);
     }
     turns.Pass();
@@ -122,8 +122,9 @@ __device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
 
     if (kContext && work.tile < 0) {
       if (p.d_context_k) {
-        AddToPages<D>(p, p.d_context_k, work.tile, key, work.head, 0, dk, p.scale);
-        AddToPages<D>(p, p.d_context_v, work.tile, key, work.head, 0, dv, 1.f);
+        AddToPages<D>(p, p.d_context_k, work.tile, key, work.head, 0, dk,
+                      p.scale * kBackwardUnit<E>);
+        AddToPages<D>(p, p.d_context_v, work.tile, key, work.head, 0, dv, kBackwardUnit<E>);
       }
       NamedSync(1 + group, 128);
       s.kv_empty.Arrive();
@@ -142,8 +143,9 @@ __device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
     // Each warpgroup read only its own rows of K and V, so it may overwrite them.
     const int row0 = work.tile * kKeyTile + group * 64;
     NamedSync(1 + group, 128);
-    StoreAccumulators<kKeyTile>(s.k, group * 64, dk, p.scale, p.scale);
-    StoreAccumulators<kKeyTile>(s.v, group * 64, dv, 1.f, 1.f);
+    StoreAccumulators<kKeyTile>(s.k, group * 64, dk, p.scale * kBackwardUnit<E>,
+                                p.scale * kBackwardUnit<E>);
+    StoreAccumulators<kKeyTile>(s.v, group * 64, dv, kBackwardUnit<E>, kBackwardUnit<E>);
     FenceAsyncShared();
     NamedSync(1 + group, 128);
     if (threadIdx.x % 128 == 0) {
@@ -157,11 +159,11 @@ __device__ void Consume(const KeysParameters& p, KeysShared<D>& s, int group) {
   turns.End();
 }
 
-template <int D, bool kStore, bool kContext>
+template <typename E, int D, bool kStore, bool kContext>
 __global__ void __launch_bounds__(kThreads, 1)
     TreeAttentionKeysKernel(const __grid_constant__ KeysParameters p) {
   extern __shared__ __align__(1024) unsigned char raw[];
-  auto& s = *reinterpret_cast<KeysShared<D>*>(raw);
+  auto& s = *reinterpret_cast<KeysShared<E, D>*>(raw);
   if (threadIdx.x == 0) {
     s.kv_full.Init(1), s.kv_empty.Init(kConsumerThreads);
     for (int i = 0; i < kKeyStages; ++i) s.full[i].Init(1), s.empty[i].Init(kConsumerWarps);
@@ -174,30 +176,34 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (threadIdx.x == 0) Produce(p, s);
   } else {
     TakeRegisters<kConsumerRegisters<24>>();
-    Consume<D, kStore, kContext>(p, s, group - 1);
+    Consume<kStore, kContext>(p, s, group - 1);
   }
 }
 
-template <int D>
+template <typename E, int D>
 cudaError_t LaunchKeys(const BackwardPass& b, cudaStream_t stream) {
   KeysParameters p{};
   if (auto e = MakeKeysParameters(p, b, kKeyTile)) return e;
   p.order = {b.args->schedule.num_key_work, b.num_kv_heads, 1, 0};
   const bool context = b.args->schedule.num_context_tiles > 0;
-  const auto kernel = b.ds      ? context ? TreeAttentionKeysKernel<D, true, true>
-                                          : TreeAttentionKeysKernel<D, true, false>
-                           : context ? TreeAttentionKeysKernel<D, false, true>
-                                : TreeAttentionKeysKernel<D, false, false>;
-  return LaunchPersistent<KeysShared<D>>(kernel, p, b.counters, stream);
+  const auto kernel = b.ds      ? context ? TreeAttentionKeysKernel<E, D, true, true>
+                                          : TreeAttentionKeysKernel<E, D, true, false>
+                           : context ? TreeAttentionKeysKernel<E, D, false, true>
+                                : TreeAttentionKeysKernel<E, D, false, false>;
+  return LaunchPersistent<KeysShared<E, D>>(kernel, p, b.counters, stream);
 }
 
 }  // namespace
 
 cudaError_t LaunchBackwardKeys(const BackwardPass& pass, cudaStream_t stream) {
-  if (pass.args->shape.head_dim == 64) return LaunchKeys<64>(pass, stream);
-  if (pass.args->shape.head_dim == 128) return LaunchKeys<128>(pass, stream);
-  if (pass.args->shape.head_dim == 256) return LaunchWideBackwardKeys(pass, stream);
-  return cudaErrorNotSupported;
+  const AttentionShape& shape = pass.args->shape;
+  if (shape.head_dim == 256) return LaunchWideBackwardKeys(pass, stream);
+  return ForElement(shape.dtype, [&](auto element) {
+    using E = decltype(element);
+    if (shape.head_dim == 64) return LaunchKeys<E, 64>(pass, stream);
+    if (shape.head_dim == 128) return LaunchKeys<E, 128>(pass, stream);
+    return cudaErrorNotSupported;
+  });
 }
 
 }  // namespace coppice::cuda

@@ -46,12 +46,12 @@ struct StepKeys {
   int first_key, row_begin, row_end;
 };
 
-template <int D>
+template <typename E, int D>
 struct RecomputeShared {
-  alignas(1024) Bf16 q[kQueryTile * D];
-  alignas(1024) Bf16 dout[kQueryTile * D];
-  alignas(1024) Bf16 k[kStages][kStepKeys<D> * D];
-  alignas(1024) Bf16 v[kValueStages<D>][kStepKeys<D> * D];
+  alignas(1024) E q[kQueryTile * D];
+  alignas(1024) E dout[kQueryTile * D];
+  alignas(1024) E k[kStages][kStepKeys<D> * D];
+  alignas(1024) E v[kValueStages<D>][kStepKeys<D> * D];
   alignas(16) float lse[kQueryTile];
   alignas(16) float delta[kQueryTile];
   alignas(16) int end[kStages][kStepKeys<D>];
@@ -61,8 +61,8 @@ struct RecomputeShared {
   Barrier v_full[kValueStages<D>], v_empty[kValueStages<D>];
 };
 
-template <int D>
-__device__ void Produce(const RecomputeParameters& p, RecomputeShared<D>& s) {
+template <typename E, int D>
+__device__ void Produce(const RecomputeParameters& p, RecomputeShared<E, D>& s) {
   constexpr int kKeys = kStepKeys<D>;
   Ring<1> items;
   Ring<kStages> ring;
@@ -128,8 +128,8 @@ __device__ __forceinline__ void Mask(float (&x)[kCount], int row, const StepKeys
   }
 }
 
-template <int D>
-__device__ void Consume(const RecomputeParameters& p, RecomputeShared<D>& s, int group) {
+template <typename E, int D>
+__device__ void Consume(const RecomputeParameters& p, RecomputeShared<E, D>& s, int group) {
   constexpr int kKeys = kStepKeys<D>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const int local_row = group * 64 + warp * 16 + lane / 4;
@@ -157,12 +157,12 @@ __device__ void Consume(const RecomputeParameters& p, RecomputeShared<D>& s, int
       float scores[kKeys / 2], dp[kKeys / 2];
       const StepKeys keys = KeysOf<D>(p, work, i);
       s.k_full[stage].Wait(ring.phase);
-      MultiplyAbt<Bf16, D, kQueryTile>(scores, q, ColumnsAreK(s.k[stage]));
+      MultiplyAbt<E, D, kQueryTile>(scores, q, ColumnsAreK(s.k[stage]));
       WgmmaWait<1>();  // dQ of the step before: frees its operand and its K
       Pin(dq);
       if (i > 0) Release(s.k_empty[(stage + kStages - 1) % kStages]);
       s.v_full[value_stage].Wait(value_ring.phase);
-      MultiplyAbt<Bf16, D, kQueryTile>(dp, dout, ColumnsAreK(s.v[value_stage]));
+      MultiplyAbt<E, D, kQueryTile>(dp, dout, ColumnsAreK(s.v[value_stage]));
       WgmmaWait<1>();  // S
       Pin(scores);
 #pragma unroll
@@ -174,8 +174,8 @@ __device__ void Consume(const RecomputeParameters& p, RecomputeShared<D>& s, int
 #pragma unroll
       for (int j = 0; j < kKeys / 2; ++j) dp[j] = scores[j] * (dp[j] - delta[j / 2 % 2]);
       uint32_t ds_operand[kKeys / 4];
-      PackOperand<Bf16>(ds_operand, dp);
-      MultiplyAdd<Bf16, kKeys>(dq, ds_operand, RowsAreK(s.k[stage], kKeys));
+      PackOperand<E>(ds_operand, dp);
+      MultiplyAdd<E, kKeys>(dq, ds_operand, RowsAreK(s.k[stage], kKeys));
     }
     WgmmaWait<0>();
     Pin(dq);
@@ -186,7 +186,7 @@ __device__ void Consume(const RecomputeParameters& p, RecomputeShared<D>& s, int
 #pragma unroll
     for (int part = 0; part < kParts<D>; ++part)
       StoreAccumulators<kQueryTile>(s.q + part * kWidth<D> * kQueryTile, group * 64, dq[part],
-                                    p.scale, p.scale);
+                                    p.scale * kBackwardUnit<E>, p.scale * kBackwardUnit<E>);
     FenceAsyncShared();
     NamedSync(1 + group, 128);
     if (threadIdx.x % 128 == 0) {
@@ -199,11 +199,11 @@ __device__ void Consume(const RecomputeParameters& p, RecomputeShared<D>& s, int
   }
 }
 
-template <int D>
+template <typename E, int D>
 __global__ void __launch_bounds__(kThreads, 1)
     TreeAttentionQueriesKernel(const __grid_constant__ RecomputeParameters p) {
   extern __shared__ __align__(1024) unsigned char raw[];
-  auto& s = *reinterpret_cast<RecomputeShared<D>*>(raw);
+  auto& s = *reinterpret_cast<RecomputeShared<E, D>*>(raw);
   if (threadIdx.x == 0) {
     s.q_full.Init(1), s.q_empty.Init(kConsumerThreads);
     for (int i = 0; i < kStages; ++i) {
@@ -223,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <int D>
+template <typename E, int D>
 cudaError_t LaunchRecompute(const BackwardPass& b, cudaStream_t stream) {
   const TreeAttentionBackwardArgs& a = *b.args;
   const AttentionShape& shape = a.shape;
@@ -248,17 +248,22 @@ cudaError_t LaunchRecompute(const BackwardPass& b, cudaStream_t stream) {
   p.first_kv_head = b.first_kv_head;
   p.order = BackwardOrder(a.schedule, b.num_kv_heads, p.group_size);
   p.scale = shape.scale;
-  return LaunchPersistent<RecomputeShared<D>>(TreeAttentionQueriesKernel<D>, p, p.counter, stream);
+  return LaunchPersistent<RecomputeShared<E, D>>(TreeAttentionQueriesKernel<E, D>, p, p.counter,
+                                                 stream);
 }
 
 }  // namespace
 
 cudaError_t LaunchBackwardQueries(const BackwardPass& pass, cudaStream_t stream) {
   if (pass.ds) return LaunchStoredQueries(pass, stream);
-  if (pass.args->shape.head_dim == 64) return LaunchRecompute<64>(pass, stream);
-  if (pass.args->shape.head_dim == 128) return LaunchRecompute<128>(pass, stream);
-  if (pass.args->shape.head_dim == 256) return LaunchRecompute<256>(pass, stream);
-  return cudaErrorNotSupported;
+  const AttentionShape& shape = pass.args->shape;
+  return ForElement(shape.dtype, [&](auto element) {
+    using E = decltype(element);
+    if (shape.head_dim == 64) return LaunchRecompute<E, 64>(pass, stream);
+    if (shape.head_dim == 128) return LaunchRecompute<E, 128>(pass, stream);
+    if (shape.head_dim == 256) return LaunchRecompute<E, 256>(pass, stream);
+    return cudaErrorNotSupported;
+  });
 }
 
 }  // namespace coppice::cuda

@@ -28,8 +28,8 @@ struct StoredParameters {
   CUtensorMap k, dq;
   CUtensorMap context_k;  // of the gathered context
   AttentionSchedule schedule;
-  ItemOrder order;  // its heads are parts of the columns of pairs of heads
-  const Bf16* ds;
+  ItemOrder order;     // its heads are parts of the columns of pairs of heads
+  const uint16_t* ds;  // images of E
   int* counter;
   int first_kv_head, group_size, pairs;  // pairs per KV head
   float scale;
@@ -39,17 +39,17 @@ struct StoredWork {
   int tile, head, heads, column, steps;  // steps < 0: no more work
 };
 
-template <int D>
+template <typename E, int D>
 struct StoredShared {
-  alignas(1024) Bf16 k[kStages][kStepKeys * kWidth<D>];
-  alignas(1024) Bf16 ds[kStages][kHalves][kHeads][kStepImage];
-  alignas(1024) Bf16 staging[kHeads][kColumns * kWidth<D>];
+  alignas(1024) E k[kStages][kStepKeys * kWidth<D>];
+  alignas(1024) E ds[kStages][kHalves][kHeads][kStepImage];
+  alignas(1024) E staging[kHeads][kColumns * kWidth<D>];
   StoredWork work;
   Barrier work_full, work_empty, full[kStages], empty[kStages];
 };
 
-template <int D>
-__device__ void Produce(const StoredParameters& p, StoredShared<D>& s) {
+template <typename E, int D>
+__device__ void Produce(const StoredParameters& p, StoredShared<E, D>& s) {
   const int all_heads = p.order.kv_heads * p.group_size;  // of this pass
   Ring<1> items;
   Ring<kStages> ring;
@@ -88,8 +88,8 @@ __device__ void Produce(const StoredParameters& p, StoredShared<D>& s) {
   s.work_full.Arrive();
 }
 
-template <int D>
-__device__ void Consume(const StoredParameters& p, StoredShared<D>& s, int group) {
+template <typename E, int D>
+__device__ void Consume(const StoredParameters& p, StoredShared<E, D>& s, int group) {
   Ring<1> items;
   Ring<kStages> ring;
   for (;; items.Advance()) {
@@ -104,8 +104,8 @@ __device__ void Consume(const StoredParameters& p, StoredShared<D>& s, int group
       s.full[stage].Wait(ring.phase);
       const uint64_t k = RowsAreK(s.k[stage], kStepKeys);
       WgmmaFence();
-      MultiplyAddAtb<Bf16, kStepKeys>(dq[0], CoreRowsAreK(s.ds[stage][0][group]), k);
-      MultiplyAddAtb<Bf16, kStepKeys>(dq[1], CoreRowsAreK(s.ds[stage][1][group]), k);
+      MultiplyAddAtb<E, kStepKeys>(dq[0], CoreRowsAreK(s.ds[stage][0][group]), k);
+      MultiplyAddAtb<E, kStepKeys>(dq[1], CoreRowsAreK(s.ds[stage][1][group]), k);
       WgmmaCommit();
       WgmmaWait<1>();  // the step before
       if (i > 0) Release(s.empty[(stage + kStages - 1) % kStages]);
@@ -119,7 +119,8 @@ __device__ void Consume(const StoredParameters& p, StoredShared<D>& s, int group
     for (int half = 0; half < kHalves; ++half) {
       if (threadIdx.x % 128 == 0) WaitStoresRead();
       NamedSync(1 + group, 128);
-      StoreAccumulators<kColumns>(s.staging[group], 0, dq[half], p.scale, p.scale);
+      StoreAccumulators<kColumns>(s.staging[group], 0, dq[half], p.scale * kBackwardUnit<E>,
+                                  p.scale * kBackwardUnit<E>);
       FenceAsyncShared();
       NamedSync(1 + group, 128);
       if (threadIdx.x % 128 == 0) {
@@ -132,11 +133,11 @@ __device__ void Consume(const StoredParameters& p, StoredShared<D>& s, int group
   if (threadIdx.x % 128 == 0) WaitStoresRead();
 }
 
-template <int D>
+template <typename E, int D>
 __global__ void __launch_bounds__(kThreads, 1)
     TreeAttentionStoredQueriesKernel(const __grid_constant__ StoredParameters p) {
   extern __shared__ __align__(1024) unsigned char raw[];
-  auto& s = *reinterpret_cast<StoredShared<D>*>(raw);
+  auto& s = *reinterpret_cast<StoredShared<E, D>*>(raw);
   if (threadIdx.x == 0) {
     s.work_full.Init(1), s.work_empty.Init(kConsumerThreads);
     for (int i = 0; i < kStages; ++i) s.full[i].Init(1), s.empty[i].Init(kConsumerWarps);
@@ -153,7 +154,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <int D>
+template <typename E, int D>
 cudaError_t LaunchStored(const BackwardPass& b, cudaStream_t stream) {
   const TreeAttentionBackwardArgs& a = *b.args;
   const AttentionShape& shape = a.shape;
@@ -164,24 +165,28 @@ cudaError_t LaunchStored(const BackwardPass& b, cudaStream_t stream) {
     if (auto e = MakeMap(p.context_k, GatheredContext(b, b.context_k), kStepKeys)) return e;
   }
   p.schedule = a.schedule;
-  p.ds = static_cast<const Bf16*>(b.ds);
+  p.ds = static_cast<const uint16_t*>(b.ds);
   p.counter = b.counters + 1;
   p.group_size = shape.q_heads / shape.kv_heads;
   p.pairs = (p.group_size + kHeads - 1) / kHeads;
   p.first_kv_head = b.first_kv_head;
   p.order = BackwardOrder(a.schedule, b.num_kv_heads, p.pairs * kParts<D>);
   p.scale = shape.scale;
-  return LaunchPersistent<StoredShared<D>>(TreeAttentionStoredQueriesKernel<D>, p, p.counter,
-                                           stream);
+  return LaunchPersistent<StoredShared<E, D>>(TreeAttentionStoredQueriesKernel<E, D>, p, p.counter,
+                                              stream);
 }
 
 }  // namespace
 
 cudaError_t LaunchStoredQueries(const BackwardPass& pass, cudaStream_t stream) {
-  if (pass.args->shape.head_dim == 64) return LaunchStored<64>(pass, stream);
-  if (pass.args->shape.head_dim == 128) return LaunchStored<128>(pass, stream);
-  if (pass.args->shape.head_dim == 256) return LaunchStored<256>(pass, stream);
-  return cudaErrorNotSupported;
+  const AttentionShape& shape = pass.args->shape;
+  return ForElement(shape.dtype, [&](auto element) {
+    using E = decltype(element);
+    if (shape.head_dim == 64) return LaunchStored<E, 64>(pass, stream);
+    if (shape.head_dim == 128) return LaunchStored<E, 128>(pass, stream);
+    if (shape.head_dim == 256) return LaunchStored<E, 256>(pass, stream);
+    return cudaErrorNotSupported;
+  });
 }
 
 }  // namespace coppice::cuda

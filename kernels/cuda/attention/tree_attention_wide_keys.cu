@@ -25,11 +25,12 @@ constexpr int kBothWarps = 8;
 // wait.
 constexpr int kPFull = 3, kPEmpty = kPFull + kStages;
 
+template <typename E>
 struct WideShared {
-  alignas(1024) Bf16 k[kKeys * D];
-  alignas(1024) Bf16 v[kKeys * D];
-  alignas(1024) Bf16 q[kStages][kColumns * D];
-  alignas(1024) Bf16 dout[kStages][kColumns * D];
+  alignas(1024) E k[kKeys * D];
+  alignas(1024) E v[kKeys * D];
+  alignas(1024) E q[kStages][kColumns * D];
+  alignas(1024) E dout[kStages][kColumns * D];
   alignas(16) uint32_t p[kStages][kPackedP];  // word w of thread t at [w * 128 + t]
   alignas(16) float lse[kStages][kColumns];
   alignas(16) float delta[kStages][kColumns];
@@ -38,7 +39,8 @@ struct WideShared {
   Barrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
 };
 
-__device__ void Produce(const KeysParameters& p, WideShared& s) {
+template <typename E>
+__device__ void Produce(const KeysParameters& p, WideShared<E>& s) {
   Ring<1> items;
   Ring<kStages> ring;
   for (int item, next = atomicAdd(p.counter, 1);; items.Advance()) {
@@ -81,9 +83,10 @@ __device__ __forceinline__ float* ShareOf(const KeysParameters& p, const KeysWor
 
 // Stores the accumulators of an item: rows of `map` by way of `staged`, the tile that only this
 // warpgroup read, or += into the pages.
-__device__ void Finish(const KeysParameters& p, WideShared& s, const KeysWork& work, int key,
+template <typename E>
+__device__ void Finish(const KeysParameters& p, WideShared<E>& s, const KeysWork& work, int key,
                        float (&d)[kParts][kPart / 2], float factor, const CUtensorMap& map,
-                       Bf16* staged, float* pages, int share) {
+                       E* staged, float* pages, int share) {
   const int barrier = 1 + share;
   if (work.tile < 0) {
     if (pages) {
@@ -122,7 +125,8 @@ __device__ void Finish(const KeysParameters& p, WideShared& s, const KeysWork& w
 }
 
 // P and dV.
-__device__ void ConsumeValues(const KeysParameters& p, WideShared& s) {
+template <typename E>
+__device__ void ConsumeValues(const KeysParameters& p, WideShared<E>& s) {
   const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
   const float scale_log2 = p.scale * kLog2e;
   const uint64_t k = ColumnsAreK(s.k);
@@ -141,7 +145,7 @@ __device__ void ConsumeValues(const KeysParameters& p, WideShared& s) {
       const int stage = ring.stage;
       float scores[kColumns / 2];
       s.q_full[stage].Wait(ring.phase);
-      MultiplyAbt<Bf16, D, kKeys>(scores, k, ColumnsAreK(s.q[stage]));
+      MultiplyAbt<E, D, kKeys>(scores, k, ColumnsAreK(s.q[stage]));
       WgmmaWait<1>();  // dV of the step before: frees its operand and its dO
       Pin(dv);
       if (at.step > 0) Release(s.dout_empty[(stage + kStages - 1) % kStages]);
@@ -152,26 +156,26 @@ __device__ void ConsumeValues(const KeysParameters& p, WideShared& s) {
       Release(s.q_empty[stage]);
       if (at.partial()) MaskColumns(scores, at.query_tile * kColumns, keys);
       uint32_t p_operand[kWords];
-      PackOperand<Bf16>(p_operand, scores);
+      PackOperand<E>(p_operand, scores);
       NamedSync(kPEmpty + stage, kConsumerThreads);
 #pragma unroll
       for (int i = 0; i < kWords; ++i) s.p[stage][i * 128 + thread] = p_operand[i];
       NamedArrive(kPFull + stage, kConsumerThreads);
       s.dout_full[stage].Wait(ring.phase);
-      MultiplyAdd<Bf16, kColumns>(dv, p_operand, RowsAreK(s.dout[stage], kColumns));
+      MultiplyAdd<E, kColumns>(dv, p_operand, RowsAreK(s.dout[stage], kColumns));
       if (at.Advance(p)) keys = SpansOf<true>(p, work.tile, key, at.run);
     }
     WgmmaWait<0>();
     Pin(dv);
     if (work.steps > 0) Release(s.dout_empty[(ring.stage + kStages - 1) % kStages]);
-    Finish(p, s, work, key, dv, 1.f, p.dv, s.k, p.d_context_v, 1);
+    Finish(p, s, work, key, dv, kBackwardUnit<E>, p.dv, s.k, p.d_context_v, 1);
   }
   for (int i = 0; i < kStages; ++i) NamedSync(kPEmpty + i, kConsumerThreads);  // leave none open
 }
 
 // dS and dK.
-template <bool kStore>
-__device__ void ConsumeKeys(const KeysParameters& p, WideShared& s) {
+template <bool kStore, typename E>
+__device__ void ConsumeKeys(const KeysParameters& p, WideShared<E>& s) {
   const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
   const uint64_t v = ColumnsAreK(s.v);
   for (int i = 0; i < kStages; ++i) NamedArrive(kPEmpty + i, kConsumerThreads);
@@ -188,7 +192,7 @@ __device__ void ConsumeKeys(const KeysParameters& p, WideShared& s) {
       const int stage = ring.stage;
       float dp[kColumns / 2];
       s.dout_full[stage].Wait(ring.phase);
-      MultiplyAbt<Bf16, D, kKeys>(dp, v, ColumnsAreK(s.dout[stage]));
+      MultiplyAbt<E, D, kKeys>(dp, v, ColumnsAreK(s.dout[stage]));
       WgmmaWait<1>();  // dK of the step before: frees its operand and its Q
       Pin(dk);
       if (at.step > 0) Release(s.q_empty[(stage + kStages - 1) % kStages]);
@@ -196,9 +200,8 @@ __device__ void ConsumeKeys(const KeysParameters& p, WideShared& s) {
       float probability[kColumns / 2];
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
-        const uint32_t word = s.p[stage][i * 128 + thread];
-        probability[2 * i] = __uint_as_float(word << 16);
-        probability[2 * i + 1] = __uint_as_float(word & 0xffff0000u);
+        const float2 pair = Pair<E>(s.p[stage][i * 128 + thread]);
+        probability[2 * i] = pair.x, probability[2 * i + 1] = pair.y;
       }
       NamedArrive(kPEmpty + stage, kConsumerThreads);
       WgmmaWait<0>();  // dP^T
@@ -207,29 +210,29 @@ __device__ void ConsumeKeys(const KeysParameters& p, WideShared& s) {
       __syncwarp();
       Release(s.dout_empty[stage]);
       uint32_t ds_operand[kWords];
-      PackOperand<Bf16>(ds_operand, dp);
+      PackOperand<E>(ds_operand, dp);
       s.q_full[stage].Wait(ring.phase);
-      MultiplyAdd<Bf16, kColumns>(dk, ds_operand, RowsAreK(s.q[stage], kColumns));
+      MultiplyAdd<E, kColumns>(dk, ds_operand, RowsAreK(s.q[stage], kColumns));
       if constexpr (kStore) {
         const int heads = p.order.kv_heads * p.group_size;  // of this pass
         const int head = (work.head - p.first_kv_head) * p.group_size + at.in_group;
         const size_t image = size_t(at.run.image + at.query_tile) * heads + head;
-        StoreImage(p.ds + image * kImage, work.half, ds_operand);
+        StoreImage(static_cast<E*>(p.ds) + image * kImage, work.half, ds_operand);
       }
     }
     WgmmaWait<0>();
     Pin(dk);
     if (work.steps > 0) Release(s.q_empty[(ring.stage + kStages - 1) % kStages]);
     const int key = work.half * kKeys + warp * 16 + lane / 4;
-    Finish(p, s, work, key, dk, p.scale, p.dk, s.v, p.d_context_k, 0);
+    Finish(p, s, work, key, dk, p.scale * kBackwardUnit<E>, p.dk, s.v, p.d_context_k, 0);
   }
 }
 
-template <bool kStore>
+template <typename E, bool kStore>
 __global__ void __launch_bounds__(kThreads, 1)
     TreeAttentionWideKeysKernel(const __grid_constant__ KeysParameters p) {
   extern __shared__ __align__(1024) unsigned char raw[];
-  auto& s = *reinterpret_cast<WideShared*>(raw);
+  auto& s = *reinterpret_cast<WideShared<E>*>(raw);
   if (threadIdx.x == 0) {
     s.kv_full.Init(1), s.kv_empty.Init(kConsumerThreads);
     for (int i = 0; i < kStages; ++i) {
@@ -259,9 +262,12 @@ cudaError_t LaunchWideBackwardKeys(const BackwardPass& pass, cudaStream_t stream
   KeysParameters p{};
   if (auto e = MakeKeysParameters(p, pass, kKeys)) return e;
   p.order = {pass.args->schedule.num_key_work, pass.num_kv_heads, 2, 0};  // halves of a tile
-  const auto kernel =
-      pass.ds ? TreeAttentionWideKeysKernel<true> : TreeAttentionWideKeysKernel<false>;
-  return LaunchPersistent<WideShared>(kernel, p, pass.counters, stream);
+  return ForElement(pass.args->shape.dtype, [&](auto element) {
+    using E = decltype(element);
+    const auto kernel =
+        pass.ds ? TreeAttentionWideKeysKernel<E, true> : TreeAttentionWideKeysKernel<E, false>;
+    return LaunchPersistent<WideShared<E>>(kernel, p, pass.counters, stream);
+  });
 }
 
 }  // namespace coppice::cuda
