@@ -62,6 +62,8 @@ inline constexpr double kNearTieFraction = 0.05;
 // bf16 attention on CUDA against fp32, ||out - want|| / ||want|| per tensor: P, dS and the outputs
 // are rounded to bf16 (2^-9 relative each).
 inline constexpr double kBf16Attention = 1e-2;
+// The same in f16, which rounds to 2^-12: an eighth, rounded up for what it holds as subnormals.
+inline constexpr double kF16Attention = 1.5e-3;
 
 // Log-probs of a real model in bf16 against fp32 with the same weights, mean of the absolute
 // difference: what an importance ratio bears. Measured 8.4e-3.

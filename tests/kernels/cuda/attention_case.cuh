@@ -16,8 +16,6 @@
 
 namespace coppice::cuda {
 
-using Bf16 = __nv_bfloat16;
-
 inline void Must(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   std::printf("%s: %s\n", what, cudaGetErrorString(error));
@@ -37,7 +35,7 @@ struct Buffer {
   }
   Buffer(const Buffer&) = delete;
   ~Buffer() { cudaFree(data); }
-  void Poison() { MUST(cudaMemset(data, 0xFF, count * sizeof(T))); }  // NaN in bf16 and f32
+  void Poison() { MUST(cudaMemset(data, 0xFF, count * sizeof(T))); }  // NaN in every type
   std::vector<T> Host() const {
     std::vector<T> out(count);
     MUST(cudaMemcpy(out.data(), data, count * sizeof(T), cudaMemcpyDeviceToHost));
@@ -50,8 +48,10 @@ __device__ inline uint32_t Mix(uint32_t x) {
   return x;
 }
 // Roughly normal, unit variance: the sum of four uniforms. Element (i, c) of [n, width] rows at
-// `stride`.
-__global__ void FillKernel(Bf16* out, int64_t n, int width, int64_t stride, uint32_t seed) {
+// `stride`, times `factor`.
+template <typename E>
+__global__ void FillKernel(E* out, int64_t n, int width, int64_t stride, uint32_t seed,
+                           float factor) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n * width;
        i += int64_t{gridDim.x} * blockDim.x) {
     float sum = 0.f;
@@ -60,17 +60,17 @@ __global__ void FillKernel(Bf16* out, int64_t n, int width, int64_t stride, uint
                  0x1p-32f -
              0.5f;
     }
-    out[i / width * stride + i % width] = __float2bfloat16(sum * 1.7320508f);
+    out[i / width * stride + i % width] = E(sum * 1.7320508f * factor);
   }
 }
 // The same for the listed slots of pages.
-__global__ void FillSlotsKernel(Bf16* pages, const int* slots, int64_t n, int width,
-                                uint32_t seed) {
+template <typename E>
+__global__ void FillSlotsKernel(E* pages, const int* slots, int64_t n, int width, uint32_t seed) {
   for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < n * width;
        i += int64_t{gridDim.x} * blockDim.x) {
     const int64_t at = slots[i / width] * int64_t{width} + i % width;
     const uint32_t x = Mix(static_cast<uint32_t>(at) + Mix(seed));
-    pages[at] = __float2bfloat16((x * 0x1p-32f - 0.5f) * 3.46f);
+    pages[at] = E((x * 0x1p-32f - 0.5f) * 3.46f);
   }
 }
 
@@ -151,11 +151,14 @@ struct Heads {
 inline constexpr float kPagesBefore = 0.25f;  // what the gradients of context are added to
 
 // One batch with its data on the device: q, k, v and their gradients are column slices of merged
-// buffers.
+// buffers. d_out has deviation `unit`.
+template <typename E>
 struct Case {
-  Case(const ops::TokenBatch& b, Heads h, AttentionPlanOptions options, uint32_t seed)
+  Case(const ops::TokenBatch& b, Heads h, AttentionPlanOptions options, uint32_t seed,
+       float unit_of_gradients = 1.f)
       : batch(b),
         heads(h),
+        unit(unit_of_gradients),
         rows(static_cast<int>(b.subtree_end.size())),
         q_width(h.q * h.dim),
         kv_width(h.kv * h.dim),
@@ -173,8 +176,8 @@ struct Case {
     plan = PlanAttention(batch, options);
     words = std::make_unique<Buffer<int32_t>>(plan.words);
     schedule = plan.Bind(words->data);
-    FillKernel<<<1024, 256, 0, nullptr>>>(qkv.data, rows, qkv_width, qkv_width, seed);
-    FillKernel<<<1024, 256, 0, nullptr>>>(d_out.data, rows, q_width, q_width, seed + 1);
+    FillKernel<<<1024, 256, 0, nullptr>>>(qkv.data, rows, qkv_width, qkv_width, seed, 1.f);
+    FillKernel<<<1024, 256, 0, nullptr>>>(d_out.data, rows, q_width, q_width, seed + 1, unit);
     FillContext(seed + 2);
     scratch_bytes = TreeAttentionScratchBytes(schedule, Shape());
     StoreDs(0);
@@ -205,7 +208,7 @@ struct Case {
     const size_t pool = size_t(num_blocks) * batch.block_tokens * kv_width;
     d_pages_k = std::make_unique<Buffer<float>>(pool);
     d_pages_v = std::make_unique<Buffer<float>>(pool);
-    pages_k = std::make_unique<Buffer<Bf16>>(pool), pages_v = std::make_unique<Buffer<Bf16>>(pool);
+    pages_k = std::make_unique<Buffer<E>>(pool), pages_v = std::make_unique<Buffer<E>>(pool);
     pages_k->Poison(), pages_v->Poison();
     context_slots = std::make_unique<Buffer<int32_t>>(slots);
     context_begin = std::make_unique<Buffer<int32_t>>(begin),
@@ -246,11 +249,16 @@ struct Case {
   }
 
   AttentionShape Shape() const {
-    return {rows, heads.q, heads.kv, heads.dim, 1.f / std::sqrt(static_cast<float>(heads.dim))};
+    return {rows,
+            heads.q,
+            heads.kv,
+            heads.dim,
+            1.f / std::sqrt(static_cast<float>(heads.dim)),
+            kIsF16<E> ? DType::kF16 : DType::kBF16};
   }
-  RowMatrix Q(Buffer<Bf16>& b) const { return {b.data, qkv_width}; }
-  RowMatrix K(Buffer<Bf16>& b) const { return {b.data + q_width, qkv_width}; }
-  RowMatrix V(Buffer<Bf16>& b) const { return {b.data + q_width + kv_width, qkv_width}; }
+  RowMatrix Q(Buffer<E>& b) const { return {b.data, qkv_width}; }
+  RowMatrix K(Buffer<E>& b) const { return {b.data + q_width, qkv_width}; }
+  RowMatrix V(Buffer<E>& b) const { return {b.data + q_width + kv_width, qkv_width}; }
   void Poison() {
     d_qkv.Poison(), out.Poison(), lse.Poison(), scratch->Poison();
     if (num_blocks == 0) return;
@@ -295,7 +303,7 @@ struct Case {
                                       backward_bytes};
     MUST(LaunchTreeAttentionBackward(a, nullptr));
   }
-  reference::Problem Reference() {
+  reference::Problem<E> Reference() {
     return {rows,
             heads.q,
             heads.kv,
@@ -315,13 +323,14 @@ struct Case {
 
   ops::TokenBatch batch;
   Heads heads;
+  float unit;
   int rows, q_width, kv_width, qkv_width;
   int64_t out_stride;
-  Buffer<Bf16> qkv, d_qkv, out, d_out;
+  Buffer<E> qkv, d_qkv, out, d_out;
   Buffer<float> lse;
   AttentionPlan plan;
   std::unique_ptr<Buffer<int32_t>> words, context_slots, context_begin, context_end;
-  std::unique_ptr<Buffer<Bf16>> pages_k, pages_v;
+  std::unique_ptr<Buffer<E>> pages_k, pages_v;
   std::unique_ptr<Buffer<float>> d_pages_k, d_pages_v;
   std::vector<int32_t> used_slots;
   std::vector<uint8_t> sees;  // [used slots, rows]

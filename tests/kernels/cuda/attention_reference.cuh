@@ -2,27 +2,28 @@
 // obviously right, not fast.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cstdint>
 
+#include "kernels/cuda/element.cuh"
+
 namespace coppice::cuda::reference {
 
-using Bf16 = __nv_bfloat16;
-
+template <typename E>
 struct Rows {
-  const Bf16* data;
+  const E* data;
   int64_t stride;  // elements between rows
 };
 
+template <typename E>
 struct Problem {
   int rows, q_heads, kv_heads, head_dim;
   float scale;
   const int* subtree_end;
-  Rows q, k, v, d_out;
-  Rows context_k, context_v;  // by slot
-  const int* context_slots;   // row r sees slots [context_begin[r], context_end[r])
+  Rows<E> q, k, v, d_out;
+  Rows<E> context_k, context_v;  // by slot
+  const int* context_slots;      // row r sees slots [context_begin[r], context_end[r])
   const int *context_begin, *context_end;
 };
 
@@ -33,9 +34,10 @@ struct Sample {
 
 inline constexpr int kThreads = 128;
 
-__device__ inline float Dot(const Bf16* a, const Bf16* b, int n) {
+template <typename E>
+__device__ float Dot(const E* a, const E* b, int n) {
   float sum = 0.f;
-  for (int d = 0; d < n; ++d) sum += __bfloat162float(a[d]) * __bfloat162float(b[d]);
+  for (int d = 0; d < n; ++d) sum += static_cast<float>(a[d]) * static_cast<float>(b[d]);
   return sum;
 }
 
@@ -57,12 +59,13 @@ __device__ inline float BlockMax(float x, float* scratch) {
 }
 
 // Candidate j of a row: a context slot, or packed row j - context. Null if the row does not see it.
+template <typename E>
 struct Keys {
-  const Problem& p;
+  const Problem<E>& p;
   int row, kv_head;
   __device__ int Context() const { return p.context_end[row] - p.context_begin[row]; }
   __device__ int Count() const { return Context() + row + 1; }
-  __device__ const Bf16* At(int j, const Rows& packed, const Rows& pages) const {
+  __device__ const E* At(int j, const Rows<E>& packed, const Rows<E>& pages) const {
     if (j < Context()) {
       return pages.data + p.context_slots[p.context_begin[row] + j] * pages.stride +
              kv_head * p.head_dim;
@@ -71,18 +74,19 @@ struct Keys {
     if (k > row || row >= p.subtree_end[k]) return nullptr;
     return packed.data + k * packed.stride + kv_head * p.head_dim;
   }
-  __device__ const Bf16* K(int j) const { return At(j, p.k, p.context_k); }
-  __device__ const Bf16* V(int j) const { return At(j, p.v, p.context_v); }
+  __device__ const E* K(int j) const { return At(j, p.k, p.context_k); }
+  __device__ const E* V(int j) const { return At(j, p.v, p.context_v); }
 };
 
 // out, lse, and with d_out delta and d_q, of sampled query rows. Grid (rows, query heads).
-__global__ void QueryRowsKernel(Problem p, Sample rows, float* out, float* lse, float* delta,
+template <typename E>
+__global__ void QueryRowsKernel(Problem<E> p, Sample rows, float* out, float* lse, float* delta,
                                 float* d_q) {
   __shared__ float scratch[kThreads], weight[kThreads];
   const int row = rows.first + blockIdx.x * rows.stride, head = blockIdx.y, t = threadIdx.x,
             n = p.head_dim;
-  const Keys keys{p, row, head / (p.q_heads / p.kv_heads)};
-  const Bf16* q = p.q.data + row * p.q.stride + head * n;
+  const Keys<E> keys{p, row, head / (p.q_heads / p.kv_heads)};
+  const E* q = p.q.data + row * p.q.stride + head * n;
   const int64_t at = int64_t{blockIdx.x} * p.q_heads + head;
 
   float top = -INFINITY;
@@ -102,17 +106,17 @@ __global__ void QueryRowsKernel(Problem p, Sample rows, float* out, float* lse, 
     __syncthreads();
     for (int d = t, i = 0; d < n; d += kThreads, ++i)
       for (int u = 0; u < kThreads && j0 + u < keys.Count(); ++u)
-        if (keys.V(j0 + u)) output[i] += weight[u] * __bfloat162float(keys.V(j0 + u)[d]);
+        if (keys.V(j0 + u)) output[i] += weight[u] * static_cast<float>(keys.V(j0 + u)[d]);
     __syncthreads();
   }
   for (int d = t, i = 0; d < n; d += kThreads, ++i) out[at * n + d] = output[i];
   if (t == 0) lse[at] = log_sum;
   if (p.d_out.data == nullptr) return;
 
-  const Bf16* d_out = p.d_out.data + row * p.d_out.stride + head * n;
+  const E* d_out = p.d_out.data + row * p.d_out.stride + head * n;
   float product = 0.f;
   for (int d = t, i = 0; d < n; d += kThreads, ++i)
-    product += output[i] * __bfloat162float(d_out[d]);
+    product += output[i] * static_cast<float>(d_out[d]);
   const float row_delta = BlockSum(product, scratch);
   if (t == 0) delta[at] = row_delta;
   for (int j0 = 0; j0 < keys.Count(); j0 += kThreads) {
@@ -125,14 +129,15 @@ __global__ void QueryRowsKernel(Problem p, Sample rows, float* out, float* lse, 
     __syncthreads();
     for (int d = t, i = 0; d < n; d += kThreads, ++i)
       for (int u = 0; u < kThreads && j0 + u < keys.Count(); ++u)
-        if (keys.K(j0 + u)) gradient[i] += weight[u] * __bfloat162float(keys.K(j0 + u)[d]);
+        if (keys.K(j0 + u)) gradient[i] += weight[u] * static_cast<float>(keys.K(j0 + u)[d]);
     __syncthreads();
   }
   for (int d = t, i = 0; d < n; d += kThreads, ++i) d_q[at * n + d] = gradient[i];
 }
 
 // delta = rowsum(out * d_out) of every row from a given out. Grid (rows, query heads), one thread.
-__global__ void RowDeltaKernel(Problem p, Rows out, float* delta) {
+template <typename E>
+__global__ void RowDeltaKernel(Problem<E> p, Rows<E> out, float* delta) {
   const int row = blockIdx.x, head = blockIdx.y, n = p.head_dim;
   delta[int64_t{row} * p.q_heads + head] = Dot(out.data + row * out.stride + head * n,
                                                p.d_out.data + row * p.d_out.stride + head * n, n);
@@ -140,15 +145,15 @@ __global__ void RowDeltaKernel(Problem p, Rows out, float* delta) {
 
 // d_k, d_v of one key of one KV head that query rows [begin, end) with sees(row) see, from lse and
 // delta of every row.
-template <typename Sees>
-__device__ void KeyGradients(const Problem& p, int kv_head, const Bf16* k, const Bf16* v, int begin,
+template <typename E, typename Sees>
+__device__ void KeyGradients(const Problem<E>& p, int kv_head, const E* k, const E* v, int begin,
                              int end, Sees sees, const float* lse, const float* delta, float* d_k,
                              float* d_v) {
   __shared__ float weight_k[kThreads], weight_v[kThreads];
   const int t = threadIdx.x, n = p.head_dim, group = p.q_heads / p.kv_heads;
   float grad_k[2] = {}, grad_v[2] = {};
   for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    const auto at = [&](const Rows& x, int r) { return x.data + r * x.stride + head * n; };
+    const auto at = [&](const Rows<E>& x, int r) { return x.data + r * x.stride + head * n; };
     for (int q0 = begin; q0 < end; q0 += kThreads) {
       const int q = q0 + t;
       weight_k[t] = weight_v[t] = 0.f;
@@ -160,8 +165,8 @@ __device__ void KeyGradients(const Problem& p, int kv_head, const Bf16* k, const
       __syncthreads();
       for (int d = t, i = 0; d < n; d += kThreads, ++i)
         for (int u = 0; u < kThreads && q0 + u < end; ++u) {
-          grad_k[i] += weight_k[u] * __bfloat162float(at(p.q, q0 + u)[d]);
-          grad_v[i] += weight_v[u] * __bfloat162float(at(p.d_out, q0 + u)[d]);
+          grad_k[i] += weight_k[u] * static_cast<float>(at(p.q, q0 + u)[d]);
+          grad_v[i] += weight_v[u] * static_cast<float>(at(p.d_out, q0 + u)[d]);
         }
       __syncthreads();
     }
@@ -172,7 +177,8 @@ __device__ void KeyGradients(const Problem& p, int kv_head, const Bf16* k, const
 }
 
 // d_k, d_v of sampled key rows. Grid (rows, kv heads).
-__global__ void KeyRowsKernel(Problem p, Sample rows, const float* lse, const float* delta,
+template <typename E>
+__global__ void KeyRowsKernel(Problem<E> p, Sample rows, const float* lse, const float* delta,
                               float* d_k, float* d_v) {
   const int row = rows.first + blockIdx.x * rows.stride, column = blockIdx.y * p.head_dim;
   KeyGradients(
@@ -181,7 +187,8 @@ __global__ void KeyRowsKernel(Problem p, Sample rows, const float* lse, const fl
 }
 
 // d_k, d_v of context slots; `sees`: [slots, rows]. Grid (slots, kv heads).
-__global__ void ContextKeysKernel(Problem p, const int* slots, const uint8_t* sees,
+template <typename E>
+__global__ void ContextKeysKernel(Problem<E> p, const int* slots, const uint8_t* sees,
                                   const float* lse, const float* delta, float* d_k, float* d_v) {
   const int64_t slot = slots[blockIdx.x];
   const int column = blockIdx.y * p.head_dim;

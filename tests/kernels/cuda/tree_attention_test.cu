@@ -1,8 +1,9 @@
 // Tree attention on a GPU against the fp32 reference: small batches (every row), the benchmark's
 // shapes (sampled rows), then timings.
-//   tree_attention_test [check] [tiny] [trees] [time] [dualkv] [train] [decode] [part=I/N]
-//   default: check. tiny: a subset for the sanitizers; trees: leaves context out; part: a share
-//   of the cases
+//   tree_attention_test [bf16] [f16] [check] [tiny] [trees] [time] [dualkv] [train] [decode]
+//                       [part=I/N]
+//   default: check, both types. tiny: a subset for the sanitizers; trees: leaves context out; part:
+//   a share of the cases
 // Every case runs on poisoned outputs between guard columns, twice, and compares the two runs bit
 // for bit.
 #include <algorithm>
@@ -18,25 +19,22 @@
 namespace coppice::cuda {
 namespace {
 
-float AsFloat(Bf16 x) { return __bfloat162float(x); }
-float AsFloat(float x) { return x; }
-
 // ||out - want|| / ||want|| over sampled rows, columns [column, column + width) of rows at
 // `stride`; NaN if any element is. A lone token's d_q and d_k are zero, hence the floor: one
-// ten-thousandth of unit-variance elements.
+// ten-thousandth of elements of deviation `unit`.
 template <typename T>
 double RelativeError(const std::vector<T>& out, int64_t stride, int column,
-                     const std::vector<float>& want, int width, reference::Sample rows) {
+                     const std::vector<float>& want, int width, reference::Sample rows,
+                     double unit = 1) {
   double difference = 0, norm = 0;
   for (int r = 0; r < rows.count; ++r) {
     for (int i = 0; i < width; ++i) {
       const double w = want[size_t(r) * width + i];
-      const double d =
-          AsFloat(out[(rows.first + size_t(r) * rows.stride) * stride + column + i]) - w;
+      const double d = float(out[(rows.first + size_t(r) * rows.stride) * stride + column + i]) - w;
       difference += d * d, norm += w * w;
     }
   }
-  return std::sqrt(difference / std::max(norm, 1e-8 * rows.count * width));
+  return std::sqrt(difference / std::max(norm, 1e-8 * unit * unit * rows.count * width));
 }
 
 template <typename T>
@@ -45,7 +43,8 @@ bool SameBits(const std::vector<T>& a, const std::vector<T>& b) {
 }
 
 // The guard columns behind each row of `out` still hold the poison.
-bool GuardsIntact(const std::vector<Bf16>& out, int64_t stride, int width) {
+template <typename E>
+bool GuardsIntact(const std::vector<E>& out, int64_t stride, int width) {
   for (size_t i = 0; i < out.size(); ++i) {
     const auto* bits = reinterpret_cast<const uint16_t*>(&out[i]);
     if (static_cast<int64_t>(i) % stride >= width && *bits != 0xFFFF) return false;
@@ -54,7 +53,9 @@ bool GuardsIntact(const std::vector<Bf16>& out, int64_t stride, int width) {
 }
 
 // The same of gradients that were added to pages, over the slots in use; NaN if another slot moved.
-double PagesError(const Case& c, const std::vector<float>& pages, const std::vector<float>& want) {
+template <typename E>
+double PagesError(const Case<E>& c, const std::vector<float>& pages,
+                  const std::vector<float>& want) {
   std::vector<float> got, rest = pages;
   for (const int32_t slot : c.used_slots) {
     for (int i = 0; i < c.kv_width; ++i) {
@@ -66,7 +67,7 @@ double PagesError(const Case& c, const std::vector<float>& pages, const std::vec
   for (const float value : rest)
     if (value != kPagesBefore) return NAN;
   const int slots = static_cast<int>(c.used_slots.size());
-  return RelativeError(got, c.kv_width, 0, want, c.kv_width, {0, 1, slots});
+  return RelativeError(got, c.kv_width, 0, want, c.kv_width, {0, 1, slots}, c.unit);
 }
 
 int num_failed = 0, num_checked = 0;
@@ -78,38 +79,44 @@ bool IsOurs() {
   return next++ % parts == part;
 }
 
-void Report(const std::string& name, const Case& c, const char* mode,
+template <typename E>
+void Report(const std::string& name, const Case<E>& c, const char* mode,
             const std::vector<double>& errors, bool repeats, bool guards) {
   bool good = repeats && guards;
   std::string text;
   for (double e : errors) {
-    good = good && e < tolerance::kBf16Attention;
+    good = good && e < (kIsF16<E> ? tolerance::kF16Attention : tolerance::kBf16Attention);
     char number[16];
     std::snprintf(number, sizeof number, " %.1e", e);
     text += number;
   }
   ++num_checked, num_failed += !good;
-  std::printf("d%-3d %-26s %-10s rows %6d heads %2d/%d errors%s %s%s%s\n", c.heads.dim,
-              name.c_str(), mode, c.rows, c.heads.q, c.heads.kv, text.c_str(),
+  std::printf("%s d%-3d %-26s %-10s rows %6d heads %2d/%d errors%s %s%s%s\n", Name(c.Shape().dtype),
+              c.heads.dim, name.c_str(), mode, c.rows, c.heads.q, c.heads.kv, text.c_str(),
               repeats ? "repeats" : "DOES NOT REPEAT", guards ? "" : " GUARD OVERWRITTEN",
               good ? "" : "  FAIL");
   std::fflush(stdout);
 }
 
-reference::Sample EveryRow(const Case& c) { return {0, 1, c.rows}; }
-reference::Sample SixteenRows(const Case& c) {
+template <typename E>
+reference::Sample EveryRow(const Case<E>& c) {
+  return {0, 1, c.rows};
+}
+template <typename E>
+reference::Sample SixteenRows(const Case<E>& c) {
   const int stride = std::max(1, c.rows / 16);
   return {stride / 3, stride, std::min(16, c.rows)};
 }
 
-void CheckForward(const std::string& name, Case& c, const char* mode, reference::Sample rows) {
+template <typename E>
+void CheckForward(const std::string& name, Case<E>& c, const char* mode, reference::Sample rows) {
   c.Poison();
   c.Forward();
   MUST(cudaDeviceSynchronize());
   const auto out = c.out.Host();
   const auto lse = c.lse.Host();
   Buffer<float> want_out(size_t(rows.count) * c.q_width), want_lse(size_t(rows.count) * c.heads.q);
-  reference::Problem p = c.Reference();
+  reference::Problem<E> p = c.Reference();
   p.d_out.data = nullptr;
   reference::QueryRowsKernel<<<dim3(rows.count, c.heads.q), reference::kThreads, 0, nullptr>>>(
       p, rows, want_out.data, want_lse.data, nullptr, nullptr);
@@ -124,37 +131,40 @@ void CheckForward(const std::string& name, Case& c, const char* mode, reference:
          GuardsIntact(out, c.out_stride, c.q_width));
 }
 
+template <typename E>
 struct Results {
-  explicit Results(const Case& c) : out(c.out.Host()), grads(c.d_qkv.Host()), lse(c.lse.Host()) {
+  explicit Results(const Case<E>& c) : out(c.out.Host()), grads(c.d_qkv.Host()), lse(c.lse.Host()) {
     if (c.num_blocks > 0) pages_k = c.d_pages_k->Host(), pages_v = c.d_pages_v->Host();
   }
   bool Same(const Results& o) const {
     return SameBits(out, o.out) && SameBits(grads, o.grads) && SameBits(lse, o.lse) &&
            SameBits(pages_k, o.pages_k) && SameBits(pages_v, o.pages_v);
   }
-  std::vector<Bf16> out, grads;
+  std::vector<E> out, grads;
   std::vector<float> lse, pages_k, pages_v;
 };
 
-Results Run(Case& c) {
+template <typename E>
+Results<E> Run(Case<E>& c) {
   c.Poison();
   c.Forward();
   c.Backward();
   MUST(cudaDeviceSynchronize());
-  return Results(c);
+  return Results<E>(c);
 }
 
 // Forward and backward. With context, every row.
-void CheckBoth(const std::string& name, Case& c, reference::Sample rows) {
+template <typename E>
+void CheckBoth(const std::string& name, Case<E>& c, reference::Sample rows) {
   const bool every_row = rows.count == c.rows;
-  const Results got = Run(c);
+  const Results<E> got = Run(c);
   const size_t num_lse = size_t(rows.count) * c.heads.q;
   const auto num_slots = static_cast<int>(c.used_slots.size());
   Buffer<float> want_out(size_t(rows.count) * c.q_width), want_lse(num_lse), want_delta(num_lse),
       want_dq(want_out.count), want_dk(size_t(rows.count) * c.kv_width), want_dv(want_dk.count),
       delta(c.lse.count), want_pages_k(size_t(num_slots) * c.kv_width),
       want_pages_v(want_pages_k.count);
-  const reference::Problem p = c.Reference();
+  const reference::Problem<E> p = c.Reference();
   reference::QueryRowsKernel<<<dim3(rows.count, c.heads.q), reference::kThreads, 0, nullptr>>>(
       p, rows, want_out.data, want_lse.data, want_delta.data, want_dq.data);
   if (!every_row) {
@@ -175,10 +185,10 @@ void CheckBoth(const std::string& name, Case& c, reference::Sample rows) {
   std::vector<double> errors = {
       RelativeError(got.out, c.out_stride, 0, want_out.Host(), c.q_width, rows),
       RelativeError(got.lse, c.heads.q, 0, want_lse.Host(), c.heads.q, rows),
-      RelativeError(got.grads, c.qkv_width, 0, want_dq.Host(), c.q_width, rows),
-      RelativeError(got.grads, c.qkv_width, c.q_width, want_dk.Host(), c.kv_width, rows),
+      RelativeError(got.grads, c.qkv_width, 0, want_dq.Host(), c.q_width, rows, c.unit),
+      RelativeError(got.grads, c.qkv_width, c.q_width, want_dk.Host(), c.kv_width, rows, c.unit),
       RelativeError(got.grads, c.qkv_width, c.q_width + c.kv_width, want_dv.Host(), c.kv_width,
-                    rows)};
+                    rows, c.unit)};
   if (num_slots > 0) {
     errors.push_back(PagesError(c, got.pages_k, want_pages_k.Host()));
     errors.push_back(PagesError(c, got.pages_v, want_pages_v.Host()));
@@ -221,6 +231,7 @@ std::vector<NamedEnds> Trees(bool tiny) {
   return trees;
 }
 
+template <typename E>
 void CheckTrees(bool tiny) {
   uint32_t seed = 1;
   for (const NamedEnds& t : Trees(tiny)) {
@@ -228,15 +239,15 @@ void CheckTrees(bool tiny) {
       if (!IsOurs()) continue;
       const ops::TokenBatch batch = BatchOf(t.ends);
       const Heads heads = {t.q_heads, t.kv_heads, dim};
-      Case chunks(batch, heads, {.tiles = false}, seed += 10);
+      Case<E> chunks(batch, heads, {.tiles = false}, seed += 10);
       CheckForward(t.name, chunks, "chunks", EveryRow(chunks));
       if (!HasTileKernels(dim, 90)) continue;
-      Case tiles(batch, heads, {.tiles = true}, seed);
+      Case<E> tiles(batch, heads, {.tiles = true}, seed);
       for (int stored_heads : {0, 1, t.kv_heads}) {
         tiles.StoreDs(stored_heads);
         CheckBoth(t.name, tiles, EveryRow(tiles));
       }
-      Case rounds(batch, heads, {.tiles = true, .round_images = 7}, seed);
+      Case<E> rounds(batch, heads, {.tiles = true, .round_images = 7}, seed);
       for (int stored_heads : {0, 1, t.kv_heads}) {
         rounds.StoreDs(stored_heads);
         CheckBoth(t.name, rounds, EveryRow(rounds));
@@ -297,29 +308,30 @@ std::vector<NamedBatch> ContextBatches(int32_t block_tokens, bool tiny) {
   return result;
 }
 
+template <typename E>
 void CheckContext(bool tiny) {
   uint32_t seed = 5000;
   for (int32_t block_tokens : {16, 64, 128}) {
     for (const NamedBatch& n : ContextBatches(block_tokens, tiny)) {
       for (const Heads heads : {Heads{9, 3, 64}, Heads{8, 2, 128}, Heads{4, 2, 256}}) {
         if (!IsOurs()) continue;
-        Case chunks(n.batch, heads, {.tiles = false}, seed += 10);
+        Case<E> chunks(n.batch, heads, {.tiles = false}, seed += 10);
         CheckForward(n.name, chunks, "chunks", EveryRow(chunks));
         if (!HasTileKernels(heads.dim, 90)) continue;
-        Case both(n.batch, heads, {.tiles = true}, seed);
+        Case<E> both(n.batch, heads, {.tiles = true}, seed);
         CheckForward(n.name, both, "tiles", EveryRow(both));
         // Gradients of a few keys are differences of rounded numbers that all but cancel.
         for (int stored_heads : {0, 1}) {
           if (both.rows + both.used_slots.size() < 16) break;
           both.StoreDs(stored_heads);
           CheckBoth(n.name, both, EveryRow(both));
-          Case rounds(n.batch, heads, {.tiles = true, .round_images = 5}, seed);
+          Case<E> rounds(n.batch, heads, {.tiles = true, .round_images = 5}, seed);
           rounds.StoreDs(stored_heads);
           CheckBoth(n.name, rounds, EveryRow(rounds));
         }
-        Case invariant(n.batch, heads, {.tiles = true, .batch_invariant = true}, seed);
+        Case<E> invariant(n.batch, heads, {.tiles = true, .batch_invariant = true}, seed);
         CheckForward(n.name, invariant, "invariant", EveryRow(invariant));
-        Case only_tiles(n.batch, heads, {.tiles = true, .max_decode_rows = 0}, seed);
+        Case<E> only_tiles(n.batch, heads, {.tiles = true, .max_decode_rows = 0}, seed);
         CheckForward(n.name, only_tiles, "only tiles", EveryRow(only_tiles));
       }
     }
@@ -328,14 +340,16 @@ void CheckContext(bool tiny) {
 
 // Eight query heads a KV head make an item of eight rows wide; its keys begin at a key tile that is
 // no split, and go on into the next chunk.
+template <typename E>
 void CheckItemAcrossChunks() {
   ContextBuilder b(64);
   b.Segment(b.Node(-1, 1020), Causal(8));
-  Case c(b.Finish(), {16, 2, 128}, {.tiles = true}, 41);
+  Case<E> c(b.Finish(), {16, 2, 128}, {.tiles = true}, 41);
   CheckForward("ctx 1020 + 8", c, "tiles", EveryRow(c));
 }
 
 // A row decodes to the same bits alone, in a small group and in a large one, shared or not.
+template <typename E>
 void CheckDecodeIgnoresTheBatch() {
   constexpr int kBlockTokens = 64, kPrompt = 2944;
   const auto decode = [&](int samples) {
@@ -348,9 +362,9 @@ void CheckDecodeIgnoresTheBatch() {
     return b.Finish();
   };
   const Heads heads = {8, 2, 128};
-  std::vector<Bf16> first;
+  std::vector<E> first;
   for (int samples : {1, 2, 4, 5, 17, 40}) {
-    Case c(decode(samples), heads, {.batch_invariant = true}, 99);
+    Case<E> c(decode(samples), heads, {.batch_invariant = true}, 99);
     c.Poison();
     c.Forward();
     MUST(cudaDeviceSynchronize());
@@ -360,7 +374,7 @@ void CheckDecodeIgnoresTheBatch() {
     Report("decode row 0 of " + std::to_string(samples), c, "same bits", {}, SameBits(first, out),
            true);
   }
-  Case whole(decode(1), heads, {.tiles = false, .max_decode_rows = 0}, 99);
+  Case<E> whole(decode(1), heads, {.tiles = false, .max_decode_rows = 0}, 99);
   whole.Poison();
   whole.Forward();
   MUST(cudaDeviceSynchronize());
@@ -371,31 +385,46 @@ void CheckDecodeIgnoresTheBatch() {
 
 // dS of fewer heads at a time, to the same bits: many key tiles of little work, in one round and in
 // three.
+template <typename E>
 void CheckHeadsAtATime() {
   for (const Heads heads : {Heads{12, 12, 128}, Heads{6, 6, 256}}) {
     for (int32_t images : {0, 300}) {
-      Case c(BatchOf(PromptAndResponses(2, 128, 150)), heads, {.round_images = images}, 55);
+      Case<E> c(BatchOf(PromptAndResponses(2, 128, 150)), heads, {.round_images = images}, 55);
       c.StoreDs(heads.kv);
       CheckBoth("150 short responses", c, EveryRow(c));
-      const Results all = Run(c);
+      const Results<E> all = Run(c);
       c.StoreDs(1);
       Report("150 short responses", c, "one head", {}, all.Same(Run(c)), true);
     }
   }
 }
 
+// Many keys have small probabilities, and small gradients come on top: what f16 cannot hold unless
+// both are scaled.
+template <typename E>
+void CheckSmallGradients() {
+  for (const Heads heads : {Heads{4, 2, 64}, Heads{4, 2, 128}, Heads{2, 1, 256}}) {
+    Case<E> c(BatchOf(Causal(16384)), heads, {}, 66, 0x1p-7f);
+    for (int stored_heads : {0, heads.kv}) {
+      c.StoreDs(stored_heads);
+      CheckBoth("small d_out", c, SixteenRows(c));
+    }
+  }
+}
+
+template <typename E>
 void CheckLarge() {
   const auto one = [](const std::string& name, const Ends& ends, Heads heads) {
     if (!IsOurs()) return;
-    Case c(BatchOf(ends), heads, {}, 77);
+    Case<E> c(BatchOf(ends), heads, {}, 77);
     for (int stored_heads : {0, 3, heads.kv}) {
       c.StoreDs(stored_heads);
       CheckBoth(name, c, SixteenRows(c));
     }
-    Case rounds(BatchOf(ends), heads, {.round_images = 5000}, 77);
+    Case<E> rounds(BatchOf(ends), heads, {.round_images = 5000}, 77);
     rounds.StoreDs(heads.kv);
     CheckBoth(name, rounds, SixteenRows(rounds));
-    Case chunks(BatchOf(ends), heads, {.tiles = false}, 77);
+    Case<E> chunks(BatchOf(ends), heads, {.tiles = false}, 77);
     CheckForward(name, chunks, "chunks", SixteenRows(chunks));
   };
   one("causal 16384", Causal(16384), {32, 8, 64});
@@ -432,14 +461,15 @@ double SustainedMs(Run run, int repeats) {
   return MedianMs(run, repeats);
 }
 
+template <typename E>
 void PrintTime(const char* op, const std::string& name, Heads heads, const char* mode, double ms,
                double flops, double bytes) {
   std::printf(
       "{\"bench\":\"attention\",\"op\":\"%s\",\"shape\":\"%s\",\"heads\":\"%d/"
-      "%d\",\"head_dim\":%d,\"mode\":\"%s\","
+      "%d\",\"head_dim\":%d,\"dtype\":\"%s\",\"mode\":\"%s\","
       "\"clock\":\"sustained\",\"ms\":%.4f,\"tflops\":%.1f,\"gb_per_s\":%.0f}\n",
-      op, name.c_str(), heads.q, heads.kv, heads.dim, mode, ms, flops / ms * 1e-9,
-      bytes / ms * 1e-6);
+      op, name.c_str(), heads.q, heads.kv, heads.dim, kIsF16<E> ? "f16" : "bf16", mode, ms,
+      flops / ms * 1e-9, bytes / ms * 1e-6);
   std::fflush(stdout);
 }
 
@@ -452,6 +482,7 @@ AttentionPlanOptions RoundsOf(const Heads& heads, int64_t bytes) {
 }
 
 // Backward with rounds of as many bytes of dS, each; 0: dQ recomputes it.
+template <typename E>
 void TimeTree(const std::string& name, const Ends& ends, Heads heads,
               const std::vector<int64_t>& round_bytes) {
   const double flops = 4.0 * heads.q * heads.dim * VisiblePairs(ends);
@@ -459,70 +490,93 @@ void TimeTree(const std::string& name, const Ends& ends, Heads heads,
   for (int64_t bytes : round_bytes) {
     const AttentionPlanOptions rounds = RoundsOf(heads, bytes);
     if (bytes > 0 && rounds.round_images == 0) continue;  // never kept
-    Case c(BatchOf(ends), heads, rounds, 7);
+    Case<E> c(BatchOf(ends), heads, rounds, 7);
     const double forward = SustainedMs([&] { c.Forward(); }, repeats);
-    if (bytes == 0) PrintTime("forward", name, heads, "tiles", forward, flops, 0);
+    if (bytes == 0) PrintTime<E>("forward", name, heads, "tiles", forward, flops, 0);
     if (bytes > 0) c.StoreDs(heads.kv);
     const std::string mode = "dS in " + std::to_string(c.schedule.num_rounds) + " rounds";
-    PrintTime("backward", name, heads, bytes == 0 ? "recompute" : mode.c_str(),
-              SustainedMs([&] { c.Backward(); }, repeats), 2.5 * flops, 0);
+    PrintTime<E>("backward", name, heads, bytes == 0 ? "recompute" : mode.c_str(),
+                 SustainedMs([&] { c.Backward(); }, repeats), 2.5 * flops, 0);
   }
 }
 
+template <typename E>
 void TimeDecode(int samples, int prompt_tokens, bool shared) {
   constexpr Heads heads = {32, 8, 128};
   ContextBuilder b(128);
   const int32_t prompt = shared ? b.Node(-1, prompt_tokens) : -1;
   for (int i = 0; i < samples; ++i)
     b.Segment(b.Node(prompt, shared ? 33 : prompt_tokens + 33), Causal(1));
-  Case c(b.Finish(), heads, {}, 7);
+  Case<E> c(b.Finish(), heads, {}, 7);
   const double tokens = (shared ? prompt_tokens : samples * double(prompt_tokens)) + 34.0 * samples;
   const double bytes = tokens * heads.kv * heads.dim * 4;
   const std::string name = std::to_string(samples) + " after " + std::to_string(prompt_tokens);
-  PrintTime("decode", name, heads, shared ? "grouped" : "each alone",
-            SustainedMs([&] { c.Forward(); }, 51),
-            4.0 * samples * (prompt_tokens + 34.0) * heads.q * heads.dim, bytes);
+  PrintTime<E>("decode", name, heads, shared ? "grouped" : "each alone",
+               SustainedMs([&] { c.Forward(); }, 51),
+               4.0 * samples * (prompt_tokens + 34.0) * heads.q * heads.dim, bytes);
 }
 
+template <typename E>
 void TimeDecodes() {
   for (int samples : {1, 8, 32, 64}) {
-    TimeDecode(samples, 16384, true);
-    if (samples < 32) TimeDecode(samples, 16384, false);
+    TimeDecode<E>(samples, 16384, true);
+    if (samples < 32) TimeDecode<E>(samples, 16384, false);
   }
-  TimeDecode(512, 1024, true);
+  TimeDecode<E>(512, 1024, true);
 }
 
 constexpr int64_t kRoundBytes = int64_t{9} << 30;  // as the op has it
 
+template <typename E>
 void TimeTrees() {
-  TimeTree("causal 16384", Causal(16384), {32, 8, 128}, {0, kRoundBytes});
-  TimeTree("causal 16384", Causal(16384), {32, 8, 64}, {0});
-  TimeTree("causal 16384", Causal(16384), {16, 4, 256}, {0, kRoundBytes});
-  TimeTree("16384 + 8 x 64", PromptAndResponses(16384, 64, 8), {32, 8, 128}, {0, kRoundBytes});
+  TimeTree<E>("causal 16384", Causal(16384), {32, 8, 128}, {0, kRoundBytes});
+  TimeTree<E>("causal 16384", Causal(16384), {32, 8, 64}, {0});
+  TimeTree<E>("causal 16384", Causal(16384), {16, 4, 256}, {0, kRoundBytes});
+  TimeTree<E>("16384 + 8 x 64", PromptAndResponses(16384, 64, 8), {32, 8, 128}, {0, kRoundBytes});
   ContextBuilder b(128);
   b.Segment(b.Node(-1, 14336), Causal(2048));
-  Case c(b.Finish(), {32, 8, 128}, {}, 7);
-  PrintTime("forward", "2048 over 14336 cached", c.heads, "tiles",
-            SustainedMs([&] { c.Forward(); }, 21),
-            4.0 * 32 * 128 * (2048.0 * 14336 + VisiblePairs(Causal(2048))), 0);
+  Case<E> c(b.Finish(), {32, 8, 128}, {}, 7);
+  PrintTime<E>("forward", "2048 over 14336 cached", c.heads, "tiles",
+               SustainedMs([&] { c.Forward(); }, 21),
+               4.0 * 32 * 128 * (2048.0 * 14336 + VisiblePairs(Causal(2048))), 0);
 }
 
 // The shapes that DualKV publishes (arXiv 2605.15422).
+template <typename E>
 void TimeDualKv() {
   const std::pair<int, int> shapes[] = {{28, 4096}, {28, 16384}, {16, 32768}, {28, 32768}};
   for (const auto& [responses, prompt] : shapes) {
     const std::string name = std::to_string(prompt) + " + " + std::to_string(responses) + " x 2048";
-    TimeTree(name, PromptAndResponses(prompt, 2048, responses), {32, 8, 128}, {0, kRoundBytes});
+    TimeTree<E>(name, PromptAndResponses(prompt, 2048, responses), {32, 8, 128}, {0, kRoundBytes});
   }
 }
 
 // The trees of a training step of qwen3-4b, with the scratch that a step may have.
+template <typename E>
 void TimeTrainingTrees() {
   for (const auto& [prompt, response] : {std::pair(16384, 64), {16384, 1024}, {8192, 4096}}) {
     const std::string name = std::to_string(prompt) + " + 8 x " + std::to_string(response);
-    TimeTree(name, PromptAndResponses(prompt, response, 8), {32, 8, 128},
-             {0, kRoundBytes / 4, kRoundBytes});
+    TimeTree<E>(name, PromptAndResponses(prompt, response, 8), {32, 8, 128},
+                {0, kRoundBytes / 4, kRoundBytes});
   }
+}
+
+template <typename E, typename Asked>
+void RunCases(const Asked& asked, bool check) {
+  const bool tiny = asked("tiny");
+  if (check) {
+    CheckTrees<E>(tiny);
+    if (!asked("trees")) CheckContext<E>(tiny);
+    if (!asked("trees") && IsOurs()) CheckItemAcrossChunks<E>();
+    if (!asked("trees") && IsOurs()) CheckDecodeIgnoresTheBatch<E>();
+    if (!tiny && IsOurs()) CheckHeadsAtATime<E>();
+    if (!tiny && IsOurs()) CheckSmallGradients<E>();
+    if (!tiny) CheckLarge<E>();
+  }
+  if (asked("time")) TimeTrees<E>();
+  if (asked("dualkv")) TimeDualKv<E>();
+  if (asked("train")) TimeTrainingTrees<E>();
+  if (asked("decode")) TimeDecodes<E>();
 }
 
 int Main(int count, char** words) {
@@ -531,20 +585,12 @@ int Main(int count, char** words) {
                        [&](const char* w) { return std::strcmp(w, word) == 0; });
   };
   for (int i = 1; i < count; ++i) std::sscanf(words[i], "part=%d/%d", &part, &parts);
-  const bool tiny = asked("tiny");
-  if (count == 1 || tiny || asked("check")) {
-    CheckTrees(tiny);
-    if (!asked("trees")) CheckContext(tiny);
-    if (!asked("trees") && IsOurs()) CheckItemAcrossChunks();
-    if (!asked("trees") && IsOurs()) CheckDecodeIgnoresTheBatch();
-    if (!tiny) CheckHeadsAtATime();
-    if (!tiny) CheckLarge();
-    std::printf("%d cases, %d failed\n", num_checked, num_failed);
-  }
-  if (asked("time")) TimeTrees();
-  if (asked("dualkv")) TimeDualKv();
-  if (asked("train")) TimeTrainingTrees();
-  if (asked("decode")) TimeDecodes();
+  const bool timed = asked("time") || asked("dualkv") || asked("train") || asked("decode");
+  const bool check = asked("check") || asked("tiny") || !timed;
+  const bool both = asked("bf16") == asked("f16");
+  if (both || asked("bf16")) RunCases<Bf16>(asked, check);
+  if (both || asked("f16")) RunCases<F16>(asked, check);
+  if (check) std::printf("%d cases, %d failed\n", num_checked, num_failed);
   return num_failed == 0 ? 0 : 1;
 }
 
