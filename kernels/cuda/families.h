@@ -59,6 +59,7 @@ bool FitsChain(const Context& context, const ops::MlpBlockParams& p);
 absl::Status LayerChain(Context& context, const ops::MlpBlockParams& p);
 
 // rope.cc
+absl::Status CheckQkNormRope(const Context& context, const ops::QkNormRopeParams& p);
 absl::Status QkNormRope(Context& context, const ops::QkNormRopeParams& p);
 absl::Status QkNormRopeBackward(Context& context, const ops::QkNormRopeBackwardParams& p);
 

@@ -1,6 +1,7 @@
 #include "kernels/cuda/layer_chain.h"
 
 #include "kernels/base/status_macros.h"
+#include "kernels/cuda/batch_plan.h"
 #include "kernels/cuda/context.h"
 #include "kernels/cuda/families.h"
 #include "kernels/ops/shape_check.h"
@@ -50,6 +51,40 @@ absl::Status CheckShapes(const ops::MlpBlockParams& p, DType f) {
       .Optional("next.bias", p.next.bias, f, {n})
       .Tensor("next.c", p.next.c, f, {rows, n})
       .status();
+}
+
+// Whether `heads` are `columns` of the projections from `first` on.
+bool AreColumns(const TensorView& heads, const TensorView& c, int64_t first) {
+  return heads.rank == 3 && heads.dim(0) == c.dim(0) && heads.stride[0] == c.stride[0] &&
+         heads.stride[1] == heads.dim(2) && heads.stride[2] == 1 &&
+         heads.data == c.as<char>() + first * SizeOf(c.dtype);
+}
+// Heads that fill tiles and lie in the projections, in place.
+bool FitsRotation(const ops::MlpBlockParams& p) {
+  const ops::QkNormRopeParams& r = p.rotate;
+  const TensorView& c = p.next.c;
+  if (r.plan == nullptr || !c.present() || r.q_in.rank != 3 || r.k_in.rank != 3) return false;
+  const int64_t dim = r.q_in.dim(2), q = r.q_in.dim(1) * dim, kv = r.k_in.dim(1) * dim;
+  return (dim == 64 || dim == 128) && r.k_in.dim(2) == dim && c.dim(1) == q + 2 * kv &&
+         AreColumns(r.q_in, c, 0) && AreColumns(r.k_in, c, q) && AreColumns(r.v, c, q + kv) &&
+         AreColumns(r.q_out, c, 0) && AreColumns(r.k_out, c, q) && r.eps == p.mlp.norm.eps &&
+         r.rope.rank == 2 && r.rope.stride[0] == dim && AlignedTo(r.rope, 8) &&
+         AlignedTo(r.q_norm, 4) && AlignedTo(r.k_norm, 4) && AlignedTo(r.pages.k, 4) &&
+         AlignedTo(r.pages.v, 4);
+}
+ChainRotation RotationOf(const ops::QkNormRopeParams& p) {
+  const CudaBatchPlan& plan = CudaPlan(p.plan);
+  const bool stores = p.pages.k.present() && plan.max_kv_slot() >= 0;
+  return {.positions = plan.positions().i32(),
+          .kv_slots = stores ? plan.kv_slots().i32() : nullptr,
+          .rope = p.rope.f32(),
+          .q_norm = p.q_norm.data,
+          .k_norm = p.k_norm.data,
+          .page_k = p.pages.k.data,
+          .page_v = p.pages.v.data,
+          .q_heads = static_cast<int>(p.q_in.dim(1)),
+          .kv_heads = static_cast<int>(p.k_in.dim(1)),
+          .head_dim = static_cast<int>(p.q_in.dim(2))};
 }
 
 ChainMatrix Matrix(const TensorView& t) { return {t.data, t.stride[0]}; }
@@ -105,8 +140,14 @@ absl::Status LayerChain(Context& context, const ops::MlpBlockParams& p) {
     args.qkv_out_stride = p.next.c.stride[0];
     args.qkv_columns = p.next.b.dim(0);
   }
-  return context.Check(LaunchLayerChain(args, context.chain_memory(), context.stream()),
-                       "layer chain");
+  const bool rotates = FitsRotation(p);
+  if (rotates) {
+    RETURN_IF_ERROR(CheckQkNormRope(context, p.rotate));
+    args.rotation = RotationOf(p.rotate);
+  }
+  RETURN_IF_ERROR(context.Check(LaunchLayerChain(args, context.chain_memory(), context.stream()),
+                                "layer chain"));
+  return rotates || p.rotate.plan == nullptr ? absl::OkStatus() : QkNormRope(context, p.rotate);
 }
 
 }  // namespace coppice::cuda

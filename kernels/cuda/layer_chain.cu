@@ -116,7 +116,8 @@ __device__ void LoadTokens(const ChainParameters& p, ChainShared<Shape>& s) {
   }
 }
 
-// By one warp: rstd of every token from the sums of squares of the phase before.
+// By one warp: rstd of every token from the sums of squares of the phase before, for phases 1 and
+// 3, each at a place and with a barrier of its own.
 template <typename Shape>
 __device__ void ComputeScales(const ChainParameters& p, ChainShared<Shape>& s) {
   constexpr int kLanes = Shape::kTokens / 4, kRows = 32 / kLanes;  // lanes a row, rows together
@@ -148,9 +149,10 @@ __device__ void ComputeScales(const ChainParameters& p, ChainShared<Shape>& s) {
     if (lane < kLanes) {
       const float4 mean = {sum.x * p.inverse_hidden, sum.y * p.inverse_hidden,
                            sum.z * p.inverse_hidden, sum.w * p.inverse_hidden};
-      reinterpret_cast<float4*>(s.scales)[lane] = {rsqrtf(mean.x + p.eps), rsqrtf(mean.y + p.eps),
-                                                   rsqrtf(mean.z + p.eps), rsqrtf(mean.w + p.eps)};
-      s.scales_full.Arrive();  // every writer for itself: so racecheck can follow
+      reinterpret_cast<float4*>(s.scales[i / 2])[lane] = {
+          rsqrtf(mean.x + p.eps), rsqrtf(mean.y + p.eps), rsqrtf(mean.z + p.eps),
+          rsqrtf(mean.w + p.eps)};
+      s.scales_full[i / 2].Arrive();  // every writer for itself: so racecheck can follow
     }
   }
 }
@@ -205,14 +207,13 @@ struct Multiplier {
 template <typename Shape>
 __device__ void MultiplyPhases(const ChainParameters& p, ChainShared<Shape>& s) {
   Multiplier<Shape> multiplier = {s};
-  uint32_t scales_phase = 0;
   WaitForPredecessor();
   for (int i = 0; i < p.num_phases; ++i) {
     const ChainPhase& phase = p.phases[i];
     const Run run(phase);
     bool has_scales = phase.step == ChainStep::kResidual;
     const auto wait_for_scales = [&] {
-      if (!has_scales) s.scales_full.Wait(scales_phase);
+      if (!has_scales) s.scales_full[i / 2].Wait(0);
       has_scales = true;
     };
     for (int unit = run.begin; unit < run.end;) {
@@ -224,7 +225,6 @@ __device__ void MultiplyPhases(const ChainParameters& p, ChainShared<Shape>& s) 
       FinishPiece(p, phase, s, piece, sum);
     }
     wait_for_scales();  // so that ComputeScales is never a phase behind
-    if (phase.step != ChainStep::kResidual) scales_phase ^= 1;
     if (i + 1 < p.num_phases) {
       NamedSync(1, kChainMultipliers);
       if (threadIdx.x == 0) AddRelease(p.counters + i);
@@ -240,7 +240,8 @@ __global__ void __launch_bounds__(kChainThreads, 1)
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shape::kStages; ++i) s.w_full[i].Init(1), s.w_empty[i].Init(kChainWarps);
     for (int i = 0; i < Shape::kXStages; ++i) s.x_full[i].Init(1), s.x_empty[i].Init(kChainWarps);
-    s.squares_there.Init(1), s.scales_full.Init(Shape::kTokens / 4);
+    s.squares_there.Init(1);
+    for (Barrier& full : s.scales_full) full.Init(Shape::kTokens / 4);
     FenceBarrierInit();
   }
   __syncthreads();
@@ -314,6 +315,7 @@ cudaError_t Launch(const LayerChainArgs& a, const LayerChainMemory& memory, cuda
   p.rows = static_cast<int>(a.rows);
   p.eps = a.eps, p.inverse_hidden = 1.f / static_cast<float>(a.hidden);
   p.square_rows = static_cast<int>((a.hidden + kTileRows - 1) / kTileRows) * kChainWarps;
+  p.rotation = a.rotation;
   p.counters = static_cast<unsigned*>(memory.data);
   p.pieces = reinterpret_cast<float4*>(static_cast<char*>(memory.data) + kCounterBytes);
   p.squares = reinterpret_cast<float*>(static_cast<char*>(memory.data) + kCounterBytes +
@@ -322,7 +324,8 @@ cudaError_t Launch(const LayerChainArgs& a, const LayerChainMemory& memory, cuda
       {a.o, a.hidden, a.attn_columns, a.attn_out, a.attn_out_stride, ChainStep::kResidual},
       {a.gate_up, 2 * a.ffn, a.hidden, a.mlp_in, a.mlp_in_stride, ChainStep::kSwiGlu},
       {a.down, a.hidden, a.ffn, a.act, a.act_stride, ChainStep::kResidual},
-      {a.qkv, a.qkv_columns, a.hidden, a.attn_in, a.attn_in_stride, ChainStep::kProject}};
+      {a.qkv, a.qkv_columns, a.hidden, a.attn_in, a.attn_in_stride,
+       a.rotation.positions != nullptr ? ChainStep::kRotate : ChainStep::kProject}};
   int rotation = 0;
   for (int i = 0; i < p.num_phases; ++i) {
     if (const cudaError_t e =
@@ -342,11 +345,11 @@ cudaError_t Launch(const LayerChainArgs& a, const LayerChainMemory& memory, cuda
 }
 
 template <typename E>
-using Shape8 = ChainShape<E, 8, 13, 16>;
+using Shape8 = ChainShape<E, 8, 13, 12>;
 template <typename E>
-using Shape16 = ChainShape<E, 16, 13, 8>;
+using Shape16 = ChainShape<E, 16, 13, 6>;
 template <typename E>
-using Shape32 = ChainShape<E, 32, 12, 8>;
+using Shape32 = ChainShape<E, 32, 12, 7>;
 
 }  // namespace
 

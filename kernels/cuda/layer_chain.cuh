@@ -17,7 +17,7 @@ constexpr int kMaxPhases = 4;
 constexpr int kInFlight = 3;
 
 // What becomes of a product's sums.
-enum class ChainStep : int { kResidual, kSwiGlu, kProject };
+enum class ChainStep : int { kResidual, kSwiGlu, kProject, kRotate };
 
 // One product. Its units, 128 weight rows by 64 columns, in the order of tiles and then of columns,
 // are dealt to the blocks as equal runs; `rotation` says which block gets the first, so that the
@@ -31,7 +31,8 @@ struct ChainPhase {
   int columns;  // of the result
   ChainStep step;
   const float* addend;  // kResidual: [rows, columns]
-  const void* factor;   // kResidual: the norm's weight, or null; kProject: the bias, or null
+  // kResidual: the norm's weight, or null; kProject and kRotate: the bias, or null.
+  const void* factor;
   void* out;
   void* normed;  // kResidual, optional: [rows, columns] out * factor
   int64_t addend_stride, out_stride, normed_stride;
@@ -61,10 +62,11 @@ struct ChainParameters {
   int num_phases;
   int rows;
   float eps, inverse_hidden;
-  int square_rows;     // of `squares`: warps' partial sums of squares
-  float* squares;      // [square_rows, kTokens]
-  float4* pieces;      // [2 * blocks, units of a tile, 32]
-  unsigned* counters;  // arrivals at each barrier of the grid, and blocks past the last
+  int square_rows;         // of `squares`: warps' partial sums of squares
+  float* squares;          // [square_rows, kTokens]
+  float4* pieces;          // [2 * blocks, kTokens, 32]
+  ChainRotation rotation;  // kRotate
+  unsigned* counters;      // arrivals at each barrier of the grid, and blocks past the last
 };
 
 // This block's units of a phase.
@@ -99,15 +101,15 @@ struct Piece {
   __device__ __forceinline__ int Place(int i) const { return (first + i) * 2 + (i > 0 ? 0 : 1); }
 };
 
-// A tile is added up in units of sums: what a warp holds of 8 tokens, 16 bytes a lane. Unit
-// 8 j + warp belongs to adder unit * adders / kTokens.
+// A tile is added up in groups of 8 tokens, of which a lane holds 16 bytes: group j of kTokens / 8
+// by adder j * adders * 8 / kTokens.
 template <typename E, int kTokenCount, int kStageCount, int kXStageCount>
 struct ChainShape {
   using Element = E;
   static constexpr int kTokens = kTokenCount;
   static constexpr int kStages = kStageCount, kXStages = kXStageCount;
   static constexpr int kXStageBytes = kTokens * kColumns * 2;
-  // Sums that a thread reads together: of so many units, from so many pieces.
+  // Sums that a thread reads together: of so many groups, from so many pieces.
   static constexpr int kUnits = kTokens <= 16 ? 1 : 2, kPieces = kTokens <= 16 ? 8 : 4;
 };
 
@@ -115,10 +117,11 @@ template <typename Shape>
 struct ChainShared {
   alignas(1024) unsigned char w[Shape::kStages][kUnitBytes];
   alignas(1024) unsigned char x[Shape::kXStages][Shape::kXStageBytes];
-  alignas(16) float scales[Shape::kTokens];
+  alignas(16) float scales[2][Shape::kTokens];  // of phases 1 and 3
+  alignas(16) float heads[8][kTileRows + 8];    // kRotate: of 8 tokens, apart by other banks
   Barrier w_full[Shape::kStages], w_empty[Shape::kStages];
   Barrier x_full[Shape::kXStages], x_empty[Shape::kXStages];
-  Barrier squares_there, scales_full;
+  Barrier squares_there, scales_full[2];
 };
 
 }  // namespace coppice::cuda

@@ -2,7 +2,7 @@
 //
 //   mid = input + attn_out o^T              output = mid + act down^T
 //   act = silu(gate) up,  [gate | up] = norm(mid) gate_up^T
-//   qkv = norm(output) qkv^T + bias         (optional: the next layer's)
+//   qkv = norm(output) qkv^T + bias         (optional: the next layer's, and its rotation)
 //
 // for few rows: bound by reading the weights once, which never stops between the products.
 // Deterministic: the order of sums follows from the shapes and the number of multiprocessors.
@@ -24,6 +24,16 @@ struct ChainMatrix {
   int64_t stride = 0;
 };
 
+// Norm of q's and k's heads, RoPE, keys and values into their pages, all behind the projections:
+// ops::QkNormRope in place.
+struct ChainRotation {
+  const int32_t *positions = nullptr, *kv_slots = nullptr;  // [rows]; no slots: nothing is stored
+  const float* rope = nullptr;                              // [max_positions, head_dim]
+  const void *q_norm = nullptr, *k_norm = nullptr;          // optional [head_dim] E
+  void *page_k = nullptr, *page_v = nullptr;                // [slots, kv_heads, head_dim] E
+  int q_heads = 0, kv_heads = 0, head_dim = 0;              // 64 or 128
+};
+
 // E is what `dtype` says.
 struct LayerChainArgs {
   DType dtype = DType::kBF16;      // or kF16
@@ -43,6 +53,7 @@ struct LayerChainArgs {
   const void* qkv_bias = nullptr;   // optional [qkv_columns] E
   void* qkv_out = nullptr;          // [rows, qkv_columns] E, with qkv
   int64_t qkv_out_stride = 0;
+  ChainRotation rotation;  // optional (no positions)
   float eps = 0;
   int64_t rows = 0, hidden = 0, attn_columns = 0, ffn = 0, qkv_columns = 0;
 };

@@ -74,11 +74,15 @@ struct Finisher {
 
   __device__ __forceinline__ int Token(int j) const { return 8 * j + lane % 4 * 2 + lane / 4 % 2; }
 
+  // Memory that finishing a group takes, read before its sums are there: what is added to them, or
+  // cos and sin of this warp's token and the token's slot.
   struct Addend {
     float2 x[2];
+    int slot;
   };
   __device__ __forceinline__ Addend ReadAddend(int j) const {
     Addend addend = {};
+    if (phase.step == ChainStep::kRotate) return ReadAngles(j);
     if (phase.step != ChainStep::kResidual || Token(j) >= p.rows) return addend;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -96,21 +100,79 @@ struct Finisher {
       float2 y[2] = {Exchange(sum.x, sum.y), Exchange(sum.z, sum.w)};
       if (phase.step == ChainStep::kResidual) {
         FinishResidual(j, y, addend);
-      } else {
+      } else if (phase.step == ChainStep::kProject) {
         FinishProject(j, y);
+      } else {
+        FinishRotate(j, y, addend);
       }
     }
   }
 
  private:
+  // A lane has columns 2 i, + 1 of a head's halves; a tile has one head or two.
+  __device__ __forceinline__ int Lanes() const { return p.rotation.head_dim / 4; }
+  __device__ __forceinline__ int Head() const {
+    return square_row / kChainWarps * (kTileRows / p.rotation.head_dim) + lane / Lanes();
+  }
+  __device__ __forceinline__ Addend ReadAngles(int j) const {
+    const ChainRotation& r = p.rotation;
+    const int token = 8 * j + warp, i = lane % Lanes();
+    if (token >= p.rows) return {};
+    const auto* angles = reinterpret_cast<const float2*>(
+        r.rope + r.positions[token] * static_cast<int64_t>(r.head_dim));
+    return {{angles[i], angles[i + Lanes()]}, r.kv_slots != nullptr ? r.kv_slots[token] : -1};
+  }
+  __device__ __forceinline__ void FinishRotate(int j, const float2 (&y)[2],
+                                               const Addend& angles) const {
+    const float scale = s.scales[1][Token(j)];
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      *reinterpret_cast<float2*>(&s.heads[Token(j) % 8][column % kTileRows + 8 * h]) = {
+          y[h].x * scale + factor[h].x, y[h].y * scale + factor[h].y};
+    NamedSync(1, kChainMultipliers);
+    if (8 * j + warp < p.rows) RotateHeads(8 * j + warp, angles);
+    NamedSync(1, kChainMultipliers);
+  }
+  // A token's heads of this tile, by one warp.
+  __device__ __forceinline__ void RotateHeads(int token, const Addend& angles) const {
+    const ChainRotation& r = p.rotation;
+    const int half = r.head_dim / 2, i = lane % Lanes(), head = Head();
+    const float* from = s.heads[warp] + lane / Lanes() * r.head_dim + 2 * i;
+    float2 a = *reinterpret_cast<const float2*>(from);
+    float2 b = *reinterpret_cast<const float2*>(from + half);
+    const bool is_q = head < r.q_heads, is_v = head >= r.q_heads + r.kv_heads;
+    const auto* norm = static_cast<const E*>(is_q ? r.q_norm : r.k_norm);
+    float squares = a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y;
+    for (int d = 1; d < Lanes(); d *= 2) squares += __shfl_xor_sync(~0u, squares, d);
+    if (norm != nullptr && !is_v) {
+      const float rstd = rsqrtf(squares / static_cast<float>(r.head_dim) + p.eps);
+      const float2 na = LoadPair(norm + 2 * i), nb = LoadPair(norm + half + 2 * i);
+      a.x *= rstd * na.x, a.y *= rstd * na.y, b.x *= rstd * nb.x, b.y *= rstd * nb.y;
+    }
+    if (!is_v) {
+      const float2 cosine = angles.x[0], sine = angles.x[1], x = a;
+      a = {x.x * cosine.x - b.x * sine.x, x.y * cosine.y - b.y * sine.y};
+      b = {b.x * cosine.x + x.x * sine.x, b.y * cosine.y + x.y * sine.y};
+    }
+    if (head >= r.q_heads + 2 * r.kv_heads) return;
+    const uint32_t first = PackPair<E>(a.x, a.y), second = PackPair<E>(b.x, b.y);
+    const auto store = [&](E* to) {
+      *reinterpret_cast<uint32_t*>(to) = first, *reinterpret_cast<uint32_t*>(to + half) = second;
+    };
+    store(static_cast<E*>(phase.out) + token * phase.out_stride + head * r.head_dim + 2 * i);
+    if (is_q || angles.slot < 0) return;
+    const int kv_head = head - r.q_heads - (is_v ? r.kv_heads : 0);
+    store(static_cast<E*>(is_v ? r.page_v : r.page_k) +
+          (static_cast<int64_t>(angles.slot) * r.kv_heads + kv_head) * r.head_dim + 2 * i);
+  }
   __device__ __forceinline__ void FinishSwiGlu(int j, float4 sum) const {
-    const float2 scale = *reinterpret_cast<const float2*>(s.scales + 8 * j + lane % 4 * 2);
+    const float2 scale = *reinterpret_cast<const float2*>(s.scales[0] + 8 * j + lane % 4 * 2);
     const float2 y = Exchange(Silu(sum.x * scale.x) * (sum.z * scale.x),
                               Silu(sum.y * scale.y) * (sum.w * scale.y));
     StorePair(phase.out, phase.out_stride, j, 0, y);
   }
   __device__ __forceinline__ void FinishProject(int j, const float2 (&y)[2]) const {
-    const float scale = s.scales[Token(j)];
+    const float scale = s.scales[1][Token(j)];
 #pragma unroll
     for (int h = 0; h < 2; ++h)
       StorePair(phase.out, phase.out_stride, j, h,
@@ -145,7 +207,7 @@ struct Finisher {
 // A tile's sums from its pieces.
 template <typename Shape>
 struct Adder {
-  static constexpr int kTokens = Shape::kTokens;
+  static constexpr int kTokens = Shape::kTokens, kGroups = kTokens / 8;
   const ChainParameters& p;
   const Piece& piece;
   int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -156,16 +218,15 @@ struct Adder {
   // To those that add them.
   __device__ __forceinline__ void Send(const float (&sum)[kTokens / 2]) const {
 #pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
-      if ((8 * j + warp) * piece.adders / kTokens == piece.index) continue;
+    for (int j = 0; j < kGroups; ++j) {
+      if (j * piece.adders / kGroups == piece.index) continue;
       StoreWords(At(piece.index, j), Something(sum[4 * j]), Something(sum[4 * j + 1]),
                  Something(sum[4 * j + 2]), Something(sum[4 * j + 3]));
     }
   }
-  // j of the first unit that adder i has of this warp.
+  // The first group that adder i has.
   __device__ __forceinline__ int FirstOf(int i) const {
-    const int unit = (i * kTokens + piece.adders - 1) / piece.adders;
-    return (unit + 7 - warp) / 8;
+    return (i * kGroups + piece.adders - 1) / piece.adders;
   }
   static __device__ __forceinline__ float4 Own(const float (&sum)[kTokens / 2], int j) {
     float4 x = {0.f, 0.f, 0.f, 0.f};
@@ -174,7 +235,7 @@ struct Adder {
       if (i == j) x = {sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]};
     return x;
   }
-  // Units [j, j + units) over all pieces, in their order.
+  // Groups [j, j + units) over all pieces, in their order.
   template <int kPieces, int kUnits>
   __device__ __forceinline__ void Add(const float (&sum)[kTokens / 2], int j, int units,
                                       float4 (&total)[kUnits]) const {
@@ -197,7 +258,7 @@ struct Adder {
         for (int u = 0; u < kUnits; ++u) {
 #pragma unroll
           for (int k = 0; k < kPieces; ++k) {
-            if (!IsMissing(x[u][k])) continue;
+            if (i + k == piece.index || !IsMissing(x[u][k])) continue;
             all = false;
             x[u][k] = LoadSums(At(i + k, j + u));
           }
@@ -219,7 +280,7 @@ struct Adder {
   }
 };
 
-// This warp's units of those that its block adds up, kUnits at a time.
+// The groups that this block adds up, kUnits at a time.
 template <int kPieces, int kUnits, typename Shape>
 __device__ __forceinline__ void AddUnits(const Adder<Shape>& adder, const Finisher<Shape>& finisher,
                                          const float (&sum)[Shape::kTokens / 2], int begin,

@@ -95,20 +95,26 @@ absl::Status Decoder::QkvForward(const LayerParameters& params, const ops::Batch
   return RotateForward(params, plan, kv, acts);
 }
 
+ops::QkNormRopeParams Decoder::Rotation(const LayerParameters& params, const ops::BatchPlan& plan,
+                                        const ops::PagedKv& kv,
+                                        const LayerActivations& acts) const {
+  const QkvHeads heads = SplitQkv(config_, acts.qkv);
+  return {.plan = &plan,
+          .q_in = heads.q,
+          .k_in = heads.k,
+          .v = heads.v,
+          .q_norm = params.q_norm,
+          .k_norm = params.k_norm,
+          .eps = config_.rms_eps,
+          .rope = rope_,
+          .q_out = acts.q,
+          .k_out = acts.k,
+          .pages = kv};
+}
+
 absl::Status Decoder::RotateForward(const LayerParameters& params, const ops::BatchPlan& plan,
                                     const ops::PagedKv& kv, const LayerActivations& acts) const {
-  const QkvHeads heads = SplitQkv(config_, acts.qkv);
-  return ops_->QkNormRope({.plan = &plan,
-                           .q_in = heads.q,
-                           .k_in = heads.k,
-                           .v = heads.v,
-                           .q_norm = params.q_norm,
-                           .k_norm = params.k_norm,
-                           .eps = config_.rms_eps,
-                           .rope = rope_,
-                           .q_out = acts.q,
-                           .k_out = acts.k,
-                           .pages = kv});
+  return ops_->QkNormRope(Rotation(params, plan, kv, acts));
 }
 
 absl::Status Decoder::AttentionForward(const LayerParameters& params, const ops::BatchPlan& plan,
@@ -184,18 +190,18 @@ absl::StatusOr<TensorView> Decoder::Forward(const Parameters& params, const ops:
 
   RETURN_IF_ERROR(
       ops_->Embedding({.ids = plan.tokens(), .table = params.embedding, .out = w.body.input}));
-  RETURN_IF_ERROR(ops_->NormMatMul(Projections(params.layers[0], w.body)));
+  const auto pages = [&](int64_t l) { return kv == nullptr ? ops::PagedKv{} : kv->layer(l); };
+  RETURN_IF_ERROR(QkvForward(params.layers[0], plan, pages(0), w.body));
   const int64_t last = config_.num_layers - 1;
   for (int64_t l = 0; l <= last; ++l) {
-    const ops::PagedKv pages = kv == nullptr ? ops::PagedKv{} : kv->layer(l);
-    RETURN_IF_ERROR(RotateForward(params.layers[l], plan, pages, w.body));
     // A prefill chunk that nobody reads leaves only keys and values.
     if (l == last && observer == nullptr && head_rows == 0) return w.hidden;
-    RETURN_IF_ERROR(Attend(plan, pages, w.body));
+    RETURN_IF_ERROR(Attend(plan, pages(l), w.body));
     if (observer != nullptr) RETURN_IF_ERROR(observer->OnAttention(l, w.body));
     if (l == last) break;
     ops::MlpBlockParams block = Block(params.layers[l], w.body);
     block.next = Projections(params.layers[l + 1], w.body);
+    block.rotate = Rotation(params.layers[l + 1], plan, pages(l + 1), w.body);
     RETURN_IF_ERROR(ops_->MlpBlock(block));
   }
   if (head_rows == 0) return w.hidden;

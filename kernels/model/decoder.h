@@ -107,6 +107,8 @@ class Decoder {
 
   ops::NormMatMulParams Projections(const LayerParameters& params,
                                     const LayerActivations& acts) const;
+  ops::QkNormRopeParams Rotation(const LayerParameters& params, const ops::BatchPlan& plan,
+                                 const ops::PagedKv& kv, const LayerActivations& acts) const;
   absl::Status Attend(const ops::BatchPlan& plan, const ops::PagedKv& kv,
                       const LayerActivations& acts) const;
   // The second half, without the next layer's projections.

@@ -50,7 +50,8 @@ absl::Status Ops::MlpBlock(const MlpBlockParams& p) {
                           .addend = mid,
                           .c = p.output,
                           .b_is_parameter = true}));
-  return p.next.c.present() ? NormMatMul(p.next) : absl::OkStatus();
+  if (p.next.c.present()) RETURN_IF_ERROR(NormMatMul(p.next));
+  return p.rotate.plan != nullptr ? QkNormRope(p.rotate) : absl::OkStatus();
 }
 
 absl::Status Ops::Sample(const SampleParams& p) {

@@ -175,15 +175,17 @@ struct NormSwiGluParams {
 };
 // The second half of a layer, and the projections of the next:
 //   mid = input + attn_out o^T,  output = mid + mlp.out down^T,  next.c = RmsNorm(output) next.b^T
-// with mlp.out = SwiGlu(RmsNorm(mid) mlp.b^T). Weights are model parameters (MatMulParams).
+// with mlp.out = SwiGlu(RmsNorm(mid) mlp.b^T), and then QkNormRope(rotate). Weights are model
+// parameters (MatMulParams).
 struct MlpBlockParams {
-  TensorView attn_out;    // [rows, q_dim] f
-  TensorView o;           // [hidden, q_dim] f
-  TensorView input;       // [rows, hidden] r
-  NormSwiGluParams mlp;   // mlp.norm.x is mid: written, may be input
-  TensorView down;        // [hidden, ffn] f
-  TensorView output;      // [rows, hidden] r, may be mid
-  NormMatMulParams next;  // optional (no next.c): next.norm.x is output
+  TensorView attn_out;      // [rows, q_dim] f
+  TensorView o;             // [hidden, q_dim] f
+  TensorView input;         // [rows, hidden] r
+  NormSwiGluParams mlp;     // mlp.norm.x is mid: written, may be input
+  TensorView down;          // [hidden, ffn] f
+  TensorView output;        // [rows, hidden] r, may be mid
+  NormMatMulParams next;    // optional (no next.c): next.norm.x is output
+  QkNormRopeParams rotate;  // optional (no plan), with next: q_in, k_in and v are columns of next.c
 };
 struct SwiGluBackwardParams {
   TensorView gate_up;    // [rows, 2 * ffn] f
@@ -213,9 +215,13 @@ struct LogProbHeadParams {
   TensorView logprobs;       // [targets] f32 (host memory)
   TensorView entropy;        // [head_rows] f32 (host memory)
   TensorView lse;            // [head_rows] f32 (host memory)
+  // Optional [bytes] u8: lent until backward, which is given it again, untouched. A device that
+  // finds it large enough keeps there what saves backward the product of the logits; the outputs
+  // have the same bits.
+  TensorView kept;
 };
-// Second pass: recomputes the chunk's logits. Given c[t] = dL/dlogprob[t] and e[r] =
-// dL/dentropy[r]:
+// Second pass: recomputes the chunk's logits, unless forward kept what it needs of them. Given c[t]
+// = dL/dlogprob[t] and e[r] = dL/dentropy[r]:
 //   dL/dz_j = sum_t c[t] (1[j = target t] - p_j) - e p_j (log p_j + entropy),
 // divided by temperature for logits.
 struct LogProbHeadBackwardParams {
@@ -231,6 +237,7 @@ struct LogProbHeadBackwardParams {
   TensorView d_hidden;    // [head_rows, hidden] f
   TensorView d_weight;    // [vocab, hidden] f32, += or =
   bool accumulate_d_weight = true;
+  TensorView kept;  // as lent to forward, for the same rows; overwritten
 };
 
 // What decides one sampled token. Filters apply in the order logit_bias, temperature, top_k, top_p,

@@ -2,6 +2,8 @@
 // kind one kernel, where rows are few.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -127,6 +129,104 @@ TEST_P(MlpBlockTest, MatchesReference) {
       if (!with_next) continue;
       EXPECT_LT(RelativeError(block.qkv, want.qkv), backward_tolerance());
       block.qkv.ExpectGuardsIntact("qkv");
+    }
+  }
+}
+
+// Heads of the last projections: norm, RoPE, and keys and values in their pages, in place.
+struct Heads {
+  Heads(ops::Ops& ops, const Block& block, int64_t rows, int64_t q_count, int64_t head_dim,
+        std::mt19937_64& random)
+      : q_heads(q_count),
+        dim(head_dim),
+        rope({rows + 1, dim}),
+        q_norm({dim}),
+        k_norm({dim}),
+        page_k({rows, 2, kKvHeads, dim}),
+        page_v({rows, 2, kKvHeads, dim}) {
+    for (GuardedTensor* t : {&rope, &q_norm, &k_norm}) t->FillNormal(random);
+    batch.block_tokens = 2;
+    for (int32_t row = 0; row < rows; ++row) {
+      batch.tokens.push_back(0);
+      batch.positions.push_back(row);
+      batch.subtree_end.push_back(static_cast<int32_t>(rows));
+      batch.kv_slots.push_back(row % 3 == 2 ? -1 : 2 * row + 1);
+    }
+    batch.segments = {{.row_begin = 0, .row_end = static_cast<int32_t>(rows)}};
+    plan = std::move(ops.PlanBatch(batch)).value();
+    const TensorView qkv = block.qkv.view();
+    q = qkv.Cols(0, q_heads * dim).SplitHeads(q_heads, dim);
+    k = qkv.Cols(q_heads * dim, (q_heads + kKvHeads) * dim).SplitHeads(kKvHeads, dim);
+    v = qkv.Cols((q_heads + kKvHeads) * dim, qkv.dim(1)).SplitHeads(kKvHeads, dim);
+  }
+  ops::QkNormRopeParams Params(bool norms, bool stores) const {
+    return {.plan = plan.get(),
+            .q_in = q,
+            .k_in = k,
+            .v = v,
+            .q_norm = norms ? q_norm.view() : TensorView{},
+            .k_norm = norms ? k_norm.view() : TensorView{},
+            .eps = kEps,
+            .rope = rope.view(),
+            .q_out = q,
+            .k_out = k,
+            .pages = stores ? ops::PagedKv{page_k.view(), page_v.view()} : ops::PagedKv{}};
+  }
+  // Projections [rows, q_heads + 2 kKvHeads, dim] as they come out.
+  Vector Reference(const Vector& qkv, bool norms) const {
+    const int64_t row_size = (q_heads + 2 * kKvHeads) * dim;
+    Vector want = qkv;
+    for (int64_t at = 0; at < static_cast<int64_t>(qkv.size()); at += dim) {
+      const int64_t row = at / row_size, head = at % row_size / dim;
+      if (head >= q_heads + kKvHeads) continue;
+      Vector x(qkv.begin() + at, qkv.begin() + at + dim);
+      const GuardedTensor& norm = head < q_heads ? q_norm : k_norm;
+      if (norms) x = reference::RmsNorm(x, norm.ToDouble(), kEps);
+      x = reference::Rope(x, rope.ToDouble(), {batch.positions[row]}, 1, dim);
+      std::copy(x.begin(), x.end(), want.begin() + at);
+    }
+    return want;
+  }
+  void ExpectPages(const Block& block, bool stores) const {
+    const int64_t kv_size = kKvHeads * dim, row_size = (q_heads + 2 * kKvHeads) * dim;
+    Vector want_k(page_k.size()), want_v(page_v.size());
+    for (int64_t row = 0; row < batch.num_rows(); ++row) {
+      for (int64_t i = 0; stores && batch.kv_slots[row] >= 0 && i < kv_size; ++i) {
+        const int64_t to = batch.kv_slots[row] * kv_size + i;
+        want_k[to] = block.qkv[row * row_size + q_heads * dim + i];
+        want_v[to] = block.qkv[row * row_size + q_heads * dim + kv_size + i];
+      }
+    }
+    EXPECT_EQ(page_k.ToDouble(), want_k);
+    EXPECT_EQ(page_v.ToDouble(), want_v);
+  }
+
+  static constexpr int64_t kKvHeads = 2;
+  int64_t q_heads, dim;
+  ops::TokenBatch batch;
+  GuardedTensor rope, q_norm, k_norm, page_k, page_v;
+  std::unique_ptr<ops::BatchPlan> plan;
+  TensorView q, k, v;
+};
+
+TEST_P(MlpBlockTest, RotatesHeadsAndStoresKeysAndValues) {
+  for (const int64_t rows : Share<int64_t>({1, 8, 9, 31, 64, 65})) {
+    for (const auto& [q_heads, dim] : {std::pair{3, 64}, {4, 128}, {3, 128}, {2, 32}}) {
+      for (const auto& [norms, stores] : {std::pair{false, true}, {true, true}, {true, false}}) {
+        SCOPED_TRACE(testing::Message() << rows << " rows, " << q_heads << " x " << dim << " norms "
+                                        << norms << " stores " << stores);
+        const Shape shape = {rows, 192, 128, 136, (q_heads + 2 * Heads::kKvHeads) * dim};
+        Block block(shape, random_);
+        const Heads heads(*ops_, block, rows, q_heads, dim, random_);
+        const Vector want = heads.Reference(Reference(shape, block, true).qkv, norms);
+        ops::MlpBlockParams p = block.Params(true, true, true);
+        p.rotate = heads.Params(norms, stores);
+        const absl::Status status = ops_->MlpBlock(p);
+        ASSERT_TRUE(status.ok()) << status;
+        EXPECT_LT(RelativeError(block.qkv, want), backward_tolerance());
+        block.qkv.ExpectGuardsIntact("qkv");
+        heads.ExpectPages(block, stores);
+      }
     }
   }
 }

@@ -291,18 +291,29 @@ absl::Status StagedOps::MlpBlock(const ops::MlpBlockParams& params) {
   s.In(p.mlp.b).Out(p.mlp.gate_up).Out(p.mlp.out).OutAs(p.output, residual_dtype_);
   s.OutAs(p.next.norm.x, residual_dtype_).In(p.next.norm.weight).Out(p.next.norm.out);
   s.In(p.next.b).In(p.next.bias).Out(p.next.c);
+  if (p.rotate.plan != nullptr) {
+    // Heads are columns of next.c there, too.
+    const auto heads = [&](const TensorView& t) {
+      const int64_t first = t.f32() - params.next.c.f32();
+      return p.next.c.Cols(first, first + t.dim(1) * t.dim(2)).SplitHeads(t.dim(1), t.dim(2));
+    };
+    ops::QkNormRopeParams& r = p.rotate;
+    r.q_in = r.q_out = heads(r.q_in), r.k_in = r.k_out = heads(r.k_in), r.v = heads(r.v);
+    s.In(r.q_norm).In(r.k_norm).InAs(r.rope, DType::kF32).Out(r.pages.k).Out(r.pages.v);
+  }
   return s.Finish(ops_->MlpBlock(p));
 }
 absl::Status StagedOps::LogProbHead(const ops::LogProbHeadParams& params) {
   ops::LogProbHeadParams p = params;
   Staging s(*ops_);
-  s.In(p.hidden).In(p.weight);
+  s.In(p.hidden).In(p.weight).OutAs(p.kept, DType::kU8);
   return s.Finish(ops_->LogProbHead(p));
 }
 absl::Status StagedOps::LogProbHeadBackward(const ops::LogProbHeadBackwardParams& params) {
   ops::LogProbHeadBackwardParams p = params;
   Staging s(*ops_);
   s.In(p.hidden).In(p.weight).Out(p.d_hidden).OutAs(p.d_weight, DType::kF32);
+  s.OutAs(p.kept, DType::kU8);
   return s.Finish(ops_->LogProbHeadBackward(p));
 }
 absl::StatusOr<std::unique_ptr<ops::PendingSample>> StagedOps::StartSample(

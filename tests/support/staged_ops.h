@@ -47,6 +47,7 @@ class StagedOps final : public ops::Ops {
   absl::Status NormMatMul(const ops::NormMatMulParams& p) override;
   absl::Status MatMulSwiGlu(const ops::MatMulSwiGluParams& p) override;
   absl::Status NormSwiGlu(const ops::NormSwiGluParams& p) override;
+  // With `rotate` in place.
   absl::Status MlpBlock(const ops::MlpBlockParams& p) override;
   absl::Status EmbeddingBackward(const ops::EmbeddingBackwardParams& p) override;
   absl::Status ScatterAddRows(const ops::ScatterAddRowsParams& p) override;
