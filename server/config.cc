@@ -65,6 +65,14 @@ const std::vector<Flag>& Flags() {
        "A token's numbers depend on its own prefix alone, bit for bit: cached or not, whatever "
        "else "
        "is in the batch. Costs speed on cuda, checked at start; cpu is always so."},
+      {.group = "Device",
+       .name = "compute_dtype",
+       .field = &Config::compute_dtype,
+       .help = "Of weights, activations and KV blocks on cuda; cpu computes in f32 whatever this "
+               "says. f16 rounds eight times finer but ends at 65504: a weight beyond is "
+               "refused, an activation beyond overflows, gradients are scaled. Not with "
+               "--gradient_dtype=bf16.",
+       .choices = {"bf16", "f16"}},
       {"Network", "host", &Config::host,
        "Address to listen on, gRPC and HTTP. There is no authentication: beyond loopback put a "
        "proxy in front."},
@@ -343,6 +351,9 @@ absl::Status CheckTogether(const Config& config) {
   if (config.device == "cuda" && (tokens < 8 || (tokens & (tokens - 1)) != 0)) {
     return BadFlag("--block_tokens", "a power of two, at least 8, with --device=cuda",
                    absl::StrCat(tokens));
+  }
+  if (config.device == "cuda" && config.compute_dtype == "f16" && config.gradient_dtype == "bf16") {
+    return BadFlag("--gradient_dtype", "f32 with --compute_dtype=f16", config.gradient_dtype);
   }
   if (config.port != 0 && config.port == config.http_port) {
     return BadFlag("--http_port", "another port than --port", absl::StrCat(config.http_port));

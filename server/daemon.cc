@@ -92,8 +92,12 @@ absl::Status Daemon::Load() {
   ASSIGN_OR_RETURN(ops_, make_ops_(config_));
   const ops::DeviceInfo device = ops_->Info();  // with nothing of ours on it
   ASSIGN_OR_RETURN(model_, LoadOrMakeModel(config_, *ops_));
-  LOG(INFO) << "model_loaded device=\"" << device.name << "\" " << model_.config.ToString()
+  LOG(INFO) << "model_loaded device=\"" << device.name
+            << "\" compute_dtype=" << Name(device.compute_dtype) << ' ' << model_.config.ToString()
             << " tokenizer=" << (model_.tokenizer != nullptr ? "yes" : "no");
+  if (device.kind == DeviceKind::kCpu && config_.ComputeDType() == DType::kF16) {
+    LOG(WARNING) << "compute_dtype_ignored want=f16 got=f32 note=\"the cpu computes in f32\"";
+  }
   ASSIGN_OR_RETURN(decoder_, Decoder::Create(model_.config, *ops_));
   const int64_t workspace_bytes =
       Runner::WorkspaceBytes(*decoder_, config_.max_batch_rows, config_.max_running_samples);

@@ -27,7 +27,8 @@ LogSeverity Severity(const std::string& level) {
 }
 
 absl::StatusOr<std::unique_ptr<ops::Ops>> OpenDevice(const Config& config) {
-  return ops::CreateOps(config.device, static_cast<int>(config.threads), config.deterministic);
+  return ops::CreateOps(config.device, static_cast<int>(config.threads), config.deterministic,
+                        config.ComputeDType());
 }
 
 ExitCode Main(const std::vector<std::string>& args) {

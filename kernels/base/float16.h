@@ -9,6 +9,8 @@
 
 namespace coppice {
 
+inline constexpr float kMaxF16 = 65504;  // the largest finite one
+
 inline float FloatFromBf16(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
 
 inline uint16_t Bf16FromFloat(float value) {

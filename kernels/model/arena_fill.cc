@@ -2,11 +2,12 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
+#include <cmath>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "kernels/base/float16.h"
 #include "kernels/base/log.h"
 #include "kernels/base/status_macros.h"
 
@@ -31,13 +32,6 @@ std::vector<Chunk> SplitIntoChunks(const std::vector<NamedTensor>& tensors) {
     for (int64_t r = 0; r < rows; r += step) chunks.push_back({i, r, std::min(rows, r + step)});
   }
   return chunks;
-}
-
-// Round to nearest even; NaN stays NaN.
-uint16_t ToBf16(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40u);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 class Filler {
@@ -98,9 +92,13 @@ class Filler {
     staging.resize(dst.num_elements());
     RETURN_IF_ERROR(source_(chunk.tensor, chunk.row_begin, chunk.row_end, staging.data()));
     const void* host = staging.data();
-    if (dst.dtype == DType::kBF16) {
+    if (dst.dtype != DType::kF32) {
+      if (dst.dtype == DType::kF16) {
+        RETURN_IF_ERROR(CheckF16Range(tensors_[chunk.tensor].name, staging));
+      }
       narrow.resize(staging.size());
-      std::transform(staging.begin(), staging.end(), narrow.begin(), ToBf16);
+      std::transform(staging.begin(), staging.end(), narrow.begin(),
+                     [dtype = dst.dtype](float x) { return Bits16FromFloat(dtype, x); });
       host = narrow.data();
     }
     absl::MutexLock lock(&mutex_);  // an Ops takes one caller at a time
@@ -123,13 +121,18 @@ class Filler {
 
 }  // namespace
 
+absl::Status CheckF16Range(absl::string_view name, absl::Span<const float> values) {
+  for (const float x : values) {
+    if (std::abs(x) <= kMaxF16) continue;
+    return absl::InvalidArgumentError(absl::StrCat("weights do not fit f16: tensor ", name,
+                                                   " wants at most ", kMaxF16, ", got ", x,
+                                                   "; run with --compute_dtype=bf16"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status FillTensors(const std::vector<NamedTensor>& tensors, const RowSource& source,
                          ops::Ops& ops) {
-  const DType dtype = ops.Info().compute_dtype;
-  if (dtype != DType::kF32 && dtype != DType::kBF16) {
-    return absl::UnimplementedError(
-        absl::StrCat("weights in ", Name(dtype), ": want one of f32, bf16"));
-  }
   return Filler(tensors, source, ops).Run();
 }
 

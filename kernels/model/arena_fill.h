@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
 #include "kernels/model/parameters.h"
 #include "kernels/ops/ops.h"
 
@@ -18,7 +20,11 @@ namespace coppice {
 using RowSource =
     std::function<absl::Status(size_t index, int64_t row_begin, int64_t row_end, float* out)>;
 
-// Views of `tensors` lie in an arena of `ops`. The first error stops the work and is returned.
+// INVALID_ARGUMENT naming tensor and value if a weight is larger than f16 can say.
+absl::Status CheckF16Range(absl::string_view name, absl::Span<const float> values);
+
+// Views of `tensors` lie in an arena of `ops`, f32, bf16 or f16. The first error, CheckF16Range
+// among them, stops the work and is returned.
 absl::Status FillTensors(const std::vector<NamedTensor>& tensors, const RowSource& source,
                          ops::Ops& ops);
 

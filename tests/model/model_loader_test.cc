@@ -7,7 +7,9 @@
 #include <limits>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/float16.h"
 #include "tests/model/file_builders.h"
+#include "tests/support/failing_ops.h"
 
 namespace coppice {
 namespace {
@@ -47,6 +49,51 @@ TEST_F(ModelLoaderTest, PutsEveryTensorIntoItsSlice) {
       }
     }
     EXPECT_EQ(model->tokenizer, nullptr);
+  }
+}
+
+// A device that holds weights in 16 bits.
+class NarrowOps final : public FailingOps {
+ public:
+  explicit NarrowOps(DType dtype) : FailingOps(*ops::CreateOps("cpu", 1)), dtype_(dtype) {}
+  ops::DeviceInfo Info() const override {
+    ops::DeviceInfo info = FailingOps::Info();
+    info.compute_dtype = dtype_;
+    return info;
+  }
+
+ private:
+  const DType dtype_;
+};
+
+TEST_F(ModelLoaderTest, RoundsWeightsToTheDevicesType) {
+  for (const DType dtype : {DType::kBF16, DType::kF16}) {
+    ops_ = std::make_unique<NarrowOps>(dtype);
+    const auto model = Load(SmallConfigJson("qwen3"), Tensors("qwen3"));
+    ASSERT_TRUE(model.ok()) << model.status();
+    for (const NamedTensor& t : HfTensors(model->config, model->params)) {
+      ASSERT_EQ(t.view.dtype, dtype);
+      for (int64_t i = 0; i < t.view.num_elements(); ++i) {
+        const uint16_t want = Bits16FromFloat(dtype, static_cast<float>(i) / 1000);
+        ASSERT_EQ(t.view.as<uint16_t>()[i], want) << t.name << " " << i;
+      }
+    }
+  }
+}
+
+TEST_F(ModelLoaderTest, WeightsBeyondF16AreRefusedByName) {
+  ops_ = std::make_unique<NarrowOps>(DType::kF16);
+  std::vector<TestTensor> tensors = Tensors("llama");
+  for (const auto& [value, fits] : {std::pair(-65504.0f, true), {70000.0f, false}}) {
+    const std::string bytes = FloatBytes({value});
+    std::copy(bytes.begin(), bytes.end(), tensors[1].data.begin());
+    const auto model = Load(SmallConfigJson("llama"), tensors);
+    ASSERT_EQ(model.ok(), fits) << model.status();
+    if (fits) continue;
+    EXPECT_EQ(model.status().code(), absl::StatusCode::kInvalidArgument);
+    for (const char* part : {tensors[1].name.c_str(), "got 70000", "--compute_dtype=bf16"}) {
+      EXPECT_THAT(std::string(model.status().message()), HasSubstr(part));
+    }
   }
 }
 
