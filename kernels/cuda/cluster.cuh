@@ -1,4 +1,5 @@
-// Thread block clusters: ranks, the cluster's barrier, stores into another block's shared memory.
+// Thread block clusters: ranks, the cluster's barrier, arrivals at another block's barriers, stores
+// and copies into its shared memory.
 #pragma once
 
 #include "kernels/cuda/attention/hopper.cuh"
@@ -23,6 +24,48 @@ __device__ __forceinline__ void ClusterArrive() {
 }
 __device__ __forceinline__ void ClusterWait() {
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Until every thread of the cluster came here.
+__device__ __forceinline__ void ClusterSync() {
+  __syncwarp();
+  ClusterArrive();
+  ClusterWait();
+}
+
+// Counts this thread's arrival at block `rank`'s copy of a barrier. Nothing but reads by the tensor
+// cores, which are over, comes before; release.cluster would put a fence of the whole device here.
+__device__ __forceinline__ void ArriveAt(Barrier& barrier, int rank) {
+  asm volatile(
+      "{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [at];\n}" ::"r"(SharedAddress(&barrier.word)),
+      "r"(rank)
+      : "memory");
+}
+
+// LoadBox into both blocks of a cluster of two, each told by its own barrier.
+__device__ __forceinline__ void LoadBoxForBoth(void* to, const CUtensorMap& map, int column,
+                                               int head, int row, Barrier& full) {
+  constexpr uint16_t kBoth = 3;
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(SharedAddress(to)),
+      "l"(&map), "r"(column), "r"(head), "r"(row), "r"(SharedAddress(&full.word)), "h"(kBoth)
+      : "memory");
+}
+
+// Waits for SendTo, and returns what it brought.
+__device__ __forceinline__ int Receive(const int& from, Barrier& full, uint32_t parity) {
+  int value;
+  asm volatile(
+      "{\n.reg .pred done;\nagain:\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
+      "@!done bra again;\n"
+      "ld.shared.b32 %0, [%3];\n}"
+      : "=r"(value)
+      : "r"(SharedAddress(&full.word)), "r"(parity), "r"(SharedAddress(&from))
+      : "memory");
+  return value;
 }
 
 // REQUIRES: a cluster of at least 2 blocks.

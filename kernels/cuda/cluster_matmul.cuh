@@ -49,45 +49,6 @@ struct TileShared {
   Barrier item_empty[kItemStages];  // the first block's counts for all
 };
 
-// Until every thread of the cluster came here.
-__device__ __forceinline__ void ClusterSync() {
-  __syncwarp();
-  ClusterArrive();
-  ClusterWait();
-}
-// Counts this thread's arrival at block `rank`'s copy of a barrier. Nothing but reads by the tensor
-// cores, which are over, comes before; release.cluster would put a fence of the whole device here.
-__device__ __forceinline__ void ArriveAt(Barrier& barrier, int rank) {
-  asm volatile(
-      "{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [at];\n}" ::"r"(SharedAddress(&barrier.word)),
-      "r"(rank)
-      : "memory");
-}
-// Waits for SendTo, and returns what it brought.
-__device__ __forceinline__ int Receive(const int& from, Barrier& full, uint32_t parity) {
-  int value;
-  asm volatile(
-      "{\n.reg .pred done;\nagain:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
-      "@!done bra again;\n"
-      "ld.shared.b32 %0, [%3];\n}"
-      : "=r"(value)
-      : "r"(SharedAddress(&full.word)), "r"(parity), "r"(SharedAddress(&from))
-      : "memory");
-  return value;
-}
-// LoadBox into both blocks, each told by its own barrier.
-__device__ __forceinline__ void LoadBoxForAll(void* to, const CUtensorMap& map, int column, int row,
-                                              Barrier& full) {
-  constexpr uint16_t kAll = (1 << kBlocks) - 1;
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(SharedAddress(to)),
-      "l"(&map), "r"(column), "r"(0), "r"(row), "r"(SharedAddress(&full.word)), "h"(kAll)
-      : "memory");
-}
-
 #define TILE_REGS_64                         \
   "%64, %65, %66, %67, %68, %69, %70, %71, " \
   "%72, %73, %74, %75, %76, %77, %78, %79, " \
@@ -130,8 +91,8 @@ struct RightColumns {
 
   __device__ __forceinline__ void Load(uint16_t* panels, int block, int tile, Barrier& full) const {
     const int rank = ClusterRank();
-    LoadBoxForAll(panels + rank * kShare * kPanel, map, block * kPanel,
-                  tile * tile_stride + rank * share_stride, full);
+    LoadBoxForBoth(panels + rank * kShare * kPanel, map, block * kPanel, 0,
+                   tile * tile_stride + rank * share_stride, full);
   }
   template <typename E>
   __device__ __forceinline__ static void Multiply(float (&acc)[128], const uint16_t* left,
@@ -150,8 +111,8 @@ struct RightRows {
     const int first = ClusterRank() * kShare;
 #pragma unroll
     for (int column = first; column < first + kShare; column += kPanel)
-      LoadBoxForAll(panels + column * kPanel, map, tile * kTileColumns + column, block * kPanel,
-                    full);
+      LoadBoxForBoth(panels + column * kPanel, map, tile * kTileColumns + column, 0, block * kPanel,
+                     full);
   }
   template <typename E>
   __device__ __forceinline__ static void Multiply(float (&acc)[128], const uint16_t* left,
