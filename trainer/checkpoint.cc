@@ -213,7 +213,18 @@ absl::Status ReadTensors(const std::vector<TensorToWrite>& tensors, const Tensor
   return absl::OkStatus();
 }
 
-// f32 masters into bf16 weights and their remainders.
+// INVALID_ARGUMENT if a weight is larger than f16 can say.
+absl::Status CheckFitF16(const std::vector<TensorToWrite>& tensors, const TensorSource& source) {
+  std::vector<float> host;
+  for (const TensorToWrite& tensor : tensors) {
+    host.resize(tensor.view.num_elements());
+    RETURN_IF_ERROR(source.ReadRows(tensor.name, 0, tensor.view.dim(0), host.data()));
+    RETURN_IF_ERROR(CheckF16Range(tensor.name, host));
+  }
+  return absl::OkStatus();
+}
+
+// f32 masters into 16-bit weights and their remainders.
 absl::Status ReadMasters(const std::vector<TensorToWrite>& tensors, const TensorSource& source,
                          ops::Ops& ops) {
   std::vector<float> masters;
@@ -226,7 +237,7 @@ absl::Status ReadMasters(const std::vector<TensorToWrite>& tensors, const Tensor
     remainders.resize(n);
     RETURN_IF_ERROR(source.ReadRows(tensor.name, 0, tensor.view.dim(0), masters.data()));
     for (int64_t i = 0; i < n; ++i) {
-      const MasterParts parts = SplitMaster(masters[i]);
+      const MasterParts parts = SplitMaster(tensor.view.dtype, masters[i]);
       params[i] = parts.param;
       remainders[i] = parts.remainder;
     }
@@ -284,6 +295,7 @@ absl::StatusOr<std::unique_ptr<CheckpointReader>> CheckpointReader::Open(
 absl::Status CheckpointReader::ReadWeights(const Parameters& params, const Optimizer* optimizer,
                                            ops::Ops& ops) const {
   const std::vector<TensorToWrite> tensors = WeightTensors({config_, params, optimizer, version_});
+  if (params.flat.dtype == DType::kF16) RETURN_IF_ERROR(CheckFitF16(tensors, *weights_));
   return tensors[0].remainder.present() ? ReadMasters(tensors, *weights_, ops)
                                         : ReadTensors(tensors, *weights_, ops);
 }

@@ -1,6 +1,6 @@
 // Checkpoints: one directory that holds a policy, and from which training resumes bit for bit.
 //   config.json, model.safetensors   as Hugging Face transformers reads them; f32 masters once a
-//   device that computes in bf16 has trained, so that any device resumes from them exactly
+//   device that computes in 16 bits has trained, so that any device resumes from them exactly
 //   optimizer.safetensors            moments by tensor name, "m." and "v."; absent before the first
 //   optimizer step checkpoint.json                  format, policy version, optimizer steps, size
 //   and SHA-256 of every other file
@@ -46,7 +46,8 @@ class CheckpointReader {
 
   PolicyVersion version() const { return version_; }
   bool has_optimizer() const { return optimizer_ != nullptr; }
-  // `optimizer` (null if there is none) gets what bf16 weights leave of their masters.
+  // `optimizer` (null if there is none) gets what 16-bit weights leave of their masters.
+  // INVALID_ARGUMENT, before anything is written, if a weight is larger than its type can say.
   absl::Status ReadWeights(const Parameters& params, const Optimizer* optimizer,
                            ops::Ops& ops) const;
   // REQUIRES: has_optimizer().

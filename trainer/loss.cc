@@ -271,6 +271,21 @@ SampleGradient EvaluateSample(const LossConfig& config, const LossCounts& counts
   return gradient;
 }
 
+double LargestCoefficient(const LossConfig& config, const LossCounts& counts,
+                          const TrainSample& sample, absl::Span<const double> advantages) {
+  const double mask_sum = MaskSum(sample);
+  if (mask_sum == 0) return 0;
+  const double scale = std::abs(TokenScale(config, counts, sample, mask_sum));
+  double largest = 0;
+  for (size_t t = 0; t < sample.tokens.size(); ++t) {
+    const double advantage = std::abs(advantages[advantages.size() == 1 ? 0 : t]);
+    const double term = std::max(advantage + std::abs(config.kl_coef),
+                                 static_cast<double>(std::abs(config.entropy_coef)));
+    largest = std::max(largest, scale * MaskAt(sample, t) * term);
+  }
+  return largest;
+}
+
 std::map<std::string, double> LossSums::Metrics() const {
   std::map<std::string, double> metrics;
   const auto put = [&metrics](const char* name, double value) {

@@ -72,4 +72,9 @@ struct LossSums {
 SampleGradient EvaluateSample(const LossConfig& config, const LossCounts& counts,
                               const SampleView& view, LossSums& sums, SampleResult& result);
 
+// The largest |dL/dl| or |dL/dentropy| of a token where ratio and importance weight are 1 and the
+// KL gap is at most 1: their size before any log-prob is known.
+double LargestCoefficient(const LossConfig& config, const LossCounts& counts,
+                          const TrainSample& sample, absl::Span<const double> advantages);
+
 }  // namespace coppice

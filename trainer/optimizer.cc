@@ -60,10 +60,12 @@ absl::StatusOr<Optimizer> Optimizer::Create(const ModelConfig& config, const Par
 
 absl::StatusOr<Optimizer::Outcome> Optimizer::Step(const AdamConfig& config,
                                                    const Parameters& params,
-                                                   const GradientArena& grads, ops::Ops& ops) {
+                                                   const GradientArena& grads, double scale,
+                                                   ops::Ops& ops) {
   ASSIGN_OR_RETURN(const double sum_squares, grads.SumSquares(ops));
-  const double norm = std::sqrt(sum_squares);
+  const double norm = std::sqrt(sum_squares) / scale;
   if (!std::isfinite(norm)) return Outcome{.grad_norm = norm, .updated = false};
+  const float factor = ClipFactor(norm, config.grad_clip_norm) / static_cast<float>(scale);
   for (const GradientArena::Slice& slice : grads.slices()) {
     const int64_t begin = slice.begin, end = begin + slice.values.dim(0);
     RETURN_IF_ERROR(ops.AdamW(
@@ -79,7 +81,7 @@ absl::StatusOr<Optimizer::Outcome> Optimizer::Step(const AdamConfig& config,
          .beta2 = config.beta2,
          .eps = config.eps,
          .weight_decay = config.weight_decay,
-         .grad_scale = ClipFactor(norm, config.grad_clip_norm)}));
+         .grad_scale = factor}));
   }
   ++num_steps_;
   return Outcome{.grad_norm = norm, .updated = true};

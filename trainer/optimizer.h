@@ -1,5 +1,5 @@
 // Optimizer: AdamW over the flat parameter arena, with global-norm clipping. Owns the moments
-// (f32), the step count and, where weights are bf16, the 16 bits that complete them to f32 masters.
+// (f32), the step count and, where weights have 16 bits, the 16 that complete them to f32 masters.
 // Weight decay applies to matrices only. Owner and thread: the trainer on the engine thread.
 #pragma once
 
@@ -22,13 +22,13 @@ class Optimizer {
                                           ops::Ops& ops);
 
   struct Outcome {
-    double grad_norm = 0;  // before clipping
+    double grad_norm = 0;  // before clipping, of grads / scale
     bool updated = false;  // false: the norm was not finite and nothing changed
   };
-  // params -= AdamW(grads clipped to config.grad_clip_norm). One pass for the norm, one for the
-  // update.
+  // params -= AdamW(grads / scale, clipped to config.grad_clip_norm). One pass for the norm, one
+  // for the update. `scale`: a power of two (gradient_scale.h).
   absl::StatusOr<Outcome> Step(const AdamConfig& config, const Parameters& params,
-                               const GradientArena& grads, ops::Ops& ops);
+                               const GradientArena& grads, double scale, ops::Ops& ops);
 
   int64_t num_steps() const { return num_steps_; }
   void set_num_steps(int64_t n) { num_steps_ = n; }

@@ -35,6 +35,12 @@ absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const Options& options,
     return absl::InvalidArgumentError(absl::StrCat(
         "trainer refused: gradient_dtype wants f32 or bf16, got ", Name(options.gradient_dtype)));
   }
+  const DType compute_dtype = decoder.ops().Info().compute_dtype;
+  if (compute_dtype == DType::kF16 && options.gradient_dtype != DType::kF32) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "trainer refused: gradient_dtype wants f32 on a device that computes in f16, got ",
+        Name(options.gradient_dtype), "; use --gradient_dtype=f32 or --compute_dtype=bf16"));
+  }
   const int64_t budget =
       options.activation_bytes > 0
           ? options.activation_bytes
@@ -56,7 +62,8 @@ PolicyTrainer::PolicyTrainer(const Options& options, int64_t activation_bytes, M
       ops_(decoder.ops()),
       clock_(clock),
       limits_(MakeLimits(options)),
-      gradient_dtype_(options.gradient_dtype) {}
+      gradient_dtype_(options.gradient_dtype),
+      scale_(options.scale_gradients || ops_.Info().compute_dtype == DType::kF16) {}
 
 PassLimits PolicyTrainer::MakeLimits(const Options& options) const {
   const ops::DeviceInfo device = ops_.Info();

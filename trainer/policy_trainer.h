@@ -18,6 +18,7 @@
 #include "trainer/backward.h"
 #include "trainer/forward.h"
 #include "trainer/gradient_arena.h"
+#include "trainer/gradient_scale.h"
 #include "trainer/optimizer.h"
 #include "trainer/phase_timer.h"
 #include "trainer/prompt_state.h"
@@ -44,6 +45,7 @@ class PolicyTrainer final : public Trainer {
   bool has_pending_gradients() const override { return pending_gradients_; }
   bool has_optimizer_state() const override { return optimizer_.has_value(); }
   const Parameters& gradients() const override { return gradients_.parameters(); }
+  double gradient_scale() const override { return scale_.value(); }
 
   absl::Status SaveCheckpoint(absl::string_view directory) override;
   absl::Status LoadCheckpoint(absl::string_view directory) override;
@@ -148,6 +150,11 @@ class PolicyTrainer final : public Trainer {
   // From the gradients that its branches have left. REQUIRES: all of them have run.
   absl::Status RunPromptBackward(const TreeRun& run, float temperature, PhaseTimer& phases);
 
+  // Before the first pass of a request.
+  void FixGradientScale(const LossConfig& loss, const RequestPlan& plan);
+  // After an update that had a finite norm or was skipped: why.
+  std::string LearnFrom(const Optimizer::Outcome& outcome);
+
   absl::Status EnsureGradients();
   absl::Status EnsureOptimizer();
 
@@ -165,6 +172,8 @@ class PolicyTrainer final : public Trainer {
   PromptGradients prompt_gradients_;
   const DType gradient_dtype_;
   GradientArena gradients_;  // empty until the first ForwardBackward
+  GradientScale scale_;      // of what it holds
+  double logged_scale_ = 1;
   bool pending_gradients_ = false;
   bool gradients_written_ = false;  // false: what the arena holds counts for nothing
   Retention logged_retention_;

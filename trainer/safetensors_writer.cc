@@ -56,7 +56,8 @@ absl::StatusOr<std::vector<float>> DownloadMasters(const TensorToWrite& tensor, 
   RETURN_IF_ERROR(ops.Download(tensor.view, params.data()));
   RETURN_IF_ERROR(ops.Download(tensor.remainder, remainders.data()));
   std::vector<float> masters(n);
-  for (int64_t i = 0; i < n; ++i) masters[i] = JoinMaster({params[i], remainders[i]});
+  for (int64_t i = 0; i < n; ++i)
+    masters[i] = JoinMaster(tensor.view.dtype, {params[i], remainders[i]});
   return masters;
 }
 

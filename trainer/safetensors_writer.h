@@ -16,8 +16,7 @@ namespace coppice {
 struct TensorToWrite {
   std::string name;
   TensorView view;
-  TensorView remainder =
-      {};  // optional 16-bit, same shape: `view` is bf16, f32 masters are written
+  TensorView remainder = {};  // optional 16-bit, same shape: f32 masters are written
 };
 
 // In the order given; one tensor at a time passes through host memory. REQUIRES: dtypes f32, f16 or

@@ -1,5 +1,6 @@
 #include "trainer/sample_paths.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace coppice {
@@ -12,11 +13,16 @@ void HeadGradientSums::Add(const std::vector<TargetRef>& refs, const SampleGradi
   }
 }
 
-HeadGradients HeadGradientSums::Round(bool with_entropy) const {
-  HeadGradients rounded;
-  rounded.d_logprobs.assign(d_logprobs_.begin(), d_logprobs_.end());
-  if (with_entropy) rounded.d_entropy.assign(d_entropy_.begin(), d_entropy_.end());
-  return rounded;
+HeadGradients HeadGradientSums::Round(bool with_entropy, double scale) const {
+  const auto round = [scale](const std::vector<double>& values) {
+    std::vector<float> rounded(values.size());
+    std::transform(values.begin(), values.end(), rounded.begin(),
+                   [scale](double d) { return static_cast<float>(scale * d); });
+    return rounded;
+  };
+  HeadGradients gradients{.d_logprobs = round(d_logprobs_)};
+  if (with_entropy) gradients.d_entropy = round(d_entropy_);
+  return gradients;
 }
 
 SamplePath GatherPath(absl::Span<const PathSource> sources, size_t i) {

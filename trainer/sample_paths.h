@@ -24,7 +24,8 @@ class HeadGradientSums {
       : d_logprobs_(tree.targets.size()), d_entropy_(tree.num_head_rows()) {}
 
   void Add(const std::vector<TargetRef>& refs, const SampleGradient& gradient);
-  HeadGradients Round(bool with_entropy) const;
+  // Times `scale`.
+  HeadGradients Round(bool with_entropy, double scale) const;
 
  private:
   std::vector<double> d_logprobs_, d_entropy_;

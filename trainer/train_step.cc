@@ -36,6 +36,7 @@ absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
       [&](const PassLimits& limits) { return PlanTrainingPasses(plan, request.groups, limits); },
       plan);
   RETURN_IF_ERROR(Reserve(passes));
+  FixGradientScale(request.loss, plan);
   phases.Lap("build_tree");
 
   Totals totals;
@@ -59,6 +60,7 @@ absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
   result.metrics["micro_batches"] = static_cast<double>(totals.micro_batches);
   result.metrics["recompute"] =
       static_cast<double>(Retain::kAll) - static_cast<double>(totals.least_retained);
+  result.metrics["gradient_scale"] = scale_.value();
   result.metrics["activation_bytes"] = static_cast<double>(pass_memory_.size_bytes());
   result.tokens = {.flat = NumFlatRows(plan),
                    .unique = totals.unique,
@@ -93,13 +95,13 @@ absl::Status PolicyTrainer::RunPass(const ForwardBackwardRequest& request, const
       sources.push_back({pass.prompt->tree, pass.prompt->head, first, &*prompt_sums});
     }
     EvaluateLoss(request, plan, planned.batches[b], sources, totals.loss, results);
-    run.d_head = sums.Round(with_entropy);
+    run.d_head = sums.Round(with_entropy, scale_.value());
     first += planned.batches[b].size();
     phases.Lap("loss");
     RETURN_IF_ERROR(RunBackward(run, temperature, phases));
   }
   if (!pass.prompt.has_value()) return absl::OkStatus();
-  pass.prompt->d_head = prompt_sums->Round(with_entropy);
+  pass.prompt->d_head = prompt_sums->Round(with_entropy, scale_.value());
   return RunPromptBackward(*pass.prompt, temperature, phases);
 }
 
@@ -128,6 +130,7 @@ absl::Status PolicyTrainer::RunForward(TreeRun& run, float temperature, PhaseTim
       ForwardTree(decoder_, model_.params, *run.batch, activations_, run.link, StemOf(run)));
   RETURN_IF_ERROR(ForwardTail(decoder_, model_.params, *run.batch, activations_));
   phases.Lap("forward");
+  if (run.retention.level != Retain::kNothing) run.head.lent = activations_.spare();
   RETURN_IF_ERROR(HeadForward(ops_, model_.params, run.tree, temperature, activations_, run.head));
   phases.Lap("head");
   return absl::OkStatus();
@@ -155,16 +158,15 @@ absl::StatusOr<OptimStepResult> PolicyTrainer::OptimStep(const AdamConfig& confi
   const absl::Duration start = clock_.Now();
   RETURN_IF_ERROR(EnsureOptimizer());
   ASSIGN_OR_RETURN(const Optimizer::Outcome outcome,
-                   optimizer_->Step(config, model_.params, gradients_, ops_));
+                   optimizer_->Step(config, model_.params, gradients_, scale_.value(), ops_));
+  OptimStepResult result{.skip_reason = LearnFrom(outcome), .grad_norm = outcome.grad_norm};
   RETURN_IF_ERROR(DropGradients());
-  OptimStepResult result{.grad_norm = outcome.grad_norm};
   if (outcome.updated) {
     version_ = Next(version_);
   } else {
     result.skipped = true;
-    result.skip_reason = absl::StrCat("gradient norm is not finite: ", outcome.grad_norm);
-    LOG(WARNING) << "optimizer_step_skipped policy_version=" << Raw(version_)
-                 << " grad_norm=" << outcome.grad_norm;
+    LOG(WARNING) << "optimizer_step_skipped policy_version=" << Raw(version_) << " reason=\""
+                 << result.skip_reason << '"';
   }
   result.policy_version = version_;
   result.seconds = absl::ToDoubleSeconds(clock_.Now() - start);
@@ -212,6 +214,30 @@ absl::Status PolicyTrainer::ScorePass(const PlannedPass& planned, Pass pass, flo
   return absl::OkStatus();
 }
 
+void PolicyTrainer::FixGradientScale(const LossConfig& loss, const RequestPlan& plan) {
+  double largest = 0;
+  for (size_t i = 0; i < plan.samples.size(); ++i) {
+    largest = std::max(largest,
+                       LargestCoefficient(loss, plan.counts, *plan.samples[i], plan.advantages[i]));
+  }
+  scale_.Fix(largest);
+  if (scale_.value() == logged_scale_) return;
+  logged_scale_ = scale_.value();
+  LOG(INFO) << "gradient_scale value=" << logged_scale_ << " largest_coefficient=" << largest;
+}
+
+std::string PolicyTrainer::LearnFrom(const Optimizer::Outcome& outcome) {
+  const double scale = scale_.value();
+  const bool lowered = scale_.Learn(outcome.updated);
+  if (outcome.updated) return "";
+  const std::string reason = absl::StrCat("gradient norm is not finite: ", outcome.grad_norm);
+  if (ops_.Info().compute_dtype != DType::kF16) return reason;
+  return absl::StrCat(reason,
+                      lowered ? absl::StrCat("; a quarter of gradient scale ", scale, " is next")
+                              : "; not for the gradient scale, which is 1: activations may exceed "
+                                "f16, use --compute_dtype=bf16");
+}
+
 absl::Status PolicyTrainer::EnsureGradients() {
   if (gradients_.present()) return absl::OkStatus();
   ASSIGN_OR_RETURN(gradients_, GradientArena::Create(decoder_.config(), gradient_dtype_, ops_));
@@ -226,6 +252,7 @@ absl::Status PolicyTrainer::EnsureOptimizer() {
 
 absl::Status PolicyTrainer::DropGradients() {
   pending_gradients_ = gradients_written_ = false;  // the next pass writes over them
+  scale_.Forget();
   return absl::OkStatus();
 }
 

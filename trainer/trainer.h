@@ -31,6 +31,9 @@ class Trainer {
     // Of the gradients of layers' matrices: f32, or bf16 for half of their memory and less
     // precision (gradient_arena.h).
     DType gradient_dtype = DType::kF32;
+    // Gradients are scaled (gradient_scale.h) also where the device computes in another type than
+    // f16, which needs it: same updates.
+    bool scale_gradients = false;
     // Attention over context is much slower than over the rows of a tree, as with --deterministic:
     // nothing is cut to save work, and no stem (trainer/stem.h) is taken.
     bool slow_context = false;
@@ -65,9 +68,11 @@ class Trainer {
   virtual PolicyVersion policy_version() const = 0;
   virtual bool has_pending_gradients() const = 0;
   virtual bool has_optimizer_state() const = 0;
-  // The gradients, mapped like the weights, `flat` if all are f32; for tests and parity. Hold
-  // something while gradients are pending.
+  // gradient_scale() times the gradients, mapped like the weights, `flat` if all are f32; for tests
+  // and parity. Hold something while gradients are pending.
   virtual const Parameters& gradients() const = 0;
+  // A power of two (gradient_scale.h).
+  virtual double gradient_scale() const = 0;
 
   // Weights, optimizer, version; temp directory, fsync, rename. `directory` must not exist or be a
   // former checkpoint. FAILED_PRECONDITION with pending gradients, which a checkpoint does not
@@ -75,10 +80,10 @@ class Trainer {
   virtual absl::Status SaveCheckpoint(absl::string_view directory) = 0;
   // Bit-equal resume; drops pending gradients. The version becomes the checkpoint's: what was
   // cached under other weights must be forgotten by the caller. NOT_FOUND, DATA_LOSS,
-  // INVALID_ARGUMENT (another model's shape), UNIMPLEMENTED (dtype), RESOURCE_EXHAUSTED
-  // (optimizer): then nothing has changed, as all of it is found before the first weight is
-  // written. A device error (INTERNAL) while weights are written leaves them mixed: the caller must
-  // stop.
+  // INVALID_ARGUMENT (another model's shape, or a weight beyond f16), UNIMPLEMENTED (dtype),
+  // RESOURCE_EXHAUSTED (optimizer): then nothing has changed, as all of it is found before the
+  // first weight is written. A device error (INTERNAL) while weights are written leaves them mixed:
+  // the caller must stop.
   virtual absl::Status LoadCheckpoint(absl::string_view directory) = 0;
 };
 

@@ -9,7 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/float16.h"
 #include "tests/model/file_builders.h"
-#include "tests/support/failing_ops.h"
+#include "tests/support/narrow_ops.h"
 
 namespace coppice {
 namespace {
@@ -51,20 +51,6 @@ TEST_F(ModelLoaderTest, PutsEveryTensorIntoItsSlice) {
     EXPECT_EQ(model->tokenizer, nullptr);
   }
 }
-
-// A device that holds weights in 16 bits.
-class NarrowOps final : public FailingOps {
- public:
-  explicit NarrowOps(DType dtype) : FailingOps(*ops::CreateOps("cpu", 1)), dtype_(dtype) {}
-  ops::DeviceInfo Info() const override {
-    ops::DeviceInfo info = FailingOps::Info();
-    info.compute_dtype = dtype_;
-    return info;
-  }
-
- private:
-  const DType dtype_;
-};
 
 TEST_F(ModelLoaderTest, RoundsWeightsToTheDevicesType) {
   for (const DType dtype : {DType::kBF16, DType::kF16}) {

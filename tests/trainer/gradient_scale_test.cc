@@ -1,0 +1,135 @@
+#include "trainer/gradient_scale.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <limits>
+
+#include "absl/strings/str_cat.h"
+#include "tests/trainer/trainer_fixture.h"
+
+namespace coppice {
+namespace {
+
+double Fixed(GradientScale& scale, double largest) {
+  scale.Forget();
+  scale.Fix(largest);
+  return scale.value();
+}
+
+TEST(GradientScaleTest, BringsTheLargestCoefficientTo64) {
+  GradientScale scale(true);
+  EXPECT_EQ(scale.value(), 1);
+  EXPECT_EQ(Fixed(scale, 1), 64);
+  EXPECT_EQ(Fixed(scale, 1.01), 32);
+  EXPECT_EQ(Fixed(scale, 1.0 / 1024), 65536);
+  EXPECT_EQ(Fixed(scale, 1e-30), 1 << 24);
+  EXPECT_EQ(Fixed(scale, 1e30), 1);
+  EXPECT_EQ(Fixed(scale, std::numeric_limits<double>::infinity()), 1);
+  EXPECT_EQ(Fixed(scale, std::numeric_limits<double>::quiet_NaN()), 1);
+  GradientScale off(false);
+  EXPECT_EQ(Fixed(off, 1), 1);
+}
+
+TEST(GradientScaleTest, StaysForAWholeStep) {
+  GradientScale scale(true);
+  scale.Fix(0);  // nothing but zeros: any scale is theirs
+  scale.Fix(0.5);
+  EXPECT_EQ(scale.value(), 128);
+  scale.Fix(8);
+  EXPECT_EQ(scale.value(), 128);
+}
+
+TEST(GradientScaleTest, FollowsWhatHappened) {
+  GradientScale scale(true);
+  EXPECT_EQ(Fixed(scale, 1), 64);
+  EXPECT_TRUE(scale.Learn(false));
+  EXPECT_EQ(Fixed(scale, 1), 16);
+  EXPECT_TRUE(scale.Learn(false));
+  EXPECT_TRUE((Fixed(scale, 1), scale.Learn(false)));
+  EXPECT_EQ(Fixed(scale, 1), 1);
+  EXPECT_FALSE(scale.Learn(false)) << "there is nothing to lower";
+  EXPECT_EQ(Fixed(scale, 1), 1);
+  double before = 1;
+  for (int raised = 0; raised < 6; ++raised) {
+    for (int i = 0; i < 99; ++i) EXPECT_TRUE(scale.Learn(true));
+    EXPECT_EQ(Fixed(scale, 1), before);
+    EXPECT_TRUE(scale.Learn(true));
+    EXPECT_EQ(Fixed(scale, 1), before *= 2);
+  }
+  for (int i = 0; i < 200; ++i) EXPECT_TRUE(scale.Learn(true));
+  EXPECT_EQ(Fixed(scale, 1), 64) << "no more than asked for";
+}
+
+ModelConfig ConfigOf(uint64_t seed) {
+  const auto architecture = static_cast<Architecture>(seed % 3);
+  return TinyConfig(architecture, architecture == Architecture::kQwen2);
+}
+
+// In f32 a power of two changes no bit: not of what the caller sees, not of the weights.
+TEST(GradientScaleTest, ScaledUpdatesHaveTheBitsOfUnscaledOnes) {
+  int num_scaled = 0;
+  for (uint64_t seed = 0; seed < 30; ++seed) {
+    SCOPED_TRACE(absl::StrCat("seed ", seed));
+    Random random(seed);
+    TinyPolicy plain(ConfigOf(seed), seed), scaled(ConfigOf(seed), seed, {.scale_gradients = true});
+    for (int step = 0; step < 3; ++step) {
+      for (int64_t calls = Uniform(random, 1, 2); calls > 0; --calls) {
+        const ForwardBackwardRequest request = RandomRequest(random, plain.config().vocab);
+        const auto want = plain.trainer().ForwardBackward(request).value();
+        const auto got = scaled.trainer().ForwardBackward(request).value();
+        EXPECT_EQ(got.loss, want.loss);
+        EXPECT_EQ(want.metrics.at("gradient_scale"), 1);
+        EXPECT_EQ(got.metrics.at("gradient_scale"), scaled.trainer().gradient_scale());
+      }
+      const double scale = scaled.trainer().gradient_scale();
+      num_scaled += scale > 1;  // but where every token is masked
+      std::vector<float> gradients = scaled.Gradients();
+      for (float& g : gradients) g /= static_cast<float>(scale);
+      EXPECT_EQ(gradients, plain.Gradients());
+      const AdamConfig adam = {
+          .learning_rate = 1e-3f, .weight_decay = 0.1f, .grad_clip_norm = step == 0 ? 0.0f : 0.5f};
+      EXPECT_EQ(scaled.trainer().OptimStep(adam).value().grad_norm,
+                plain.trainer().OptimStep(adam).value().grad_norm);
+      EXPECT_EQ(scaled.Weights(), plain.Weights());
+    }
+  }
+  EXPECT_GT(num_scaled, 80);
+}
+
+// Cut into a prompt and micro-batches of its branches.
+TEST(GradientScaleTest, EveryMicroBatchHasTheScaleOfItsRequest) {
+  TrainGroup group{.prompt = std::vector<int32_t>(20, 3)};
+  for (int32_t i = 0; i < 8; ++i) {
+    group.samples.push_back({.tokens = std::vector<int32_t>(9, i),
+                             .advantages = {1.0f - 0.3f * static_cast<float>(i)}});
+  }
+  ForwardBackwardRequest request;
+  request.groups = {group};
+  std::vector<float> weights[2];
+  for (const bool scaled : {false, true}) {
+    TinyPolicy policy(ConfigOf(0), 1, {.max_rows = 24, .scale_gradients = scaled});
+    const auto result = policy.trainer().ForwardBackward(request).value();
+    EXPECT_GT(result.metrics.at("micro_batches"), 1);
+    EXPECT_FALSE(policy.trainer().OptimStep({.learning_rate = 1e-3f}).value().skipped);
+    weights[scaled] = policy.Weights();
+  }
+  EXPECT_EQ(weights[0], weights[1]);
+}
+
+TEST(GradientScaleTest, ASkippedUpdateLowersTheNextScale) {
+  TinyPolicy policy(ConfigOf(0), 1, {.scale_gradients = true});
+  Random random(7);
+  const ForwardBackwardRequest request = RandomRequest(random, policy.config().vocab);
+  const auto scale = [&] {
+    return policy.trainer().ForwardBackward(request).value().metrics.at("gradient_scale");
+  };
+  const double first = scale();
+  policy.DropGradients();  // by a norm that is not finite
+  EXPECT_EQ(scale(), first / 4);
+  EXPECT_FALSE(policy.trainer().OptimStep({}).value().skipped);
+  EXPECT_EQ(scale(), first / 4);
+}
+
+}  // namespace
+}  // namespace coppice

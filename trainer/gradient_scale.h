@@ -1,0 +1,42 @@
+// GradientScale: the power of two S that gradients are multiplied by from the head on. f16 ends
+// below at 6e-8, and derivatives by an activation are of the size of one over the request's
+// tokens: unscaled, much of them would vanish. The gradient arena holds S times the gradient until
+// the optimizer divides by S, which changes no bit of an f32 that neither over- nor underflows.
+// Where a device computes in another type, S is 1.
+//
+// S = 2^(floor(log2(64 / the largest coefficient of a log-prob or an entropy)) + e) in [1, 2^24]:
+// 64 leaves a factor of 1,000 to the largest f16 for what layers add. The first request of a step
+// fixes S, since gradients of all its requests are added up; a later one with larger coefficients
+// has less room. e <= 0 follows what happened: 2 less after a norm that is not finite, 1 more
+// after 100 that are.
+//
+// Pure arithmetic. Owner and thread: the trainer on the engine thread.
+#pragma once
+
+namespace coppice {
+
+class GradientScale {
+ public:
+  // Off: always 1.
+  explicit GradientScale(bool on) : on_(on) {}
+
+  // Before gradients are computed: S stays as it is if the step has one. 0: whatever is added is
+  // zero, which any S fits.
+  void Fix(double largest_coefficient);
+  // The gradients are gone, consumed or not: the next request fixes S anew.
+  void Forget() { fixed_ = false; }
+  // Gradients had a finite norm, or not. False if they had not and S was 1 already: what
+  // overflowed are not gradients.
+  bool Learn(bool finite);
+
+  double value() const { return fixed_ ? value_ : 1; }
+
+ private:
+  const bool on_;
+  bool fixed_ = false;
+  double value_ = 1;
+  int exponent_ = 0;  // e
+  int finite_ = 0;    // norms in a row
+};
+
+}  // namespace coppice
