@@ -187,7 +187,7 @@ int64_t Activations::LayOut(const ModelConfig& config, const ops::ActivationType
     gradients_.tail_residual = arena.Matrix(f, head_rows, config.hidden);
     gradients_.tail_attn_out = arena.Matrix(f, head_rows, config.q_dim());
   }
-  arena.Vector(DType::kU8, spare_bytes);
+  spare_ = arena.Vector(DType::kU8, spare_bytes);
   workspaces_.clear();
   for (const int64_t begin : free_begin) {
     void* const data = base == nullptr ? nullptr : static_cast<char*>(base) + begin;

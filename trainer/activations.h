@@ -96,6 +96,7 @@ class Activations {
   // [bytes] u8: what nobody reads any more when layer l's backward comes to its attention: spare
   // bytes, buffers of the second half, all of the layers behind.
   TensorView workspace(int64_t l) const { return workspaces_[l]; }
+  TensorView spare() const { return spare_; }  // [bytes] u8: part of every workspace, nobody's yet
 
  private:
   // Returns the bytes used from `base` on; null only counts.
@@ -109,6 +110,7 @@ class Activations {
   TensorView hidden_rstd_;
   ActivationGradients gradients_;
   std::vector<TensorView> workspaces_;
+  TensorView spare_;
 };
 
 }  // namespace coppice

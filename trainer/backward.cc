@@ -250,7 +250,8 @@ absl::Status HeadBackward(ops::Ops& ops, const Parameters& params, const TokenTr
        .d_entropy = d_head.d_entropy.empty() ? TensorView{} : HostView(d_head.d_entropy),
        .d_hidden = d_hidden,
        .d_weight = grads.head,
-       .accumulate_d_weight = accumulate}));
+       .accumulate_d_weight = accumulate,
+       .kept = head.lent}));
   return ops.RmsNormBackward({.d_out = d_hidden,
                               .x = acts.tail().output,
                               .weight = params.final_norm,

@@ -85,7 +85,8 @@ absl::Status HeadForward(ops::Ops& ops, const Parameters& params, const TokenTre
                           .temperature = temperature,
                           .logprobs = HostView(out.logprobs),
                           .entropy = HostView(out.entropy),
-                          .lse = HostView(out.lse)});
+                          .lse = HostView(out.lse),
+                          .kept = out.lent});
 }
 
 }  // namespace coppice

@@ -17,6 +17,8 @@ struct HeadOutputs {
   std::vector<float> logprobs;  // [targets]
   std::vector<float> entropy;   // [head_rows]
   std::vector<float> lse;       // [head_rows]
+  // Device memory that the head's forward may leave something in for its backward; absent: none.
+  TensorView lent;
 };
 
 // Embedding and layers, up to the attention of the last one. Keys and values are stored into

@@ -1,9 +1,10 @@
 // FailingOps: a device that breaks. Forwards everything to another Ops until told to fail; from
 // then on PlanBatch, the first call of every batch, returns INTERNAL, and keeps doing so. Memory
-// and uploads can be made to fail by themselves. What is lent as workspace is spoilt. Rows that
-// attend are counted.
+// and uploads can be made to fail by themselves. What is lent as workspace is spoilt, what the head
+// is lent must stay. Rows that attend are counted.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <limits>
@@ -88,17 +89,26 @@ class FailingOps : public ops::Ops {
   COPPICE_FORWARD(MatMul)
   COPPICE_FORWARD(QkNormRope)
   COPPICE_FORWARD(SwiGlu)
-  COPPICE_FORWARD(LogProbHead)
   COPPICE_FORWARD(EmbeddingBackward)
   COPPICE_FORWARD(ScatterAddRows)
   COPPICE_FORWARD(RmsNormBackward)
   COPPICE_FORWARD(SumRows)
   COPPICE_FORWARD(QkNormRopeBackward)
   COPPICE_FORWARD(SwiGluBackward)
-  COPPICE_FORWARD(LogProbHeadBackward)
   COPPICE_FORWARD(CopyBlocks)
   COPPICE_FORWARD(AdamW)
 #undef COPPICE_FORWARD
+  static constexpr char kKept = 0x6b;  // of every byte that the head is lent
+  absl::Status LogProbHead(const ops::LogProbHeadParams& p) override {
+    if (p.kept.num_elements() > 0) std::memset(p.kept.data, kKept, p.kept.num_bytes());
+    return inner_->LogProbHead(p);
+  }
+  absl::Status LogProbHeadBackward(const ops::LogProbHeadBackwardParams& p) override {
+    const auto* const kept = static_cast<const char*>(p.kept.data);
+    if (std::any_of(kept, kept + p.kept.num_elements(), [](char c) { return c != kKept; }))
+      return absl::InternalError("the head's memory was touched between its passes");
+    return inner_->LogProbHeadBackward(p);
+  }
   absl::Status TreeAttention(const ops::TreeAttentionParams& p) override {
     attended_rows_ += p.q.dim(0);
     return inner_->TreeAttention(p);
