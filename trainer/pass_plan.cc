@@ -52,16 +52,13 @@ std::vector<PolicyTrainer::Pass> PolicyTrainer::ChoosePasses(const Replan& repla
   std::vector<Pass> best = BuildPasses(plan, plan.passes);
   StepCost least = CostOf(best);
   PassLimits limits = CurrentLimits();
-  int64_t rows = 0, prompt = 0;
-  for (const Pass& pass : best) rows += NumRows(pass);
-  for (const TokenSequence& s : plan.sequences) prompt = std::max<int64_t>(prompt, s.prompt.size());
+  const int64_t rows = MostRowsToCut(plan, best);
   // More passes cost bytes, and save what is recomputed at most.
   const int64_t most_parts = limits.slow_context ? 1 : kMostParts;
-  for (int64_t parts = 2; parts <= most_parts && least.recomputed > 0; ++parts) {
-    limits.pass_rows = (rows - std::min(prompt, rows - 1) + parts - 1) / parts;
-    if (limits.pass_rows >= limits.max_rows) continue;
+  for (int64_t parts = 2; parts <= most_parts && CuttingMaySave(best); ++parts) {
+    limits.pass_rows = (rows + parts - 1) / parts;
     absl::StatusOr<std::vector<PlannedPass>> planned = replan(limits);
-    if (!planned.ok()) continue;  // a group that cannot be cut
+    if (!planned.ok()) break;
     std::vector<Pass> passes = BuildPasses(plan, *planned);
     const StepCost cost = CostOf(passes);
     if (cost.Total() >= least.Total()) continue;
@@ -71,6 +68,31 @@ std::vector<PolicyTrainer::Pass> PolicyTrainer::ChoosePasses(const Replan& repla
   }
   LogPlan(best, least);
   return best;
+}
+
+// Rows of the largest tree that may be cut, without the prompt that its parts would hang below.
+int64_t PolicyTrainer::MostRowsToCut(const RequestPlan& plan, const std::vector<Pass>& passes) {
+  int64_t prompt = 0, most = 0;
+  for (const TokenSequence& s : plan.sequences) prompt = std::max<int64_t>(prompt, s.prompt.size());
+  for (const Pass& pass : passes) {
+    for (const TreeRun& run : pass.batches) {
+      const int64_t rows = run.tree.num_rows();
+      const bool hangs = pass.prompt.has_value() || run.link.pool != nullptr;
+      most = std::max(most, hangs ? rows : rows - std::min(prompt, rows - 1));
+    }
+  }
+  return most;
+}
+
+// Whether products run again that smaller passes might retain: not those of a kept prompt.
+bool PolicyTrainer::CuttingMaySave(const std::vector<Pass>& passes) {
+  const auto recomputes = [](const TreeRun& run) {
+    return run.retention.level < Retain::kProjections && !run.tree.targets.empty();
+  };
+  return std::any_of(passes.begin(), passes.end(), [&](const Pass& pass) {
+    return std::any_of(pass.batches.begin(), pass.batches.end(), recomputes) ||
+           (pass.prompt.has_value() && pass.prompt->kept == nullptr && recomputes(*pass.prompt));
+  });
 }
 
 int64_t PolicyTrainer::NumRows(const Pass& pass) {
@@ -187,8 +209,9 @@ StepCost PolicyTrainer::CostOf(const Pass& pass) const {
   StepCost cost;
   const auto add = [&](const TreeRun& run) {
     if (run.tree.targets.empty()) return;  // runs nothing
-    cost.AddTree(decoder_.config(), ops_.Info().activation_types(), run.tree.num_rows(),
-                 static_cast<double>(AttentionPairs(run.tree.batch)), run.retention);
+    cost.AddTree(decoder_.config(), ops_.Info().activation_types(), gradient_dtype_,
+                 run.tree.num_rows(), static_cast<double>(AttentionPairs(run.tree.batch)),
+                 run.retention);
   };
   if (pass.prompt.has_value()) add(*pass.prompt);
   for (const TreeRun& run : pass.batches) add(run);

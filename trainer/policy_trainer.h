@@ -106,6 +106,8 @@ class PolicyTrainer final : public Trainer {
                                 const std::vector<PlannedPass>& passes) const;
   Pass BuildPass(const RequestPlan& plan, const PlannedPass& planned) const;
   static int64_t NumRows(const Pass& pass);
+  static int64_t MostRowsToCut(const RequestPlan& plan, const std::vector<Pass>& passes);
+  static bool CuttingMaySave(const std::vector<Pass>& passes);
   // What is kept for backward: the most that the budget holds.
   void ChooseRetention(Pass& pass) const;
   void ChooseRetention(TreeRun& run) const;

@@ -188,8 +188,12 @@ absl::Status PlanPasses(const RequestPlan& plan, const std::vector<GroupRange>& 
       small.push_back(group);
       continue;
     }
-    ASSIGN_OR_RETURN(PlannedPass pass, CutGroup(plan, group, limits));
-    passes.push_back(std::move(pass));
+    absl::StatusOr<PlannedPass> pass = CutGroup(plan, group, limits);
+    if (!pass.ok() && group.rows <= limits.max_rows) {
+      pass = PlannedPass{.batches = {SamplesOf({group})}};
+    }
+    RETURN_IF_ERROR(pass.status());
+    passes.push_back(*std::move(pass));
   }
   for (PlannedPass& pass : FillPasses(std::move(small), limits)) {
     passes.push_back(std::move(pass));

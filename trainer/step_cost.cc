@@ -19,12 +19,13 @@ struct RowCost {
     elementwise = 2 * h * (static_cast<double>(SizeOf(types.residual)) + f) +
                   2 * f * (q + static_cast<double>(c.kv_dim()));
   }
+  double parameters() const { return (qkv + mlp_inputs + down) / 2; }  // of a layer's matrices
 };
 
 }  // namespace
 
-void StepCost::AddTree(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
-                       double pairs, const Retention& retention) {
+void StepCost::AddTree(const ModelConfig& config, const ops::ActivationTypes& types,
+                       DType gradients, int64_t rows, double pairs, const Retention& retention) {
   const RowCost row(config, types);
   const double n = static_cast<double>(rows);
   for (int64_t l = 0; l < config.num_layers; ++l) {
@@ -37,8 +38,11 @@ void StepCost::AddTree(const ModelConfig& config, const ops::ActivationTypes& ty
     if (retain == Retain::kInputs) recomputed += 4 * pairs * static_cast<double>(config.q_dim());
   }
   // Weights are read by both products, gradients read and written.
-  const double parameter = 2 * static_cast<double>(SizeOf(types.compute)) + 2 * sizeof(float);
-  bytes += parameter * static_cast<double>(NumParameterElements(config));
+  const double all = static_cast<double>(NumParameterElements(config));
+  const double matrices = static_cast<double>(config.num_layers) * row.parameters();
+  bytes +=
+      2 * (all * static_cast<double>(SizeOf(types.compute)) + (all - matrices) * sizeof(float) +
+           matrices * static_cast<double>(SizeOf(gradients)));
 }
 
 }  // namespace coppice

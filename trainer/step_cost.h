@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "kernels/base/dtype.h"
 #include "kernels/model/model_config.h"
 #include "kernels/ops/ops.h"
 #include "trainer/activations.h"
@@ -23,9 +24,10 @@ struct StepCost {
   double recomputed = 0;  // products, and attention, that backward runs again
   double bytes = 0;       // elementwise work again; weights and their gradients for each tree
 
-  // One more tree that runs forward and backward. `pairs`: of rows that see each other.
-  void AddTree(const ModelConfig& config, const ops::ActivationTypes& types, int64_t rows,
-               double pairs, const Retention& retention);
+  // One more tree that runs forward and backward. `pairs`: of rows that see each other;
+  // `gradients`: of the matrices of layers.
+  void AddTree(const ModelConfig& config, const ops::ActivationTypes& types, DType gradients,
+               int64_t rows, double pairs, const Retention& retention);
   StepCost& operator+=(const StepCost& other) {
     flops += other.flops;
     recomputed += other.recomputed;

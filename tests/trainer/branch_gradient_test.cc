@@ -4,8 +4,10 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <map>
 #include <memory>
 #include <set>
+#include <string>
 
 #include "tests/support/kept_prompt.h"
 #include "tests/support/tolerances.h"
@@ -251,6 +253,50 @@ TEST(BranchTest, CutsWhatItWouldRecompute) {
   const auto slow = run(300, 0.7, /*slow_context=*/true);
   EXPECT_EQ(slow.at("micro_batches"), 1);
   EXPECT_GE(slow.at("recompute"), 2);
+}
+
+// A prompt of 200 tokens and eight responses that part at once.
+TrainGroup LargeGroup(int32_t first, int32_t tokens) {
+  TrainGroup group = WideRequest().groups[0];
+  group.prompt.assign(200, first);
+  for (TrainSample& s : group.samples) s.tokens.resize(tokens, 5);
+  return group;
+}
+
+// Metrics of the request within seven tenths of the memory that it would use.
+std::map<std::string, double> RunWithinLess(const ForwardBackwardRequest& request,
+                                            int64_t max_rows) {
+  ModelConfig config = LongConfig(Architecture::kQwen3, true);
+  config.max_positions = 2048;
+  config.num_layers = 6;
+  TinyPolicy all(config, 1, {.max_rows = max_rows});
+  const ForwardBackwardResult want = all.trainer().ForwardBackward(request).value();
+  EXPECT_EQ(want.metrics.at("recompute"), 0);
+  const auto budget = static_cast<int64_t>(0.7 * want.metrics.at("activation_bytes"));
+  TinyPolicy some(config, 1, {.max_rows = max_rows, .activation_bytes = budget});
+  const ForwardBackwardResult got = some.trainer().ForwardBackward(request).value();
+  ExpectSameResults(got, want, "cut");
+  ExpectTensorsNear(config, some.Gradients(), ToDouble(all.Gradients()), tolerance::kTreeVersusFlat,
+                    "cut");
+  return got.metrics;
+}
+
+TEST(BranchTest, CutsBesideAGroupThatCannotBeCut) {
+  ForwardBackwardRequest request;
+  request.groups = {LargeGroup(3, 150), {.prompt = {7}}};
+  request.groups[1].samples = {{.tokens = std::vector<int32_t>(1900, 4), .advantages = {1}}};
+  const auto metrics = RunWithinLess(request, 4096);
+  EXPECT_GT(metrics.at("micro_batches"), 1);
+  EXPECT_LE(metrics.at("recompute"), 1);
+}
+
+TEST(BranchTest, CutsEachOfManyPasses) {
+  ForwardBackwardRequest request;
+  for (int32_t first = 20; first < 29; ++first) request.groups.push_back(LargeGroup(first, 100));
+  const auto metrics = RunWithinLess(request, 1000);
+  EXPECT_EQ(metrics.at("passes"), 9);
+  EXPECT_GT(metrics.at("micro_batches"), 9);
+  EXPECT_LE(metrics.at("recompute"), 1);
 }
 
 // Whole trees, cut groups and kept prompts take turns within one budget, which the device enforces.

@@ -24,9 +24,9 @@ ModelConfig Config() {
   return c;
 }
 
-StepCost Cost(const Retention& retention) {
+StepCost Cost(const Retention& retention, DType gradients = DType::kF32) {
   StepCost cost;
-  cost.AddTree(Config(), kTypes, kRows, kPairs, retention);
+  cost.AddTree(Config(), kTypes, gradients, kRows, kPairs, retention);
   return cost;
 }
 
@@ -35,6 +35,8 @@ TEST(StepCostTest, CountsTheProductsOfALayerThreeTimes) {
   EXPECT_EQ(Cost(Retain::kAll).flops, 3 * 6 * kRows * layer);
   EXPECT_EQ(Cost(Retain::kAll).recomputed, 0);
   EXPECT_EQ(Cost(Retain::kAll).bytes, 12.0 * NumParameterElements(Config()));
+  EXPECT_EQ(Cost(Retain::kAll, DType::kBF16).bytes,
+            12.0 * NumParameterElements(Config()) - 4 * 3 * layer);
 }
 
 TEST(StepCostTest, CountsWhatALevelRecomputes) {
@@ -60,7 +62,7 @@ TEST(StepCostTest, AnotherTreeReadsTheWeightsAgain) {
   StepCost two = Cost(Retain::kAll);
   two += Cost(Retain::kAll);
   StepCost one;
-  one.AddTree(Config(), kTypes, 2 * kRows, 2 * kPairs, Retain::kAll);
+  one.AddTree(Config(), kTypes, DType::kF32, 2 * kRows, 2 * kPairs, Retain::kAll);
   EXPECT_EQ(two.flops, one.flops);
   EXPECT_EQ(two.bytes, 2 * one.bytes);
   EXPECT_GT(two.Total(), one.Total());
