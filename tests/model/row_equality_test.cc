@@ -5,11 +5,11 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstdlib>
 #include <string>
 
 #include "kernels/model/model_loader.h"
 #include "tests/support/failing_ops.h"
+#include "tests/support/test_ops.h"
 
 namespace coppice {
 namespace {
@@ -40,10 +40,8 @@ absl::Status Check(const ModelConfig& config, ops::Ops& ops) {
 class RowEqualityTest : public testing::TestWithParam<const char*> {};
 
 TEST_P(RowEqualityTest, HoldsInDeterministicMode) {
-  auto ops = ops::CreateOps(GetParam(), 2, /*deterministic=*/true);
-  if (GetParam() == std::string("cuda") && !ops.ok() && std::getenv("REQUIRE_CUDA") == nullptr) {
-    GTEST_SKIP() << ops.status();
-  }
+  auto ops = CreateTestOps(GetParam(), 2, /*deterministic=*/true);
+  if (SkipsDevice(GetParam(), ops.status())) GTEST_SKIP() << ops.status();
   ASSERT_TRUE(ops.ok()) << ops.status();
   for (const Architecture architecture :
        {Architecture::kLlama, Architecture::kQwen2, Architecture::kQwen3}) {
@@ -52,7 +50,7 @@ TEST_P(RowEqualityTest, HoldsInDeterministicMode) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Devices, RowEqualityTest, testing::Values("cpu", "cuda"));
+INSTANTIATE_TEST_SUITE_P(Devices, RowEqualityTest, testing::ValuesIn(kDevices));
 
 // A product of few rows differs in the last bit of one element.
 class RowSensitiveOps final : public FailingOps {

@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/check.h"
+#include "tests/support/test_ops.h"
 #include "tests/support/tolerances.h"
 
 namespace coppice {
@@ -35,7 +36,7 @@ T ValueOrDie(absl::StatusOr<T> value) {
 }  // namespace
 
 ModelRun::ModelRun(const std::string& path, const std::string& device)
-    : ops_(ValueOrDie(ops::CreateOps(device))) {
+    : ops_(ValueOrDie(CreateTestOps(device))) {
   auto model = LoadModel(path, *ops_);
   CHECK(model.ok()) << model.status().ToString() << " (deploy/fetch_model.sh fetches SmolLM2)";
   model_ = *std::move(model);

@@ -17,6 +17,7 @@ namespace coppice {
 
 class ModelRun {
  public:
+  // `device` as tests/support/test_ops.h has it.
   explicit ModelRun(const std::string& path, const std::string& device = "cpu");
 
   Model& model() { return model_; }

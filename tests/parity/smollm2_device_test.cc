@@ -1,14 +1,14 @@
-// SmolLM2 on a GPU against the CPU: greedy tokens and log-probs of 20 prompts.
+// SmolLM2 on a GPU, in bf16 and in f16, against the CPU: greedy tokens and log-probs of 20 prompts.
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <cstdlib>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/float16.h"
 #include "tests/parity/golden.h"
 #include "tests/parity/model_run.h"
+#include "tests/support/test_ops.h"
 #include "tests/support/tolerances.h"
 
 namespace coppice {
@@ -45,11 +45,11 @@ std::vector<double> LogProbs(ModelRun& run, const Tokens& prompt, const Tokens& 
   return result;
 }
 
-class SmolLm2DeviceTest : public testing::Test {
+class SmolLm2DeviceTest : public testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
-    const absl::Status device = ops::CreateOps("cuda").status();
-    if (!device.ok() && std::getenv("REQUIRE_CUDA") == nullptr) GTEST_SKIP() << device;
+    const absl::Status device = CreateTestOps(GetParam()).status();
+    if (SkipsDevice(GetParam(), device)) GTEST_SKIP() << device;
     ASSERT_TRUE(device.ok()) << device;
     const GoldenArrays golden{GoldenPath("smollm2.safetensors")};
     for (int i = 0; golden.Has(absl::StrCat("greedy.", i, ".prompt")); ++i) {
@@ -58,8 +58,11 @@ class SmolLm2DeviceTest : public testing::Test {
     }
     ASSERT_EQ(prompts_.size(), 20u);
     cpu_ = std::make_unique<ModelRun>(SmolLm2Path());
-    gpu_ = std::make_unique<ModelRun>(SmolLm2Path(), "cuda");
+    gpu_ = std::make_unique<ModelRun>(SmolLm2Path(), GetParam());
   }
+
+  static DType dtype() { return ComputeDType(GetParam()); }
+  static double Limit(double bf16, double f16) { return dtype() == DType::kF16 ? f16 : bf16; }
 
   std::vector<Tokens> prompts_, want_;
   std::unique_ptr<ModelRun> cpu_, gpu_;
@@ -67,7 +70,7 @@ class SmolLm2DeviceTest : public testing::Test {
 
 // Up to the first choice that is closer than the devices' log-probs: from there on the two have
 // different prompts. These are listed.
-TEST_F(SmolLm2DeviceTest, GreedyTokensAreTheCpusButForNearTies) {
+TEST_P(SmolLm2DeviceTest, GreedyTokensAreTheCpusButForNearTies) {
   const std::vector<Tokens> got = gpu_->Greedy(prompts_, kTokens);
   int ties = 0;
   for (size_t i = 0; i < prompts_.size(); ++i) {
@@ -79,7 +82,7 @@ TEST_F(SmolLm2DeviceTest, GreedyTokensAreTheCpusButForNearTies) {
     const double gap = row[*b] - row[*a];
     std::cout << "near tie: prompt " << i << " token " << at << ": cpu " << *b << ", cuda " << *a
               << ", apart by " << gap << " nats on the cpu\n";
-    EXPECT_LE(gap, tolerance::kNearTie);
+    EXPECT_LE(gap, Limit(tolerance::kNearTie, tolerance::kF16NearTie));
     ++ties;
   }
   std::cout << "near ties: " << ties << " of " << prompts_.size() << " prompts\n";
@@ -87,17 +90,15 @@ TEST_F(SmolLm2DeviceTest, GreedyTokensAreTheCpusButForNearTies) {
 }
 
 // The weights as the GPU holds them: it computes with them, and nothing else, as the CPU does.
-void RoundToBf16(ModelRun& run) {
+void RoundTo(DType dtype, ModelRun& run) {
   float* weights = run.model().params.flat.f32();
   for (int64_t i = 0; i < run.model().params.flat.num_elements(); ++i) {
-    uint32_t bits = std::bit_cast<uint32_t>(weights[i]);
-    bits += 0x7fffu + ((bits >> 16) & 1u);
-    weights[i] = std::bit_cast<float>(bits & 0xffff0000u);
+    weights[i] = FloatFrom16(dtype, Bits16FromFloat(dtype, weights[i]));
   }
 }
 
-TEST_F(SmolLm2DeviceTest, LogProbsAgree) {
-  RoundToBf16(*cpu_);
+TEST_P(SmolLm2DeviceTest, LogProbsAgree) {
+  RoundTo(dtype(), *cpu_);
   double sum = 0, largest = 0;
   int64_t count = 0;
   for (size_t i = 0; i < prompts_.size(); ++i) {
@@ -110,8 +111,11 @@ TEST_F(SmolLm2DeviceTest, LogProbsAgree) {
   }
   std::cout << "log-probs of " << count << " tokens: mean difference "
             << sum / static_cast<double>(count) << ", largest " << largest << '\n';
-  EXPECT_LE(sum / static_cast<double>(count), tolerance::kDeviceLogProb);
+  EXPECT_LE(sum / static_cast<double>(count),
+            Limit(tolerance::kDeviceLogProb, tolerance::kF16LogProb));
 }
+
+INSTANTIATE_TEST_SUITE_P(Devices, SmolLm2DeviceTest, testing::ValuesIn(kCudaDevices));
 
 }  // namespace
 }  // namespace coppice

@@ -1,17 +1,17 @@
-// Gradients of a whole model on a GPU, in bf16, against the CPU's in fp32 from the same weights.
-// fp32 stands for the exact gradient: against fp64 it is off by about 1e-6 (kTreeVersusFlat bounds
-// it at 1e-5), bf16 by more than 1e-3.
+// Gradients of a whole model on a GPU, in bf16 and in f16, against the CPU's in fp32 from the same
+// weights. fp32 stands for the exact gradient: against fp64 it is off by about 1e-6
+// (kTreeVersusFlat bounds it at 1e-5), bf16 by more than 1e-3.
 //
 // Skipped without a GPU, unless REQUIRE_CUDA=1 makes that a failure.
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 #include <iostream>
 
+#include "kernels/base/float16.h"
 #include "kernels/base/status_macros.h"
 #include "tests/support/kept_prompt.h"
+#include "tests/support/test_ops.h"
 #include "tests/support/tolerances.h"
 #include "tests/trainer/trainer_fixture.h"
 #include "trainer/activations.h"
@@ -34,25 +34,13 @@ ModelConfig Config(Architecture architecture, int64_t head_dim) {
   return c;
 }
 
-uint16_t Bf16Bits(float x) {  // round to nearest even; finite numbers
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof(bits));
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-float FromBf16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float x;
-  std::memcpy(&x, &wide, sizeof(x));
-  return x;
-}
-
 // Matrices as a model starts with them, or so large that each layer passes on all of the size, and
 // all of the error, of what it gets.
 enum class Scale { kInitial, kLarge };
 
-// Weights that bf16 holds, so that both devices start from the same numbers; norms around 1.
-std::vector<uint16_t> Weights(const ModelConfig& config, Scale scale, uint64_t seed) {
+// Bits of weights in a 16-bit type, so that both devices start from the same numbers; norms around
+// 1.
+std::vector<uint16_t> Weights(const ModelConfig& config, Scale scale, uint64_t seed, DType dtype) {
   std::vector<float> arena(NumParameterElements(config));
   Random random(seed);
   std::normal_distribution<float> normal;
@@ -69,21 +57,25 @@ std::vector<uint16_t> Weights(const ModelConfig& config, Scale scale, uint64_t s
     }
   }
   std::vector<uint16_t> bits(arena.size());
-  std::transform(arena.begin(), arena.end(), bits.begin(), Bf16Bits);
+  std::transform(arena.begin(), arena.end(), bits.begin(),
+                 [dtype](float x) { return Bits16FromFloat(dtype, x); });
   return bits;
 }
 
 // One device with the model on it.
 class Policy {
  public:
+  // With weights that `dtype` holds.
   static absl::StatusOr<std::unique_ptr<Policy>> Create(const char* device,
-                                                        const ModelConfig& config, Scale scale) {
+                                                        const ModelConfig& config, Scale scale,
+                                                        DType dtype) {
     auto policy = std::make_unique<Policy>();
-    ASSIGN_OR_RETURN(policy->ops_, ops::CreateOps(device, 2));
+    ASSIGN_OR_RETURN(policy->ops_, CreateTestOps(device, 2));
     ASSIGN_OR_RETURN(policy->model_, RandomModel(config, 1, *policy->ops_));
-    const std::vector<uint16_t> bits = Weights(config, scale, 5);
+    const std::vector<uint16_t> bits = Weights(config, scale, 5, dtype);
     std::vector<float> values(bits.size());
-    std::transform(bits.begin(), bits.end(), values.begin(), FromBf16);
+    std::transform(bits.begin(), bits.end(), values.begin(),
+                   [dtype](uint16_t x) { return FloatFrom16(dtype, x); });
     const TensorView flat = policy->model_.params.flat;
     const bool f32 = flat.dtype == DType::kF32;
     RETURN_IF_ERROR(policy->ops_->Upload(
@@ -104,7 +96,9 @@ class Policy {
     const auto trainer = Trainer::Create(options, model_, *decoder_, clock_).value();
     const auto result = trainer->ForwardBackward(request);
     EXPECT_TRUE(result.ok()) << result.status();
-    return Download(trainer->gradients());
+    std::vector<float> gradients = Download(trainer->gradients());
+    for (float& g : gradients) g /= static_cast<float>(trainer->gradient_scale());
+    return gradients;
   }
 
   void Keep(TrainGroup& group) {
@@ -128,7 +122,8 @@ class Policy {
       }
       std::vector<uint16_t> bits(from.num_elements());
       EXPECT_TRUE(ops_->Download(from, bits.data()).ok());
-      std::transform(bits.begin(), bits.end(), to, FromBf16);
+      std::transform(bits.begin(), bits.end(), to,
+                     [&from](uint16_t x) { return FloatFrom16(from.dtype, x); });
     }
     return arena;
   }
@@ -243,7 +238,7 @@ Errors Compare(const ModelConfig& config, const std::vector<float>& got,
 
 constexpr uint64_t kSeeds[] = {11, 12, 13};
 
-using Parameter = std::tuple<std::pair<Architecture, int64_t>, Case>;
+using Parameter = std::tuple<std::pair<Architecture, int64_t>, Case, const char*>;
 
 class CudaGradientTest : public testing::TestWithParam<Parameter> {
  protected:
@@ -252,18 +247,26 @@ class CudaGradientTest : public testing::TestWithParam<Parameter> {
     const auto& [architecture, head_dim] = std::get<0>(GetParam());
     config_ = Config(architecture, head_dim);
     request_ = SeededRequest(kSeeds[0]);
-    const auto ops = ops::CreateOps("cuda");
-    if (!ops.ok() && std::getenv("REQUIRE_CUDA") == nullptr) GTEST_SKIP() << ops.status();
+    const auto ops = CreateTestOps(device());
+    if (SkipsDevice(device(), ops.status())) GTEST_SKIP() << ops.status();
     ASSERT_TRUE(ops.ok()) << ops.status();
   }
+
+  static const char* device() { return std::get<2>(GetParam()); }
+  static double Limit(double bf16, double f16) {
+    return ComputeDType(device()) == DType::kF16 ? f16 : bf16;
+  }
+  static double Limit() { return Limit(tolerance::kBf16Gradient, tolerance::kF16Gradient); }
+  std::unique_ptr<Policy> Cpu(Scale scale) const { return OnDevice("cpu", scale); }
+  std::unique_ptr<Policy> Cuda(Scale scale) const { return OnDevice(device(), scale); }
 
   ForwardBackwardRequest SeededRequest(uint64_t seed) const {
     return Request(std::get<1>(GetParam()), config_.vocab, seed);
   }
 
   void CompareBothWithExact(Scale scale, double limit) {
-    const auto cpu = Policy::Create("cpu", config_, scale).value();
-    const auto cuda = Policy::Create("cuda", config_, scale).value();
+    const auto cpu = Cpu(scale);
+    const auto cuda = Cuda(scale);
     double shared_squares = 0, flat_squares = 0;
     for (const uint64_t seed : kSeeds) {
       const ForwardBackwardRequest request = SeededRequest(seed);
@@ -280,59 +283,66 @@ class CudaGradientTest : public testing::TestWithParam<Parameter> {
     EXPECT_LE(std::sqrt(shared_squares), std::sqrt(flat_squares) * tolerance::kSharedOverFlat);
   }
 
+  // The fewest that any pass needs.
+  int64_t FewestRows() const {
+    int64_t rows = 1;
+    for (const TrainGroup& group : request_.groups) {
+      rows = std::max(rows, static_cast<int64_t>(group.prompt.size()));
+      for (const TrainSample& s : group.samples) {
+        rows = std::max(rows, static_cast<int64_t>(s.tokens.size()));
+      }
+    }
+    return rows;
+  }
+
   ModelConfig config_;
   ForwardBackwardRequest request_;
+
+ private:
+  std::unique_ptr<Policy> OnDevice(const char* name, Scale scale) const {
+    return Policy::Create(name, config_, scale, ComputeDType(device())).value();
+  }
 };
 
 TEST_P(CudaGradientTest, SharedTreeIsCloseToExactAndNoFurtherThanSeparateSequences) {
-  CompareBothWithExact(Scale::kInitial, tolerance::kBf16Gradient);
+  CompareBothWithExact(Scale::kInitial, Limit());
 }
 
 TEST_P(CudaGradientTest, SoItIsWhereLayersPassOnAllOfTheirError) {
-  CompareBothWithExact(Scale::kLarge, tolerance::kBf16GradientOfLargeWeights);
+  CompareBothWithExact(Scale::kLarge, Limit(tolerance::kBf16GradientOfLargeWeights,
+                                            tolerance::kF16GradientOfLargeWeights));
 }
 
 TEST_P(CudaGradientTest, TwoRunsAndEveryLevelOfMemoryGiveEqualBits) {
-  const auto cuda = Policy::Create("cuda", config_, Scale::kLarge).value();
+  const auto cuda = Cuda(Scale::kLarge);
   const std::vector<float> once = cuda->Gradients(request_, /*share=*/true);
   EXPECT_EQ(cuda->Gradients(request_, /*share=*/true), once);
   // Hardly anything is kept: rows of at most 1,024 tokens, the least level of memory.
-  const int64_t least =
-      Activations::SizeBytes(config_, {DType::kBF16, DType::kF32}, 1024, 1024, Retain::kInputs);
+  const int64_t least = Activations::SizeBytes(config_, {ComputeDType(device()), DType::kF32}, 1024,
+                                               1024, Retain::kInputs);
   EXPECT_EQ(cuda->Gradients(request_, /*share=*/true, least), once);
 }
 
 TEST_P(CudaGradientTest, BranchesBehindTheirPromptAreAsClose) {
-  const std::vector<float> exact =
-      Policy::Create("cpu", config_, Scale::kInitial).value()->Gradients(request_, /*share=*/true);
-  const auto cuda = Policy::Create("cuda", config_, Scale::kInitial).value();
-  int64_t rows = 1;  // as few as any pass needs
-  for (const TrainGroup& group : request_.groups) {
-    rows = std::max(rows, static_cast<int64_t>(group.prompt.size()));
-    for (const TrainSample& s : group.samples) {
-      rows = std::max(rows, static_cast<int64_t>(s.tokens.size()));
-    }
-  }
+  const std::vector<float> exact = Cpu(Scale::kInitial)->Gradients(request_, /*share=*/true);
+  const auto cuda = Cuda(Scale::kInitial);
+  const int64_t rows = FewestRows();
   const std::vector<float> cut = cuda->Gradients(request_, /*share=*/true, 0, rows);
-  EXPECT_LE(Compare(config_, cut, exact).worst, tolerance::kBf16Gradient);
+  EXPECT_LE(Compare(config_, cut, exact).worst, Limit());
   EXPECT_EQ(cuda->Gradients(request_, /*share=*/true, 0, rows), cut);
 
   for (TrainGroup& group : request_.groups) cuda->Keep(group);
   const std::vector<float> kept = cuda->Gradients(request_, /*share=*/true);
-  EXPECT_LE(Compare(config_, kept, exact).worst, tolerance::kBf16Gradient);
+  EXPECT_LE(Compare(config_, kept, exact).worst, Limit());
 }
 
+// Not on a device that computes in f16.
+class Bf16MatricesTest : public CudaGradientTest {};
+
 // Each tree that runs rounds its sum once.
-TEST_P(CudaGradientTest, MatricesInBf16AddOneRoundingATree) {
-  const auto cuda = Policy::Create("cuda", config_, Scale::kLarge).value();
-  int64_t rows = 1;
-  for (const TrainGroup& group : request_.groups) {
-    rows = std::max(rows, static_cast<int64_t>(group.prompt.size()));
-    for (const TrainSample& s : group.samples) {
-      rows = std::max(rows, static_cast<int64_t>(s.tokens.size()));
-    }
-  }
-  for (const int64_t max_rows : {int64_t{16384}, rows}) {
+TEST_P(Bf16MatricesTest, MatricesInBf16AddOneRoundingATree) {
+  const auto cuda = Cuda(Scale::kLarge);
+  for (const int64_t max_rows : {int64_t{16384}, FewestRows()}) {
     const std::vector<float> f32 = cuda->Gradients(request_, /*share=*/true, 0, max_rows);
     const std::vector<float> bf16 =
         cuda->Gradients(request_, /*share=*/true, 0, max_rows, DType::kBF16);
@@ -344,16 +354,20 @@ TEST_P(CudaGradientTest, MatricesInBf16AddOneRoundingATree) {
 std::string CaseName(const testing::TestParamInfo<Parameter>& info) {
   const auto& [architecture, head_dim] = std::get<0>(info.param);
   return ArchitectureName(Config(architecture, head_dim)) + std::to_string(head_dim) +
-         std::get<1>(info.param).name;
+         std::get<1>(info.param).name + Name(ComputeDType(std::get<2>(info.param)));
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Models, CudaGradientTest,
-    testing::Combine(testing::Values(std::pair(Architecture::kQwen3, int64_t{128}),
+const auto kModels = testing::Values(std::pair(Architecture::kQwen3, int64_t{128}),
                                      std::pair(Architecture::kQwen2, int64_t{64}),
-                                     std::pair(Architecture::kLlama, int64_t{64})),
-                     testing::ValuesIn(kCases)),
-    CaseName);
+                                     std::pair(Architecture::kLlama, int64_t{64}));
+INSTANTIATE_TEST_SUITE_P(Models, CudaGradientTest,
+                         testing::Combine(kModels, testing::ValuesIn(kCases),
+                                          testing::ValuesIn(kCudaDevices)),
+                         CaseName);
+INSTANTIATE_TEST_SUITE_P(Models, Bf16MatricesTest,
+                         testing::Combine(kModels, testing::ValuesIn(kCases),
+                                          testing::Values("cuda")),
+                         CaseName);
 
 }  // namespace
 }  // namespace coppice

@@ -6,6 +6,7 @@
 #include <functional>
 #include <limits>
 
+#include "tests/support/narrow_ops.h"
 #include "tests/support/tolerances.h"
 #include "tests/trainer/trainer_fixture.h"
 #include "trainer/activations.h"
@@ -253,6 +254,18 @@ TEST(TrainerTest, RefusesGradientsOfOtherTypes) {
       Trainer::Create({.gradient_dtype = DType::kF16}, policy.model(), policy.decoder(), clock);
   EXPECT_EQ(trainer.status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_NE(trainer.status().message().find("wants f32 or bf16, got f16"), std::string::npos);
+}
+
+TEST(TrainerTest, RefusesGradientsInBf16WhereTheDeviceComputesInF16) {
+  NarrowOps ops(DType::kF16);
+  Model model = RandomModel(TinyConfig(Architecture::kLlama, true), 1, ops).value();
+  const auto decoder = Decoder::Create(model.config, ops).value();
+  const SteadyClock clock;
+  EXPECT_TRUE(Trainer::Create({}, model, *decoder, clock).ok());
+  const auto trainer = Trainer::Create({.gradient_dtype = DType::kBF16}, model, *decoder, clock);
+  EXPECT_EQ(trainer.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(trainer.status().message().find("use --gradient_dtype=f32 or --compute_dtype=bf16"),
+            std::string::npos);
 }
 
 TEST(TrainerTest, ScoreAndForwardBackwardAgreeBitForBit) {

@@ -2,10 +2,9 @@
 // the device breaks.
 #include <gtest/gtest.h>
 
-#include <cstdlib>
-
 #include "tests/server/engine/engine_fixture.h"
 #include "tests/support/break_device.h"
+#include "tests/support/test_ops.h"
 
 namespace coppice {
 namespace {
@@ -13,18 +12,15 @@ namespace {
 class EngineDeviceTest : public testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
-    const auto ops = ops::CreateOps(GetParam(), 1);
-    if (on_cuda() && !ops.ok() && std::getenv("REQUIRE_CUDA") == nullptr) {
-      GTEST_SKIP() << ops.status();
-    }
+    const auto ops = CreateTestOps(GetParam(), 1);
+    if (SkipsDevice(GetParam(), ops.status())) GTEST_SKIP() << ops.status();
     ASSERT_TRUE(ops.ok()) << ops.status();
   }
-  bool on_cuda() const { return GetParam() == std::string("cuda"); }
 
   // An engine of its own on the device, deterministic.
   std::unique_ptr<EngineUnderTest> MakeEngine(EngineOptions options = {}) const {
     return std::make_unique<EngineUnderTest>(
-        options, TinyDeviceModel(), ops::CreateOps(GetParam(), 1, /*deterministic=*/true).value());
+        options, TinyDeviceModel(), CreateTestOps(GetParam(), 1, /*deterministic=*/true).value());
   }
 
   static GenerateRequest WithLogprobs(GenerateRequest request) {
@@ -96,14 +92,18 @@ TEST_P(EngineDeviceTest, MoreThanThePoolHoldsIsRefusedWithTheNumbers) {
   EXPECT_TRUE(test->Generate(Request(RandomPrompt(20, 1), 4))->status.ok());
 }
 
-// Last: a broken context cannot be used again in this process.
-TEST_P(EngineDeviceTest, ZBrokenDeviceEndsEveryStream) {
+INSTANTIATE_TEST_SUITE_P(Devices, EngineDeviceTest, testing::ValuesIn(kDevices));
+
+// Last, and once: a broken context cannot be used again in this process.
+class BrokenDeviceTest : public EngineDeviceTest {};
+
+TEST_P(BrokenDeviceTest, EndsEveryStream) {
   const auto test = MakeEngine();
   const auto first = test->Submit(Request(RandomPrompt(20, 1), 50, 2));
   const auto second = test->Submit(Request(RandomPrompt(30, 2), 50));
   test->Steps(3);
   ASSERT_FALSE(first->done);
-  on_cuda() ? BreakDevice() : test->device().Fail();
+  OnCuda(GetParam()) ? BreakDevice() : test->device().Fail();
   test->RunAll();
   for (const auto& sink : {first, second}) {
     EXPECT_TRUE(sink->done);
@@ -113,7 +113,7 @@ TEST_P(EngineDeviceTest, ZBrokenDeviceEndsEveryStream) {
   EXPECT_EQ(test->engine().Submit(Request({1, 2}, 1), late).code(), absl::StatusCode::kUnavailable);
 }
 
-INSTANTIATE_TEST_SUITE_P(Devices, EngineDeviceTest, testing::Values("cpu", "cuda"));
+INSTANTIATE_TEST_SUITE_P(Devices, BrokenDeviceTest, testing::Values("cpu", "cuda"));
 
 }  // namespace
 }  // namespace coppice
