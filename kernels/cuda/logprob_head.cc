@@ -1,7 +1,8 @@
 // The language-model head with log-probs, a chunk of rows at a time, so that what is kept of a
 // chunk fits kChunkBytes of scratch. On sm_90 the product folds its logits while they are in
 // registers (vocab_matmul.h): forward keeps the statistics of its tiles, backward the gradient in
-// 16 bits. Elsewhere, and where shapes do not suit: a GEMM leaves f32 logits, one pass takes their
+// 16 bits, or makes it of what forward kept of the logits in memory that the caller lent.
+// Elsewhere, and where shapes do not suit: a GEMM leaves f32 logits, one pass takes their
 // statistics, or puts the gradient in their place. Backward ends with two GEMMs either way.
 #include <algorithm>
 
@@ -51,30 +52,45 @@ bool Folds(const Context& context, const TensorView& hidden, const TensorView& w
 // What one call works on, and what it keeps of a row of a chunk.
 struct Sizes {
   int64_t rows, targets, vocab;
-  int64_t row_bytes, max_rows;
+  int64_t row_bytes = 0, max_rows = 0;
+  char* kept = nullptr;  // null, or where all rows' exps are, a chunk behind the other
 
   int64_t chunk_rows() const {
-    int64_t fitting = std::min(kChunkBytes / row_bytes, max_rows);
+    int64_t fitting = row_bytes > 0 ? std::min(kChunkBytes / row_bytes, max_rows) : max_rows;
     if (fitting > kRowAlignment) fitting -= fitting % kRowAlignment;
     return std::clamp<int64_t>(rows, 1, std::max<int64_t>(fitting, 1));
   }
 };
 int64_t RowElements(int64_t vocab) { return (vocab + 7) / 8 * 8; }
+// Of a row's exps and the maxima of its tiles.
+int64_t KeptRowBytes(int64_t vocab) { return RowElements(vocab) * 2 + NumVocabTiles(vocab) * 4; }
+
+// `p`: the parameters of either pass. What is lent is used for all rows or not at all, so that both
+// passes agree.
+template <class Params>
+Sizes CommonSizes(const Params& p, bool folds) {
+  Sizes sizes = {.rows = p.hidden.dim(0), .targets = p.targets.dim(0), .vocab = p.weight.dim(0)};
+  const bool fits = folds && p.kept.present() &&
+                    reinterpret_cast<uintptr_t>(p.kept.data) % 16 == 0 &&
+                    p.kept.num_bytes() >= sizes.rows * KeptRowBytes(sizes.vocab);
+  if (fits) sizes.kept = static_cast<char*>(p.kept.data);
+  return sizes;
+}
 Sizes SizesOf(const ops::LogProbHeadParams& p, bool folds) {
-  const int64_t vocab = p.weight.dim(0);
-  return {.rows = p.hidden.dim(0),
-          .targets = p.targets.dim(0),
-          .vocab = vocab,
-          .row_bytes = folds ? NumVocabTiles(vocab) * 12 : RowElements(vocab) * 4,
-          .max_rows = folds ? kMaxStatsRows : kMaxLogitRows};
+  Sizes sizes = CommonSizes(p, folds);
+  sizes.row_bytes = folds ? NumVocabTiles(sizes.vocab) * 12 : RowElements(sizes.vocab) * 4;
+  sizes.max_rows = folds ? kMaxStatsRows : kMaxLogitRows;
+  return sizes;
 }
 Sizes SizesOf(const ops::LogProbHeadBackwardParams& p, bool folds) {
-  const int64_t vocab = p.weight.dim(0);
-  return {.rows = p.hidden.dim(0),
-          .targets = p.targets.dim(0),
-          .vocab = vocab,
-          .row_bytes = RowElements(vocab) * (folds ? 2 : 4),
-          .max_rows = folds ? kMaxGradientRows : kMaxLogitRows};
+  Sizes sizes = CommonSizes(p, folds);
+  if (sizes.kept != nullptr) {  // the chunks of forward; nothing is kept of them here
+    sizes.max_rows = kMaxStatsRows;
+    return sizes;
+  }
+  sizes.row_bytes = RowElements(sizes.vocab) * (folds ? 2 : 4);
+  sizes.max_rows = folds ? kMaxGradientRows : kMaxLogitRows;
+  return sizes;
 }
 
 // Scratch of one call: what is kept of a chunk, then device copies of arrays in host memory.
@@ -131,14 +147,22 @@ struct Rows {
   TensorView hidden, weight;
   int64_t first;
   float scale;
+  VocabExps kept;
 };
+VocabExps KeptOf(const Sizes& sizes, int64_t first, int64_t end) {
+  if (sizes.kept == nullptr) return {};
+  char* const exps = sizes.kept + first * KeptRowBytes(sizes.vocab);
+  char* const max = exps + (end - first) * RowElements(sizes.vocab) * 2;
+  return {exps, reinterpret_cast<float*>(max)};
+}
 
 // Calls fn(rows) chunk by chunk. `p`: the parameters of either pass.
 template <class Params, typename Fn>
 absl::Status ForChunks(const Params& p, const Sizes& sizes, const Fn& fn) {
   for (int64_t row = 0; row < sizes.rows; row += sizes.chunk_rows()) {
     const int64_t end = std::min(sizes.rows, row + sizes.chunk_rows());
-    RETURN_IF_ERROR(fn(Rows{p.hidden.Rows(row, end), p.weight, row, 1.0f / p.temperature}));
+    RETURN_IF_ERROR(fn(Rows{p.hidden.Rows(row, end), p.weight, row, 1.0f / p.temperature,
+                            KeptOf(sizes, row, end)}));
   }
   return absl::OkStatus();
 }
@@ -185,9 +209,11 @@ absl::Status Statistics(Context& context, const Rows& rows, const Memory& memory
   const VocabMatMulArgs args = ArgsOf(rows, memory);
   const int64_t count = NumVocabTiles(args.vocab) * args.rows;
   auto* values = reinterpret_cast<float*>(memory.chunk);
-  const VocabPartials partials = {values, values + count, values + 2 * count};
-  RETURN_IF_ERROR(context.Check(LaunchVocabStats(args, partials, memory.logprobs, context.stream()),
-                                "head product"));
+  VocabPartials partials = {values, values + count, values + 2 * count};
+  if (rows.kept.max != nullptr) partials.max = rows.kept.max;
+  RETURN_IF_ERROR(context.Check(
+      LaunchVocabStats(args, partials, memory.logprobs, rows.kept.exps, context.stream()),
+      "head product"));
   return context.Check(LaunchFoldVocabStats(args, partials, out, context.stream()),
                        "head statistics");
 }
@@ -213,6 +239,12 @@ absl::StatusOr<TensorView> Gradient(Context& context, const Rows& rows, const Me
   RETURN_IF_ERROR(
       context.Check(LaunchVocabRowGradients(args, gradient, memory.row_gradients, context.stream()),
                     "head gradient"));
+  if (rows.kept.exps != nullptr) {
+    RETURN_IF_ERROR(context.Check(
+        LaunchExpsGradient(args, gradient, memory.row_gradients, rows.kept, context.stream()),
+        "head gradient"));
+    return View2D(rows.kept.exps, rows.hidden.dtype, num_rows, ld).Cols(0, vocab);
+  }
   RETURN_IF_ERROR(context.Check(LaunchVocabGradient(args, memory.row_gradients, memory.logprobs,
                                                     memory.chunk, context.stream()),
                                 "head product"));

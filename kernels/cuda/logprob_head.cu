@@ -150,6 +150,56 @@ __global__ void VocabRowGradientsKernel(VocabMatMulArgs args, HeadGradientArgs a
                .slope = args.scale * d_entropy * kLn2};
 }
 
+// One tile of a row: -2^t (level + slope t) with 2^t = exp * factor and t = log2(exp) + offset.
+struct TileGradient {
+  float level, slope, offset, factor;
+
+  __device__ TileGradient(const VocabRowGradient& row, float lse, float max)
+      : level(row.level), slope(row.slope), offset((max - lse) * kLog2e) {
+    factor = exp2f(offset);
+  }
+  __device__ float At(float exp) const {
+    const float p = exp * factor;
+    if (slope == 0.0f) return -p * level;
+    return p > 0.0f ? -p * fmaf(slope, __log2f(exp) + offset, level) : 0.0f;
+  }
+};
+
+// A row in place. The few target columns are set aside first and written last.
+template <typename E>
+__global__ void __launch_bounds__(kThreads)
+    ExpsGradientKernel(VocabMatMulArgs args, HeadGradientArgs a, const VocabRowGradient* rows,
+                       VocabExps kept) {
+  const int64_t row = blockIdx.x, ld = CeilDiv(args.vocab, 8) * 8;
+  E* const exps = static_cast<E*>(kept.exps) + row * ld;
+  const VocabRowGradient g = rows[row];
+  const float lse = a.lse[row];
+  const auto tile_of = [&](int64_t token) {
+    return TileGradient(g, lse, kept.max[token / kVocabTile * args.rows + row]);
+  };
+  const int32_t begin = args.target_indptr[row], end = args.target_indptr[row + 1];
+  const int32_t first = begin + static_cast<int32_t>(threadIdx.x);
+  for (int32_t t = first; t < end; t += kThreads)
+    a.target_logits[t] = ToFloat(exps[args.targets[t]]);
+  __syncthreads();
+#pragma unroll 4
+  for (int64_t i = threadIdx.x * 8; i < ld; i += kThreads * 8) {
+    const TileGradient tile = tile_of(i);
+    Pack<E, 8> x = Load<E, 8>(exps + i);
+    for (int j = 0; j < 8; ++j) x.v[j] = FromFloat<E>(tile.At(ToFloat(x.v[j])));
+    Store<E, 8>(exps + i, x);
+  }
+  __syncthreads();
+  for (int32_t t = first; t < end; t += kThreads) {
+    const int32_t token = args.targets[t];
+    float d = 0;
+    for (int32_t same = begin; same < end; ++same) {  // ascending, whoever writes
+      if (args.targets[same] == token) d += a.d_logprobs[same];
+    }
+    exps[token] = FromFloat<E>(fmaf(d, args.scale, tile_of(token).At(a.target_logits[t])));
+  }
+}
+
 __global__ void HeadStatsKernel(HeadChunk chunk, HeadStats out) {
   const int64_t row = blockIdx.x;
   const float* logits = chunk.logits + row * chunk.ld;
@@ -248,6 +298,16 @@ cudaError_t LaunchVocabRowGradients(const VocabMatMulArgs& args, const HeadGradi
   const auto blocks = static_cast<unsigned>(CeilDiv(args.rows, kBlock));
   VocabRowGradientsKernel<<<blocks, kBlock, 0, stream>>>(args, gradient, rows);
   return cudaGetLastError();
+}
+
+cudaError_t LaunchExpsGradient(const VocabMatMulArgs& args, const HeadGradientArgs& gradient,
+                               const VocabRowGradient* rows, const VocabExps& exps,
+                               cudaStream_t stream) {
+  return ForElement(args.dtype, [&](auto e) {
+    ExpsGradientKernel<decltype(e)>
+        <<<static_cast<unsigned>(args.rows), kThreads, 0, stream>>>(args, gradient, rows, exps);
+    return cudaGetLastError();
+  });
 }
 
 cudaError_t LaunchHeadStats(const HeadChunk& chunk, const HeadStats& out, cudaStream_t stream) {

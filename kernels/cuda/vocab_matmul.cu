@@ -2,7 +2,7 @@
 //
 // cluster_matmul.cuh has the product; kTokens columns of a tile are tokens.
 // Bound by tensor cores, on a card at its power limit; the statistics write 12 bytes a row and
-// tile, the gradient 2 an element.
+// tile, what is kept of logits and the gradient 2 an element.
 #include "kernels/cuda/cluster_matmul.cuh"
 #include "kernels/cuda/vocab_matmul.h"
 
@@ -18,7 +18,7 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 struct VocabParameters {
   TileWork work;
   RightColumns weight;
-  CUtensorMap d_logits;
+  CUtensorMap out;  // d_logits, or exps
   VocabMatMulArgs args;
   // Statistics.
   VocabPartials partials;
@@ -27,6 +27,9 @@ struct VocabParameters {
   const VocabRowGradient* rows;
   const float* d_logprobs;
 };
+
+// What becomes of a tile.
+enum class Fold { kStatistics, kStatisticsAndExps, kGradient };
 
 struct VocabSharedStaged : TileShared {
   alignas(1024) uint16_t staged[2][64 * kStagedColumns];  // of a warpgroup
@@ -69,9 +72,12 @@ __device__ __forceinline__ float QuadReduce(float x, const Op& op) {
   return op(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// Writes the statistics of the tile's rows, and z of targets within it.
+// Writes the statistics of the tile's rows, and z of targets within it. kExps: leaves exp(z - max)
+// in `exps`, rounded, pairs of neighbours in the accumulators' order.
+template <typename E, bool kExps>
 __device__ __forceinline__ void FoldTile(const VocabParameters& p, const Item& item,
-                                         const Targets& targets, float (&acc)[128]) {
+                                         const Targets& targets, float (&acc)[128],
+                                         uint32_t (&exps)[64]) {
   const VocabMatMulArgs& a = p.args;
   const float scale_log2 = a.scale * kLog2e;
   const int columns = static_cast<int>(a.vocab) - item.tile * kTokens;
@@ -91,11 +97,16 @@ __device__ __forceinline__ void FoldTile(const VocabParameters& p, const Item& i
     const float shift = top * scale_log2;
     float sum[2] = {}, weighted[2] = {};
 #pragma unroll
-    for (int i = 0; i < 64; ++i) {
-      const float below = fmaf(acc[i / 2 * 4 + 2 * h + i % 2], scale_log2, -shift);
-      const float e = Exp2(below);
-      sum[i % 2] += e;
-      weighted[i % 2] = fmaf(e, below, weighted[i % 2]);
+    for (int i = 0; i < 32; ++i) {
+      float e[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float below = fmaf(acc[4 * i + 2 * h + j], scale_log2, -shift);
+        e[j] = Exp2(below);
+        sum[j] += e[j];
+        weighted[j] = fmaf(e[j], below, weighted[j]);
+      }
+      if constexpr (kExps) exps[2 * i + h] = PackPair<E>(e[0], e[1]);
     }
     const auto add = [](float x, float y) { return x + y; };
     const float total = QuadReduce(sum[0] + sum[1], add);
@@ -110,22 +121,39 @@ __device__ __forceinline__ void FoldTile(const VocabParameters& p, const Item& i
   }
 }
 
-// Rounds columns [kFirst, kFirst + kStagedColumns) of the accumulators into a swizzled tile of 64
-// rows.
-template <typename E, int kFirst>
-__device__ __forceinline__ void StageColumns(uint16_t* tile, const float (&acc)[128]) {
+// Columns [kFirst, kFirst + kStagedColumns) into a swizzled tile of 64 rows. word(i): pair i of
+// this thread's in the accumulators' order.
+template <int kFirst, class Word>
+__device__ __forceinline__ void StageColumns(uint16_t* tile, const Word& word) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
   const uint32_t base = SharedAddress(tile) + row * 128;
 #pragma unroll
   for (int i = 0; i < kStagedColumns / 16; ++i) {
     const int chunk = 2 * (i % 4) + lane / 16;
     const uint32_t at = base + i / 4 * 64 * 128 + ((chunk ^ (row & 7)) << 4);
-    const float* x = acc + kFirst / 2 + 8 * i;
+    const int x = kFirst / 4 + 4 * i;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
-                 "r"(PackPair<E>(x[0], x[1])), "r"(PackPair<E>(x[2], x[3])),
-                 "r"(PackPair<E>(x[4], x[5])), "r"(PackPair<E>(x[6], x[7]))
+                 "r"(word(x)), "r"(word(x + 1)), "r"(word(x + 2)), "r"(word(x + 3))
                  : "memory");
   }
+}
+
+// Writes half of the tile's columns, as StageColumns has them.
+template <int kFirst, class Word>
+__device__ __forceinline__ void StoreColumns(const VocabParameters& p, const Item& item, int group,
+                                             uint16_t* staged, const Word& word) {
+  // The stores before must have read the staging tile before it is overwritten.
+  if (threadIdx.x % 128 == 0) WaitStoresRead();
+  NamedSync(kStagingBarrier + group, 128);
+  StageColumns<kFirst>(staged, word);
+  FenceAsyncShared();
+  NamedSync(kStagingBarrier + group, 128);
+  if (threadIdx.x % 128 != 0) return;
+#pragma unroll
+  for (int panel = 0; panel < kStagedColumns / kPanel; ++panel)
+    StoreBox(p.out, staged + panel * 64 * kPanel, item.tile * kTokens + kFirst + panel * kPanel, 0,
+             item.row + group * 64);
+  CommitStores();
 }
 
 // Writes the gradient of half of the tile's logits.
@@ -144,18 +172,8 @@ __device__ __forceinline__ void StoreGradientColumns(const VocabParameters& p, c
   }
   targets.ForEach<kFirst, kStagedColumns>(
       a, item.tile, acc, [&](int t, float& x) { x = fmaf(p.d_logprobs[t], a.scale, x); });
-  // The stores before must have read the staging tile before it is overwritten.
-  if (threadIdx.x % 128 == 0) WaitStoresRead();
-  NamedSync(kStagingBarrier + group, 128);
-  StageColumns<E, kFirst>(staged, acc);
-  FenceAsyncShared();
-  NamedSync(kStagingBarrier + group, 128);
-  if (threadIdx.x % 128 != 0) return;
-#pragma unroll
-  for (int panel = 0; panel < kStagedColumns / kPanel; ++panel)
-    StoreBox(p.d_logits, staged + panel * 64 * kPanel,
-             item.tile * kTokens + kFirst + panel * kPanel, 0, item.row + group * 64);
-  CommitStores();
+  StoreColumns<kFirst>(p, item, group, staged,
+                       [&](int i) { return PackPair<E>(acc[2 * i], acc[2 * i + 1]); });
 }
 
 template <typename E>
@@ -172,28 +190,35 @@ __device__ __forceinline__ void StoreGradient(const VocabParameters& p, const It
   StoreGradientColumns<E, kStagedColumns>(p, item, group, targets, row, staged, acc);
 }
 
-template <typename E, bool kGradient, class Shared>
+template <typename E, Fold kFold, class Shared>
 __device__ void Consume(const VocabParameters& p, Shared& s, int group) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   ConsumeTiles<E, RightColumns>(p.work, s, group, [&](const Item& item, const auto& multiply) {
     const Targets targets(p.args, item.row + group * 64 + warp * 16 + lane / 4);
     float acc[128];
     multiply(acc, [] {});
-    if constexpr (kGradient) {
+    if constexpr (kFold == Fold::kGradient) {
       StoreGradient<E>(p, item, group, targets, s.staged[group], acc);
     } else {
-      FoldTile(p, item, targets, acc);
+      constexpr bool kExps = kFold == Fold::kStatisticsAndExps;
+      uint32_t exps[64];
+      FoldTile<E, kExps>(p, item, targets, acc, exps);
+      if constexpr (kExps) {
+        const auto word = [&](int i) { return exps[i]; };
+        StoreColumns<0>(p, item, group, s.staged[group], word);
+        StoreColumns<kStagedColumns>(p, item, group, s.staged[group], word);
+      }
     }
   });
-  if (kGradient && threadIdx.x % 128 == 0) WaitStoresRead();
+  if (kFold != Fold::kStatistics && threadIdx.x % 128 == 0) WaitStoresRead();
 }
 
-template <typename E, bool kGradient, class Shared>
+template <typename E, Fold kFold, class Shared>
 __global__ void __launch_bounds__(kTileThreads, 1)
     VocabMatMulKernel(const __grid_constant__ VocabParameters p) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& s = *reinterpret_cast<Shared*>(raw);
-  RunTiles(p.work, p.weight, s, [&](int group) { Consume<E, kGradient>(p, s, group); });
+  RunTiles(p.work, p.weight, s, [&](int group) { Consume<E, kFold>(p, s, group); });
 }
 
 cudaError_t MakeParameters(const VocabMatMulArgs& a, VocabParameters& p) {
@@ -208,33 +233,40 @@ cudaError_t MakeParameters(const VocabMatMulArgs& a, VocabParameters& p) {
   return cudaSuccess;
 }
 
+cudaError_t MakeOut(const VocabMatMulArgs& a, void* out, VocabParameters& p) {
+  const int64_t ld = (a.vocab + 7) / 8 * 8;
+  return MakeMap(p.out, {out, a.rows, ld, 1, static_cast<int32_t>(ld)}, 64);
+}
+
+template <Fold kFold, class Shared>
+cudaError_t Launch(const VocabParameters& p, cudaStream_t stream) {
+  return ForElement(p.args.dtype, [&](auto e) {
+    return LaunchTiles(VocabMatMulKernel<decltype(e), kFold, Shared>, p, p.work, sizeof(Shared),
+                       stream);
+  });
+}
+
 }  // namespace
 
 cudaError_t LaunchVocabStats(const VocabMatMulArgs& args, const VocabPartials& partials,
-                             float* target_z, cudaStream_t stream) {
+                             float* target_z, void* exps, cudaStream_t stream) {
   VocabParameters p = {};
   if (auto e = MakeParameters(args, p)) return e;
   p.partials = partials;
   p.target_z = target_z;
-  return ForElement(args.dtype, [&](auto e) {
-    return LaunchTiles(VocabMatMulKernel<decltype(e), false, TileShared>, p, p.work,
-                       sizeof(TileShared), stream);
-  });
+  if (exps == nullptr) return Launch<Fold::kStatistics, TileShared>(p, stream);
+  if (auto e = MakeOut(args, exps, p)) return e;
+  return Launch<Fold::kStatisticsAndExps, VocabSharedStaged>(p, stream);
 }
 
 cudaError_t LaunchVocabGradient(const VocabMatMulArgs& args, const VocabRowGradient* rows,
                                 const float* d_logprobs, void* d_logits, cudaStream_t stream) {
   VocabParameters p = {};
   if (auto e = MakeParameters(args, p)) return e;
-  const int64_t ld = (args.vocab + 7) / 8 * 8;
-  if (auto e = MakeMap(p.d_logits, {d_logits, args.rows, ld, 1, static_cast<int32_t>(ld)}, 64))
-    return e;
+  if (auto e = MakeOut(args, d_logits, p)) return e;
   p.rows = rows;
   p.d_logprobs = d_logprobs;
-  return ForElement(args.dtype, [&](auto e) {
-    return LaunchTiles(VocabMatMulKernel<decltype(e), true, VocabSharedStaged>, p, p.work,
-                       sizeof(VocabSharedStaged), stream);
-  });
+  return Launch<Fold::kGradient, VocabSharedStaged>(p, stream);
 }
 
 }  // namespace coppice::cuda

@@ -36,6 +36,14 @@ struct VocabPartials {
   float* weighted = nullptr;  // sum exp(z - max) (z - max)
 };
 
+// What is left of the logits for backward: exp(z - max) in E, 1 at the largest z of a row's tile,
+// so that rounding costs a probability its last bits whatever the logits; and that max. The
+// gradient takes the place of exps.
+struct VocabExps {
+  void* exps = nullptr;  // [rows, ld] E, ld as of d_logits below; null: nothing is left
+  float* max = nullptr;  // [tiles, rows]
+};
+
 // What d_logits of a row needs besides its logits: with t = z log2(e) - lse_log2,
 //   d_logit = -2^t (level + slope t), plus scale * d_logprob at a target.
 struct alignas(16) VocabRowGradient {
@@ -45,9 +53,9 @@ struct alignas(16) VocabRowGradient {
 // REQUIRES, of both: sm_90a; rows, vocab, k at least 1 and below 2^30; k and the strides multiples
 // of 8; hidden, weight and d_logits on 16-byte boundaries.
 //
-// target_z: z of each target.
+// target_z: z of each target. exps: [rows, ld] E or null; its max is partials.max.
 cudaError_t LaunchVocabStats(const VocabMatMulArgs& args, const VocabPartials& partials,
-                             float* target_z, cudaStream_t stream);
+                             float* target_z, void* exps, cudaStream_t stream);
 // d_logits: [rows, ld] E, ld the next multiple of 8 from vocab; what is behind vocab is
 // overwritten, too.
 cudaError_t LaunchVocabGradient(const VocabMatMulArgs& args, const VocabRowGradient* rows,

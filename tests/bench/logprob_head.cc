@@ -1,5 +1,6 @@
 // logprob_head: the head over group * response rows, forward and backward. Bound: its products
-// alone (one forward; backward that one again and two more), by the library's own time.
+// alone (one forward, two backward), by the library's own time. Memory is lent for what forward can
+// keep for backward, as the trainer does.
 #include <algorithm>
 #include <cmath>
 #include <random>
@@ -28,7 +29,8 @@ class Head {
                               .targets = HostView(targets_),
                               .logprobs = HostView(logprobs_),
                               .entropy = HostView(entropy_),
-                              .lse = HostView(lse_)});
+                              .lse = HostView(lse_),
+                              .kept = kept_});
   }
   absl::Status Backward() {
     RETURN_IF_ERROR(ops_->LogProbHeadBackward({.hidden = hidden_,
@@ -39,7 +41,8 @@ class Head {
                                                .entropy = HostView(entropy_),
                                                .d_logprobs = HostView(d_logprobs_),
                                                .d_hidden = d_hidden_,
-                                               .d_weight = d_weight_}));
+                                               .d_weight = d_weight_,
+                                               .kept = kept_}));
     return ops_->Synchronize();
   }
   // Weights of scale 1 / sqrt(hidden) leave logits of size 1: entropy near that of a uniform guess.
@@ -53,8 +56,8 @@ class Head {
 
  private:
   ops::Ops* ops_ = nullptr;
-  DeviceBuffer buffers_[4];
-  TensorView hidden_, weight_, d_hidden_, d_weight_;
+  DeviceBuffer buffers_[5];
+  TensorView hidden_, weight_, d_hidden_, d_weight_, kept_;
   std::vector<int32_t> indptr_, targets_;
   std::vector<float> logprobs_, entropy_, lse_, d_logprobs_;
 };
@@ -69,6 +72,9 @@ absl::StatusOr<Head> Head::Create(const ModelConfig& config, int64_t rows, uint6
   ASSIGN_OR_RETURN(head.buffers_[1], ops.Allocate(vocab * hidden * size, "bench head"));
   ASSIGN_OR_RETURN(head.buffers_[2], ops.Allocate(rows * hidden * size, "bench d_hidden"));
   ASSIGN_OR_RETURN(head.buffers_[3], ops.Allocate(vocab * hidden * 4, "bench d_head"));
+  const int64_t kept_bytes = rows * (vocab + hidden) * size;  // more than any device wants
+  ASSIGN_OR_RETURN(head.buffers_[4], ops.Allocate(kept_bytes, "bench head, kept"));
+  head.kept_ = View1D(head.buffers_[4].data(), DType::kU8, kept_bytes);
   head.hidden_ = View2D(head.buffers_[0].data(), dtype, rows, hidden);
   head.weight_ = View2D(head.buffers_[1].data(), dtype, vocab, hidden);
   head.d_hidden_ = View2D(head.buffers_[2].data(), dtype, rows, hidden);
@@ -104,8 +110,7 @@ absl::Status RunLogProbHead(const Options& options) {
                                                            [&] { return head.Backward(); }}));
   const std::vector<GemmShape> forward = {
       {.m = rows, .n = config.vocab, .k = config.hidden, .f32_out = true}};
-  std::vector<GemmShape> backward = BackwardGemms(forward);
-  backward.push_back(forward[0]);
+  const std::vector<GemmShape> backward = BackwardGemms(forward);
   const int threads = static_cast<int>(options.threads);
   ASSIGN_OR_RETURN(const double forward_bound, GemmSeconds(*ops, threads, forward));
   ASSIGN_OR_RETURN(const double backward_bound, GemmSeconds(*ops, threads, backward));

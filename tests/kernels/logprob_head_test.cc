@@ -1,6 +1,9 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <random>
+#include <tuple>
+#include <vector>
 
 #include "kernels/ops/ops.h"
 #include "tests/support/device_test.h"
@@ -51,7 +54,14 @@ struct HeadProblem {
                             .temperature = temperature,
                             .logprobs = logprobs.view(),
                             .entropy = entropy.view(),
-                            .lse = lse.view()});
+                            .lse = lse.view(),
+                            .kept = lent()});
+  }
+  // Lends both passes as much as a device can use that keeps 16 bits of each logit.
+  void Lend() { kept.assign(rows * (2 * (vocab + 8) + 4 * (vocab / 256 + 1)), 0); }
+  TensorView lent() {
+    return kept.empty() ? TensorView{}
+                        : View1D(kept.data(), DType::kU8, static_cast<int64_t>(kept.size()));
   }
   reference::HeadResult Reference(const Vector& h, const Vector& w, double temperature) const {
     return reference::LogProbHead(h, w, n, vocab, indptr, targets, temperature);
@@ -61,6 +71,7 @@ struct HeadProblem {
   GuardedTensor hidden, weight;
   std::vector<int32_t> indptr, targets;
   GuardedTensor logprobs, entropy, lse;
+  std::vector<uint8_t> kept;
 };
 
 using LogProbHeadTest = DeviceTest;
@@ -223,8 +234,10 @@ void ExpectBackwardMatches(HeadProblem& p, ops::Ops& ops, double tolerance,
                                          .d_entropy = d_entropy.view(),
                                          .d_hidden = d_hidden.view(),
                                          .d_weight = d_weight.view(),
-                                         .accumulate_d_weight = accumulate})
+                                         .accumulate_d_weight = accumulate,
+                                         .kept = p.lent()})
                     .ok());
+    ASSERT_TRUE(p.Forward(ops, 1).ok());  // what it kept is used up
     EXPECT_LT(RelativeError(d_hidden, want_hidden), tolerance);
     EXPECT_LT(RelativeError(d_weight, want_weight), tolerance);
   }
@@ -237,6 +250,61 @@ TEST_P(LogProbHeadTest, BackwardMatchesReferenceOverSeveralTiles) {
   for (HeadProblem* p : {&narrow, &pieces, &chunks, &odd_vocab}) {
     SCOPED_TRACE(testing::Message() << p->rows << " rows of " << p->n << ", vocab " << p->vocab);
     ExpectBackwardMatches(*p, *ops_, backward_tolerance(), random);
+  }
+}
+
+TEST_P(LogProbHeadTest, BackwardMatchesReferenceWithWhatForwardKept) {
+  std::mt19937_64 random(8);
+  for (const auto& [rows, n, vocab] : {std::tuple{1, 8, 1},
+                                       {5, 8, 40},
+                                       {130, 136, 513},
+                                       {257, 72, 1100},
+                                       {300, 3, 300},
+                                       {33000, 8, 12}}) {
+    SCOPED_TRACE(testing::Message() << rows << " rows of " << n << ", vocab " << vocab);
+    HeadProblem p(rows, n, vocab, random);
+    p.Lend();
+    ExpectBackwardMatches(p, *ops_, backward_tolerance(), random);
+  }
+}
+
+// One probability near 1 a row: its gradient is what is left of 1.
+TEST_P(LogProbHeadTest, PeakedGradientsKeepTheirPrecision) {
+  std::mt19937_64 random(9);
+  HeadProblem p(40, 8, 600, random);
+  for (int64_t i = 0; i < p.rows * p.n; ++i) p.hidden[i] *= 2;
+  for (int32_t row = 0; row < p.rows; ++row) {
+    int64_t best = 0;
+    double most = -1e9;
+    for (int64_t j = 0; j < p.vocab; ++j) {
+      double z = 0;
+      for (int64_t i = 0; i < p.n; ++i)
+        z += double{p.hidden[row * p.n + i]} * p.weight[j * p.n + i];
+      if (z > most) most = z, best = j;
+    }
+    for (int32_t t = p.indptr[row]; t < p.indptr[row + 1]; ++t)
+      p.targets[t] = static_cast<int32_t>(best);
+  }
+  p.Lend();
+  ExpectBackwardMatches(p, *ops_, backward_tolerance(), random);
+}
+
+TEST_P(LogProbHeadTest, WhatIsLentChangesNoBitOfForwardAndIsUsedIfItSuffices) {
+  std::mt19937_64 random(10);
+  HeadProblem p(300, 72, 1100, random);
+  ASSERT_TRUE(p.Forward(*ops_, 0.7f).ok());
+  const std::vector<float> logprobs = p.logprobs.ToFloat(), entropy = p.entropy.ToFloat(),
+                           lse = p.lse.ToFloat();
+  for (const bool suffices : {false, true}) {
+    p.Lend();
+    if (!suffices) p.kept.resize(p.kept.size() / 2);
+    ASSERT_TRUE(p.Forward(*ops_, 0.7f).ok());
+    EXPECT_EQ(p.logprobs.ToFloat(), logprobs);
+    EXPECT_EQ(p.entropy.ToFloat(), entropy);
+    EXPECT_EQ(p.lse.ToFloat(), lse);
+    const bool written =
+        std::any_of(p.kept.begin(), p.kept.end(), [](uint8_t byte) { return byte != 0; });
+    EXPECT_EQ(written, on_cuda() && suffices);
   }
 }
 
