@@ -10,13 +10,14 @@
 namespace coppice::cuda {
 namespace {
 
-DType FloatType(const TensorView& t) { return t.dtype == DType::kF32 ? DType::kF32 : DType::kBF16; }
+DType F32Or(DType other, const TensorView& t) { return t.dtype == other ? other : DType::kF32; }
 
 }  // namespace
 
 // Blocks sum fixed shares in double precision; the host adds them in order.
 absl::StatusOr<double> SumSquares(Context& context, TensorView x) {
-  RETURN_IF_ERROR(ops::ShapeCheck("sum_squares").Tensor("x", x, FloatType(x), {x.dim(0)}).status());
+  RETURN_IF_ERROR(
+      ops::ShapeCheck("sum_squares").Tensor("x", x, F32Or(DType::kBF16, x), {x.dim(0)}).status());
   ASSIGN_OR_RETURN(char* scratch,
                    context.Scratch(kSumSquaresPartials * static_cast<int64_t>(sizeof(double))));
   double* partials = reinterpret_cast<double*>(scratch);
@@ -33,16 +34,18 @@ absl::StatusOr<double> SumSquares(Context& context, TensorView x) {
 
 absl::Status AdamW(Context& context, const ops::AdamWParams& p) {
   const int64_t n = p.param.dim(0);
-  const DType param = FloatType(p.param);
+  const DType param = F32Or(context.compute_dtype(), p.param);
+  // f16 has gradients of a scale, which f32 holds.
+  const DType grad = param == DType::kF16 ? DType::kF32 : F32Or(DType::kBF16, p.grad);
   RETURN_IF_ERROR(ops::ShapeCheck("adamw")
                       .Tensor("param", p.param, param, {n})
-                      .Tensor("grad", p.grad, FloatType(p.grad), {n})
+                      .Tensor("grad", p.grad, grad, {n})
                       .Tensor("m", p.m, DType::kF32, {n})
                       .Tensor("v", p.v, DType::kF32, {n})
                       .Optional("master_remainder", p.master_remainder, DType::kBF16, {n})
                       .Optional("decay_mask", p.decay_mask, DType::kU8, {n / 64})
                       .That(n % 64 == 0, "param", "a multiple of 64 elements", n)
-                      .That(param == DType::kBF16 || !p.master_remainder.present(),
+                      .That(param != DType::kF32 || !p.master_remainder.present(),
                             "master_remainder", "no tensor: param is the master", n)
                       .That(p.step >= 1, "step", "at least 1", p.step)
                       .status());

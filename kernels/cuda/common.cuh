@@ -1,4 +1,4 @@
-// What kernels share: bf16 vectors, conversions, and reductions whose order depends on the block's
+// What kernels share: vectors, conversions, and reductions whose order depends on the block's
 // size alone.
 #pragma once
 
@@ -12,9 +12,7 @@
 
 namespace coppice::cuda {
 
-using bf16 = Bf16;
-
-// N elements that one instruction loads (16 bytes: 8 bf16 or 4 f32).
+// N elements that one instruction loads (16 bytes: 8 of 16 bits or 4 f32).
 template <typename T, int N>
 struct alignas(N * sizeof(T)) Pack {
   T v[N];
@@ -43,8 +41,8 @@ __device__ inline T* RowOf(const TensorView& t, int64_t row) {
 }
 
 __device__ inline float ToFloat(float x) { return x; }
-__device__ inline float ToFloat(bf16 x) { return __bfloat162float(x); }
-__device__ inline float ToFloat(__half x) { return __half2float(x); }
+__device__ inline float ToFloat(Bf16 x) { return __bfloat162float(x); }
+__device__ inline float ToFloat(F16 x) { return __half2float(x); }
 template <typename T>
 __device__ inline T FromFloat(float x);
 template <>
@@ -52,11 +50,11 @@ __device__ inline float FromFloat<float>(float x) {
   return x;
 }
 template <>
-__device__ inline bf16 FromFloat<bf16>(float x) {
+__device__ inline Bf16 FromFloat<Bf16>(float x) {
   return __float2bfloat16_rn(x);
 }
 template <>
-__device__ inline __half FromFloat<__half>(float x) {
+__device__ inline F16 FromFloat<F16>(float x) {
   return __float2half_rn(x);
 }
 

@@ -278,9 +278,13 @@ struct SampleParams {
 //   param -= lr * (m / (1-b1^t) / (sqrt(v / (1-b2^t)) + eps) + weight_decay * param)
 struct AdamWParams {
   TensorView param;  // [params] f (f32 master on the CPU; CUDA keeps master_remainder)
-  // Optional [params] 16-bit: bf16 param + remainder = exact f32 master.
+  // Optional [params] 16 bits each (as bf16): param and its signed remainder are an f32 master,
+  // which takes the step. bf16: master bits = (param << 16) + remainder, exact; param is the master
+  // rounded to nearest, halves away from zero. f16: master = param + remainder * step * 2^-16, step
+  // = 2^(max(exponent field of param, 1) - 25); param is the master, held within +-65,504, rounded
+  // to nearest even, remainder held within +-32,767: exact from 2^-16 on, below to 2^-40.
   TensorView master_remainder;
-  TensorView grad;        // [params] f32 or bf16
+  TensorView grad;        // [params] f32, or bf16 where param is not f16
   TensorView m;           // [params] f32
   TensorView v;           // [params] f32
   TensorView decay_mask;  // optional [params / 64] u8: 1 = decay this 64-element group (norms and

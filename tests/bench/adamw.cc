@@ -1,6 +1,6 @@
 // adamw: the gradient norm and the update of all parameters of a geometry, as the optimizer holds
-// them (bf16 parameters with a remainder where the device computes in bf16). Bound: their bytes at
-// the measured bandwidth of memory.
+// them (parameters of 16 bits with a remainder where the device computes in those). Bound: their
+// bytes at the measured bandwidth of memory.
 #include <algorithm>
 #include <cmath>
 #include <random>
@@ -8,6 +8,7 @@
 
 #include "kernels/base/status_macros.h"
 #include "kernels/model/parameters.h"
+#include "tests/bench/bench_model.h"
 #include "tests/bench/benches.h"
 #include "tests/bench/bounds.h"
 #include "tests/bench/measure.h"
@@ -18,7 +19,7 @@ namespace {
 
 // Arenas of one optimizer step. The gradients repeat one block of random numbers.
 struct Arenas {
-  DeviceBuffer param, remainder, grad, m, v;
+  DeviceBuffer param, remainder, grad, m, v, decay_mask;
   ops::AdamWParams params;
   double sum_squares = 0;  // of the gradients
 
@@ -42,6 +43,10 @@ absl::StatusOr<Arenas> Arenas::Create(int64_t n, uint64_t seed, ops::Ops& ops) {
     ASSIGN_OR_RETURN(a.remainder, ops.Allocate(n * 2, "bench remainder"));
     a.params.master_remainder = View1D(a.remainder.data(), DType::kBF16, n);
   }
+  ASSIGN_OR_RETURN(a.decay_mask, ops.Allocate(n / 64, "bench decay mask"));
+  a.params.decay_mask = View1D(a.decay_mask.data(), DType::kU8, n / 64);
+  const std::vector<uint8_t> decays(n / 64, 1);
+  RETURN_IF_ERROR(ops.Upload(decays.data(), a.params.decay_mask));
   std::mt19937_64 random(seed);
   std::normal_distribution<float> normal;
   std::vector<float> block(std::min<int64_t>(n, int64_t{1} << 24));
@@ -58,8 +63,7 @@ absl::StatusOr<Arenas> Arenas::Create(int64_t n, uint64_t seed, ops::Ops& ops) {
 
 absl::Status RunAdamW(const Options& options) {
   ASSIGN_OR_RETURN(const ModelConfig config, NamedGeometry(options.geometry));
-  ASSIGN_OR_RETURN(const std::unique_ptr<ops::Ops> ops,
-                   ops::CreateOps(options.device, static_cast<int>(options.threads)));
+  ASSIGN_OR_RETURN(const std::unique_ptr<ops::Ops> ops, OpenDevice(options));
   const int64_t n = NumParameterElements(config);
   ASSIGN_OR_RETURN(Arenas arenas, Arenas::Create(n, options.seed, *ops));
   ASSIGN_OR_RETURN(const double sum, ops->SumSquares(arenas.params.grad));
