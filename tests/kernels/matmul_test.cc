@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <bit>
+#include <numeric>
 #include <random>
 #include <tuple>
 #include <vector>
@@ -9,6 +10,7 @@
 #include "tests/support/device_test.h"
 #include "tests/support/guarded_tensor.h"
 #include "tests/support/reference.h"
+#include "tests/support/share.h"
 #include "tests/support/tolerances.h"
 
 namespace coppice {
@@ -88,7 +90,7 @@ TEST_P(MatMulDeviceTest, SumsWeightGradientsInBf16UnlessItComputesInF16) {
 
 TEST_P(MatMulDeviceTest, MatchesReferenceForEveryTransposeAndExtra) {
   std::mt19937_64 random(1);
-  for (const int64_t m : {0, 1, 2, 7, 33}) {
+  for (const int64_t m : Share<int64_t>({0, 1, 2, 7, 33})) {
     for (const auto& [n, k] : {std::pair{1, 1}, {5, 0}, {0, 5}, {17, 31}, {64, 64}, {130, 65}}) {
       for (const Extras& extras : kAllExtras) {
         if (on_cuda() && k == 0) continue;  // refused there: no product has it
@@ -105,7 +107,9 @@ TEST_P(MatMulDeviceTest, MatchesReferenceForEveryTransposeAndExtra) {
 // Decode: few rows against weights [n, k], where another algorithm takes over.
 TEST_P(MatMulDeviceTest, MatchesReferenceForFewRows) {
   std::mt19937_64 random(2);
-  for (int64_t m = 1; m <= 40; ++m) {
+  std::vector<int64_t> all_rows(40);
+  std::iota(all_rows.begin(), all_rows.end(), 1);
+  for (const int64_t m : Share(all_rows)) {
     for (const auto& [n, k] : {std::pair{192, 576}, {77, 129}, {3, 1000}}) {
       ExpectMatMul(*ops_, random, m, n, k, false, true, kAllExtras[m % 6],
                    Tolerance(kAllExtras[m % 6]));
