@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/base/status_macros.h"
+#include "tests/bench/bench_model.h"
 #include "tests/bench/benches.h"
 #include "tests/bench/bounds.h"
 #include "tests/bench/measure.h"
@@ -202,8 +203,7 @@ absl::StatusOr<double> ProductRate(ops::Ops& ops, int threads, int64_t rows, int
 }  // namespace
 
 absl::Status RunAttention(const Options& options) {
-  ASSIGN_OR_RETURN(const std::unique_ptr<ops::Ops> ops,
-                   ops::CreateOps(options.device, static_cast<int>(options.threads)));
+  ASSIGN_OR_RETURN(const std::unique_ptr<ops::Ops> ops, OpenDevice(options));
   ASSIGN_OR_RETURN(const ModelConfig config, NamedGeometry(options.geometry));
   RETURN_IF_ERROR(VerifySmall(options, config, *ops));
 

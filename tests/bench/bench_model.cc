@@ -10,9 +10,14 @@
 
 namespace coppice::bench {
 
+absl::StatusOr<std::unique_ptr<ops::Ops>> OpenDevice(const Options& options) {
+  return ops::CreateOps(options.device, static_cast<int>(options.threads),
+                        /*deterministic=*/false, options.compute_dtype);
+}
+
 absl::StatusOr<std::unique_ptr<BenchModel>> BenchModel::Create(const Options& options) {
   auto bench = std::make_unique<BenchModel>();
-  ASSIGN_OR_RETURN(bench->ops_, ops::CreateOps(options.device, static_cast<int>(options.threads)));
+  ASSIGN_OR_RETURN(bench->ops_, OpenDevice(options));
   if (options.phases) {
     ASSIGN_OR_RETURN(std::unique_ptr<ops::ProfiledOps> profiled,
                      ops::ProfiledOps::Create(std::move(bench->ops_)));
@@ -88,8 +93,9 @@ double RelativeError(const std::vector<float>& a, const std::vector<float>& b) {
 }
 
 double ModelTolerance(BenchModel& model) {
-  const bool f32 = model.ops().Info().compute_dtype == DType::kF32;
-  return f32 ? tolerance::kParity : tolerance::kBf16Model;
+  const DType dtype = model.ops().Info().compute_dtype;
+  if (dtype == DType::kF32) return tolerance::kParity;
+  return dtype == DType::kF16 ? tolerance::kF16Model : tolerance::kBf16Model;
 }
 
 }  // namespace coppice::bench

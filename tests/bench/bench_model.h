@@ -15,6 +15,9 @@
 
 namespace coppice::bench {
 
+// As the options name it.
+absl::StatusOr<std::unique_ptr<ops::Ops>> OpenDevice(const Options& options);
+
 class BenchModel {
  public:
   static absl::StatusOr<std::unique_ptr<BenchModel>> Create(const Options& options);

@@ -51,6 +51,7 @@ void Print(const Options& options, const Result& result) {
       {"threads", options.threads},   {"repeats", options.repeats},
       {"seed", options.seed},
   };
+  if (options.compute_dtype == DType::kF16) shape["compute_dtype"] = "f16";
   if (options.bf16_gradients) shape["gradients"] = "bf16";
   if (options.cached > 0) shape["cached"] = options.cached;
   if (!result.pass.empty()) shape["pass"] = result.pass;

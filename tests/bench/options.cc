@@ -39,6 +39,7 @@ Options
                        ungrouped: decode reads the one stored prompt for each sample anew
   --block_tokens N     tokens in a KV block (default 16)
   --device cpu|cuda    where to run (default cpu)
+  --compute_dtype NAME of weights and activations on cuda: bf16 (default), f16
   --threads N          CPU threads, 0 = all cores (default)
   --repeats N          timed runs, of which the median counts (default 5)
   --seed N             of weights and tokens (default 1)
@@ -68,6 +69,13 @@ absl::Status Set(absl::string_view name, absl::string_view value, Options& optio
     options.geometry = std::string(value);
   } else if (name == "--device") {
     options.device = std::string(value);
+  } else if (name == "--compute_dtype") {
+    for (const DType dtype : {DType::kBF16, DType::kF16}) {
+      options.compute_dtype = dtype;
+      if (value == coppice::Name(dtype)) return absl::OkStatus();
+    }
+    return absl::InvalidArgumentError(
+        absl::StrCat("--compute_dtype wants bf16 or f16, got \"", value, "\"; see --help"));
   } else if (name == "--mode") {
     for (const Mode mode : {Mode::kShared, Mode::kFlat, Mode::kKept, Mode::kUngrouped}) {
       options.mode = mode;

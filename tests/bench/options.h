@@ -7,6 +7,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "kernels/base/dtype.h"
 
 namespace coppice::bench {
 
@@ -27,6 +28,7 @@ struct Options {
   int64_t seed = 1;
   bool phases = false;
   bool bf16_gradients = false;
+  DType compute_dtype = DType::kBF16;  // on cuda
 };
 
 inline const char* Name(Mode mode) {

@@ -95,9 +95,11 @@ absl::Status VerifyGradients(Options options, BenchModel& bench) {
   ASSIGN_OR_RETURN(const std::vector<float> shared, Gradients(options, bench));
   options.mode = Mode::kFlat;
   ASSIGN_OR_RETURN(const std::vector<float> flat, Gradients(options, bench));
-  const bool f32 = bench.ops().Info().compute_dtype == DType::kF32;
+  const DType dtype = bench.ops().Info().compute_dtype;
   return Verify("gradients of a shared prompt", RelativeError(flat, shared),
-                f32 ? tolerance::kTreeVersusFlat : tolerance::kBf16Model);
+                dtype == DType::kF32   ? tolerance::kTreeVersusFlat
+                : dtype == DType::kF16 ? tolerance::kF16Model
+                                       : tolerance::kBf16Model);
 }
 
 absl::StatusOr<double> GemmBoundSeconds(const Options& options, BenchModel& bench) {
