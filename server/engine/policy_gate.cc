@@ -224,6 +224,8 @@ void PolicyGate::CountStep(StepKind kind, const TrainStepResult& result) {
   if (result.skipped) metrics_.train_steps_skipped.Increment();
   metrics_.train_tokens_unique.Increment(static_cast<double>(result.batch.tokens.unique));
   metrics_.train_tokens_flat.Increment(static_cast<double>(result.batch.tokens.flat));
+  const auto scale = result.batch.metrics.find("gradient_scale");
+  if (scale != result.batch.metrics.end()) metrics_.gradient_scale.Set(scale->second);
   metrics_.train_prompt_tokens_reused.Increment(
       static_cast<double>(result.batch.tokens.prompt_forward_skipped));
   for (const auto& [phase, seconds] : result.batch.phases) {

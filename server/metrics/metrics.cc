@@ -131,6 +131,9 @@ Metrics::Metrics()
                                      "Tokens run by training: every shared prefix once.")),
       train_tokens_flat(AddCounter(*registry_, "coppice_train_tokens_flat_total",
                                    "Tokens that training without sharing would have run.")),
+      gradient_scale(AddGauge(*registry_, "coppice_gradient_scale",
+                              "Power of two that the last gradients were scaled by; 1 where the "
+                              "device does not compute in f16.")),
       train_prompt_tokens_reused(
           AddCounter(*registry_, "coppice_train_prompt_tokens_reused_total",
                      "Prompt tokens of training whose forward pass was generation's.")),

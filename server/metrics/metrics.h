@@ -68,6 +68,7 @@ class Metrics {
   prometheus::Counter& train_steps_skipped;  // coppice_train_steps_skipped_total
   prometheus::Counter& train_tokens_unique;  // coppice_train_tokens_unique_total
   prometheus::Counter& train_tokens_flat;    // coppice_train_tokens_flat_total
+  prometheus::Gauge& gradient_scale;         // coppice_gradient_scale
   // coppice_train_prompt_tokens_reused_total
   prometheus::Counter& train_prompt_tokens_reused;
   prometheus::Counter& score_prompt_tokens;         // coppice_score_prompt_tokens_total
