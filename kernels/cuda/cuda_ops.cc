@@ -51,7 +51,8 @@ absl::StatusOr<std::unique_ptr<ops::Ops>> CudaOps::Create(const CudaOptions& opt
   std::unique_ptr<CudaOps> ops(new CudaOps(std::move(context)));
   ops->info_ = {
       .kind = DeviceKind::kCuda,
-      .name = absl::StrCat("cuda ", properties.name, ", sm_", properties.major, properties.minor),
+      .name = absl::StrCat("cuda ", properties.name, ", sm_", properties.major, properties.minor,
+                           options.compute_dtype == DType::kF16 ? ", f16" : ""),
       .compute_dtype = options.compute_dtype,
       .residual_dtype = DType::kF32,
       .total_bytes = static_cast<int64_t>(properties.totalGlobalMem),

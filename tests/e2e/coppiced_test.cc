@@ -1,6 +1,7 @@
 // The daemon as its operator sees it: flags, exit codes, ports, probes, signals, crashes.
 #include <signal.h>
 
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -167,6 +168,24 @@ TEST_F(CoppicedTest, AnswersHealthChecksAndReflection) {
   for (const char* name : {"Generation", "Training", "Cache", "Admin"}) {
     EXPECT_THAT(services, HasSubstr(absl::StrCat("coppice.v1.", name)));
   }
+}
+
+// On a GPU in f16; the CPU says that it does not.
+TEST_F(CoppicedTest, ServesAndTrainsWithF16) {
+  const char* device = std::getenv("COPPICE_DEVICE");
+  const bool cuda = device != nullptr && device == std::string("cuda");
+  const auto daemon = Serve({"--compute_dtype=f16"});
+  const std::string loaded = daemon->AwaitLine("model_loaded");
+  EXPECT_THAT(loaded, HasSubstr(cuda ? "compute_dtype=f16" : "compute_dtype=f32"));
+  ASSERT_TRUE(daemon->AwaitReady());
+  EXPECT_EQ(daemon->log().find("compute_dtype_ignored want=f16") == std::string::npos, cuda);
+  EXPECT_EQ(Generate(*daemon, 8).size(), 8u);
+  v1::TrainStepRequest step = Step("step");
+  step.set_durable(false);
+  const v1::TrainStepResponse trained = Train(*daemon, step);
+  EXPECT_FALSE(trained.skipped()) << trained.skip_reason();
+  EXPECT_EQ(trained.metrics().at("gradient_scale") > 1, cuda);
+  EXPECT_EQ(Generate(*daemon, 8).size(), 8u);
 }
 
 TEST_F(CoppicedTest, SigtermDrainsARunningStream) {
