@@ -25,6 +25,10 @@ constexpr int kStages = 4;
 constexpr int kLeafWarps = 2;
 constexpr int kFirstLeafWarp = 2;  // behind one for keys and one that looks ahead
 constexpr int kGroupRows = 64;     // stacked rows of a consumer warpgroup
+// Loads of keys or of values that a block has on their way at a time, 48 KiB: enough to keep memory
+// busy. With more, what others wait for, queries and partial results, queues behind them.
+template <int D>
+constexpr int kInFlight = 3 * 128 / D;
 
 template <typename E>
 struct StackedParameters {
@@ -78,7 +82,18 @@ __device__ __forceinline__ SlotItems StackedItems(const AttentionSchedule& sched
 // One warp: keys and values, each lane its pages of a step. They are older than the kernel ahead.
 template <typename E, int D>
 __device__ void LoadKeys(const StackedParameters<E>& p, StackedShared<E, D>& s) {
-  Ring<kStages> ring;
+  Ring<kStages> ring, oldest;  // oldest: of the loads on their way
+  bool oldest_is_k = true;
+  int in_flight = 0;
+  const auto make_room = [&] {
+    if (in_flight < kInFlight<D>) {
+      ++in_flight;
+      return;
+    }
+    (oldest_is_k ? s.k_full : s.v_full)[oldest.stage].Wait(oldest.phase);
+    if (!oldest_is_k) oldest.Advance();
+    oldest_is_k = !oldest_is_k;
+  };
   const SlotItems items = StackedItems(p.common.schedule);
   const int lane = threadIdx.x % 32, kv_head = blockIdx.y, rows = kStepKeys / p.pieces;
   const auto load = [&](E* to, const CUtensorMap& map, int slot, Barrier& full) {
@@ -95,8 +110,10 @@ __device__ void LoadKeys(const StackedParameters<E>& p, StackedShared<E, D>& s) 
     for (int key = item.key_begin; key < item.key_end; key += kStepKeys, ring.Advance()) {
       const int stage = ring.stage;
       const int slot = lane < p.pieces ? SlotOf(p.common, item, key + lane * rows) : 0;
+      make_room();
       s.k_empty[stage].Wait(ring.phase ^ 1);
       load(s.k[stage], p.k, slot, s.k_full[stage]);
+      make_room();
       s.v_empty[stage].Wait(ring.phase ^ 1);
       load(s.v[stage], p.v, slot, s.v_full[stage]);
     }
