@@ -64,6 +64,8 @@ inline constexpr double kNearTieFraction = 0.05;
 inline constexpr double kBf16Attention = 1e-2;
 // The same in f16, which rounds to 2^-12: an eighth, rounded up for what it holds as subnormals.
 inline constexpr double kF16Attention = 1.5e-3;
+// What f32 sums of up to 256 products of size 1 differ by: sums that cancel count from there on.
+inline constexpr double kSumsInAttention = 1e-6;
 
 // Log-probs of a real model in bf16 against fp32 with the same weights, mean of the absolute
 // difference: what an importance ratio bears. Measured 8.4e-3.

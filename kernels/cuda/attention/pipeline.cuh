@@ -11,6 +11,7 @@
 #include "kernels/cuda/attention/log2_units.cuh"
 #include "kernels/cuda/attention/tensor_map.cuh"
 #include "kernels/cuda/attention/tree_attention.h"
+#include "kernels/cuda/cluster.cuh"
 
 namespace coppice::cuda {
 
@@ -50,18 +51,66 @@ struct ItemOrder {
   }
 };
 
-// Order of (tile, head) for `tiles` tiles with `entries` list entries in all, `longest` at most.
-// The heads that go together hold at least twice the longest item's work for every multiprocessor.
-inline ItemOrder MakeItemOrder(int tiles, int longest, int entries, int kv_heads, int per_kv_head) {
+// Order of (tile, head) for `tiles` tiles with `entries` list entries in all, `longest` at most, of
+// which clusters of `blocks` take one each. The heads that go together hold at least twice the
+// longest item's work for every cluster.
+inline ItemOrder MakeItemOrder(int tiles, int longest, int entries, int kv_heads, int per_kv_head,
+                               int blocks = 1) {
   const int64_t work = int64_t{entries} * per_kv_head;
-  const int64_t together = (int64_t{2} * longest * Multiprocessors() + work - 1) / work;
+  const int64_t together = (int64_t{2} * longest * (Multiprocessors() / blocks) + work - 1) / work;
   const int solo = kv_heads - static_cast<int>(together < kv_heads ? together : kv_heads);
   return {tiles, kv_heads, per_kv_head, solo};
 }
-inline ItemOrder BackwardOrder(const AttentionSchedule& s, int kv_heads, int per_kv_head) {
+inline ItemOrder BackwardOrder(const AttentionSchedule& s, int kv_heads, int per_kv_head,
+                               int blocks = 1) {
   return MakeItemOrder(s.num_backward_tiles, s.longest_backward_list, s.num_backward_entries,
-                       kv_heads, per_kv_head);
+                       kv_heads, per_kv_head, blocks);
 }
+
+// Where the blocks of a cluster of two are told their items.
+struct ItemMail {
+  static constexpr int kPlaces = 2;
+  int item[kPlaces];
+  Barrier full[kPlaces], empty[kPlaces];  // `empty`: the first block's counts for both
+
+  __device__ void Init() {
+    for (int i = 0; i < kPlaces; ++i) full[i].Init(1), empty[i].Init(2);
+  }
+};
+
+// The producers' items, from a counter, fetched one ahead. In a cluster of two both have the same:
+// the first block takes it and tells.
+template <int kBlocks>
+class ItemSource {
+ public:
+  __device__ __forceinline__ ItemSource(int* counter, ItemMail& mail)
+      : counter_(counter), mail_(mail), rank_(kBlocks > 1 ? ClusterRank() : 0) {
+    if (rank_ == 0) next_ = atomicAdd(counter_, 1);
+  }
+  // `count` or more: there are no more.
+  __device__ __forceinline__ int Take(int count) {
+    int item = next_;
+    if constexpr (kBlocks > 1) {
+      Barrier& full = mail_.full[place_.stage];
+      full.ArriveExpecting(sizeof(int));
+      if (rank_ == 0) {
+        mail_.empty[place_.stage].Wait(place_.phase ^ 1);
+        for (int to = 0; to < kBlocks; ++to) SendTo(to, &mail_.item[place_.stage], item, full);
+      }
+      item = Receive(mail_.item[place_.stage], full, place_.phase);
+      if (item < count) ArriveAt(mail_.empty[place_.stage], 0);
+      place_.Advance();
+    }
+    if (rank_ == 0 && item < count) next_ = atomicAdd(counter_, 1);
+    return item;
+  }
+
+ private:
+  int* counter_;
+  ItemMail& mail_;
+  int rank_, next_ = 0;
+  Ring<ItemMail::kPlaces> place_;
+};
 
 // A tile of kRows rows x kWidth columns of one head, from `column` on, panel by panel.
 template <int kWidth, int kRows, typename E>
@@ -82,11 +131,40 @@ __device__ __forceinline__ void StoreRows(const CUtensorMap& map, const E* tile,
     StoreBox(map, tile + (panel * kRows + row0) * kPanel, column + panel * kPanel, head, row);
 }
 
-// A consumer warp has finished reading a buffer that the copy engine fills. (What the producer
-// writes by ordinary stores, the work item, every reader releases for itself: so racecheck can
-// follow.)
+// The same in a cluster of two: each block loads half of the columns, for both.
+template <int kWidth, int kRows, typename E>
+__device__ __forceinline__ void LoadTileForBoth(E* to, const CUtensorMap& map, int head, int row,
+                                                Barrier& full, int column = 0) {
+  constexpr int kOwn = kWidth / kPanel / 2;
+  const int first = ClusterRank() * kOwn;
+#pragma unroll
+  for (int panel = first; panel < first + kOwn; ++panel)
+    LoadBoxForBoth(to + panel * kPanel * kRows, map, column + panel * kPanel, head, row, full);
+}
+
+// A consumer warp has finished reading a buffer that the copy engine fills, in a cluster of two for
+// both blocks: the tensor cores have read what the other block copied here, and ordinary loads only
+// what this one did. (What the producer writes by ordinary stores, the work item, every reader
+// releases for itself: so racecheck can follow.)
+template <int kBlocks = 1>
 __device__ __forceinline__ void Release(Barrier& empty) {
-  if (threadIdx.x % 32 == 0) empty.Arrive();
+  const int lane = threadIdx.x % 32;
+  if constexpr (kBlocks == 1) {
+    if (lane == 0) empty.Arrive();
+  } else {
+    if (lane < kBlocks) ArriveAt(empty, lane);
+  }
+}
+
+// Until all threads that share memory came here: at a kernel's begin before barriers are used, at a
+// cluster's end so that nobody leaves while the other block may write here.
+template <int kBlocks>
+__device__ __forceinline__ void SyncBlocks() {
+  if constexpr (kBlocks == 1) {
+    __syncthreads();
+  } else {
+    ClusterSync();
+  }
 }
 
 // The consumer warpgroups queue their products by turns, a step's at a time: else both multiply at
@@ -173,16 +251,32 @@ inline MapShape GatheredContext(const BackwardPass& b, const void* data) {
           int64_t{shape.kv_heads} * shape.head_dim, shape.kv_heads, shape.head_dim};
 }
 
-// Launches one CTA per multiprocessor, with its work counter at zero.
+// Launches one CTA per multiprocessor, with its work counter at zero; in clusters of `blocks`, as
+// many as fit.
 template <class Shared, class Parameters>
 cudaError_t LaunchPersistent(void (*kernel)(Parameters), const Parameters& p, int* counter,
-                             cudaStream_t stream) {
+                             cudaStream_t stream, int blocks = 1) {
   const int bytes = sizeof(Shared);
   if (auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes))
     return e;
   if (auto e = cudaMemsetAsync(counter, 0, sizeof(int), stream)) return e;
-  kernel<<<Multiprocessors(), kThreads, bytes, stream>>>(p);
-  return cudaGetLastError();
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = blocks, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = Multiprocessors();
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &cluster;
+  config.numAttrs = blocks > 1 ? 1 : 0;
+  if (blocks > 1) {
+    config.gridDim = blocks;
+    int clusters = 0;
+    if (auto e = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) return e;
+    config.gridDim = clusters * blocks;
+  }
+  return cudaLaunchKernelEx(&config, kernel, p);
 }
 
 }  // namespace coppice::cuda

@@ -9,6 +9,8 @@
 // under O += P V. Shared memory: D = 128: Q 32 + 2 x (K 32 + V 32) + O 32 = 192 KB; D = 256: Q 64,
 // the rest the same. Traffic per item: 512 D bytes a key tile for 65536 D FLOP, 128 FLOP per L2
 // byte; query heads of one KV head are neighbours in the item order, so they share the tiles in L2.
+// Where their number is even, two of them make a cluster and copy half of K and V each, for both:
+// 256 FLOP per L2 byte.
 #include <algorithm>
 #include <bit>
 
@@ -59,43 +61,55 @@ struct ForwardShared {
   alignas(1024) E o[kQueryTile * kWidth<D>];
   alignas(16) int end[kStages][kStepKeys<D>];
   ForwardWork work;
+  ItemMail mail;
   Barrier q_full, q_empty;
   Barrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
 };
 
 // Loads one step of a key tile, its keys from `first` on, of one tensor: packed rows, or context
-// piece by piece.
-template <int D, typename E>
+// piece by piece. In a cluster each block loads a share of the rows, for all.
+template <int kBlocks, int D, typename E>
 __device__ __forceinline__ void LoadKeys(const ForwardParameters& p, E* to,
                                          const CUtensorMap& packed, const CUtensorMap& pages,
                                          int kv_head, int entry, int first, Barrier& full) {
-  constexpr int kRows = kStepKeys<D>;
+  constexpr int kRows = kStepKeys<D>, kShare = kRows / kBlocks;
+  const auto load = [&](const CUtensorMap& map, int row, int at) {
+#pragma unroll
+    for (int panel = 0; panel < D / kPanel; ++panel) {
+      E* box = to + (panel * kRows + row) * kPanel;
+      if constexpr (kBlocks > 1) {
+        LoadBoxForBoth(box, map, panel * kPanel, kv_head, at, full);
+      } else {
+        LoadBox(box, map, panel * kPanel, kv_head, at, full);
+      }
+    }
+  };
+  const int share = kBlocks > 1 ? ClusterRank() * kShare : 0;
   if (entry >= 0) {
-    LoadTile<D, kRows>(to, packed, kv_head, entry * kKeyTile + first, full);
+    load(packed, share, entry * kKeyTile + first + share);
     return;
   }
   const int* slots = p.schedule.context_slots + p.schedule.context_tiles[~entry].first_piece;
-  for (int key = first; key < first + kRows; key += p.piece) {
-    const int run = slots[key >> p.run_shift], row = key - first;
-    const int slot = run < 0 ? static_cast<int>(p.no_slot) : run + (key & ((1 << p.run_shift) - 1));
-#pragma unroll
-    for (int panel = 0; panel < D / kPanel; ++panel)
-      LoadBox(to + (panel * kRows + row) * kPanel, pages, panel * kPanel, kv_head, slot, full);
+  for (int row = share; row < share + kShare; row += p.piece) {
+    const int key = first + row, run = slots[key >> p.run_shift];
+    load(pages, row,
+         run < 0 ? static_cast<int>(p.no_slot) : run + (key & ((1 << p.run_shift) - 1)));
   }
 }
 
 // One thread. Items come from a global counter, longest first; the next one is fetched while this
 // one loads.
-template <typename E, int D>
+template <int kBlocks, typename E, int D>
 __device__ void Produce(const ForwardParameters& p, ForwardShared<E, D>& s) {
   constexpr int kKeys = kStepKeys<D>;
   Ring<1> items;
   Ring<kStages> ring;
-  for (int item, next = atomicAdd(p.counter, 1);; items.Advance()) {
-    item = next;
+  ItemSource<kBlocks> source(p.counter, s.mail);
+  for (;; items.Advance()) {
+    const int item = source.Take(p.order.items());
     if (item >= p.order.items()) break;
-    next = atomicAdd(p.counter, 1);
-    const auto [tile_idx, head] = p.order.at(item);
+    const auto [tile_idx, heads] = p.order.at(item);
+    const int head = kBlocks > 1 ? heads * kBlocks + ClusterRank() : heads;
     const QueryTileWork tile = p.schedule.query_tiles[tile_idx];
     const int kv_head = head / p.group_size;
     s.q_empty.Wait(items.phase ^ 1);
@@ -108,7 +122,7 @@ __device__ void Produce(const ForwardParameters& p, ForwardShared<E, D>& s) {
       const int first = i % kSteps<D> * kKeys;
       s.k_empty[stage].Wait(ring.phase ^ 1);
       s.k_full[stage].ArriveExpecting(kKeys * (D * 2 + 4));
-      LoadKeys<D>(p, s.k[stage], p.k, p.context_k, kv_head, entry, first, s.k_full[stage]);
+      LoadKeys<kBlocks, D>(p, s.k[stage], p.k, p.context_k, kv_head, entry, first, s.k_full[stage]);
       if (entry >= 0) {
         LoadWords(s.end[stage], p.ends, entry * kKeyTile + first, s.k_full[stage]);
       } else {
@@ -117,7 +131,7 @@ __device__ void Produce(const ForwardParameters& p, ForwardShared<E, D>& s) {
       }
       s.v_empty[stage].Wait(ring.phase ^ 1);
       s.v_full[stage].ArriveExpecting(kKeys * D * 2);
-      LoadKeys<D>(p, s.v[stage], p.v, p.context_v, kv_head, entry, first, s.v_full[stage]);
+      LoadKeys<kBlocks, D>(p, s.v[stage], p.v, p.context_v, kv_head, entry, first, s.v_full[stage]);
     }
   }
   s.q_empty.Wait(items.phase ^ 1);
@@ -181,7 +195,7 @@ __device__ void StoreOutput(const ForwardParameters& p, E* staged, int group,
   }
 }
 
-template <typename E, int D>
+template <int kBlocks, typename E, int D>
 __device__ void Consume(const ForwardParameters& p, ForwardShared<E, D>& s, int group) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   constexpr int kKeys = kStepKeys<D>;
@@ -218,7 +232,7 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<E, D>& s, int 
     const auto finish_scores = [&](int i, int first_key) {
       Pin(scores);
       if (i < partial) MaskRows(scores, row, first_key, s.end[key_ring.stage], -INFINITY);
-      Release(s.k_empty[key_ring.stage]);
+      Release<kBlocks>(s.k_empty[key_ring.stage]);
       key_ring.Advance();
       if (i == work.count - 1) s.q_empty.Arrive();
       OnlineSoftmax(scores, m, l, shrink, scale_log2);
@@ -226,7 +240,7 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<E, D>& s, int 
     const auto finish_output = [&] {
       WgmmaWait<0>();
       Pin(o);
-      Release(s.v_empty[value_ring.stage]);
+      Release<kBlocks>(s.v_empty[value_ring.stage]);
       value_ring.Advance();
     };
 
@@ -279,7 +293,7 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<E, D>& s, int 
   if (threadIdx.x % 128 == 0) WaitStoresRead();
 }
 
-template <typename E, int D>
+template <typename E, int D, int kBlocks>
 __global__ void __launch_bounds__(kThreads, 1)
     TreeAttentionForwardKernel(const __grid_constant__ ForwardParameters p) {
   extern __shared__ __align__(1024) unsigned char raw[];
@@ -287,36 +301,39 @@ __global__ void __launch_bounds__(kThreads, 1)
   if (threadIdx.x == 0) {
     s.q_full.Init(1), s.q_empty.Init(kConsumerThreads);
     for (int i = 0; i < kStages; ++i) {
-      s.k_full[i].Init(1), s.k_empty[i].Init(kConsumerWarps);
-      s.v_full[i].Init(1), s.v_empty[i].Init(kConsumerWarps);
+      s.k_full[i].Init(1), s.k_empty[i].Init(kBlocks * kConsumerWarps);
+      s.v_full[i].Init(1), s.v_empty[i].Init(kBlocks * kConsumerWarps);
     }
+    if (kBlocks > 1) s.mail.Init();
     FenceBarrierInit();
   }
-  __syncthreads();
+  SyncBlocks<kBlocks>();
   const int group = threadIdx.x / 128;
   if (group == 0) {
     GiveRegisters<40>();
-    if (threadIdx.x == 0) Produce(p, s);
+    if (threadIdx.x == 0) Produce<kBlocks>(p, s);
   } else {
     TakeRegisters<kConsumerRegisters<40>>();
-    Consume(p, s, group - 1);
+    Consume<kBlocks>(p, s, group - 1);
   }
+  if constexpr (kBlocks > 1) SyncBlocks<kBlocks>();
 }
 
-template <typename E, int D>
+template <typename E, int D, int kBlocks>
 cudaError_t Launch(const TreeAttentionArgs& a, int* counter, cudaStream_t stream) {
+  constexpr int kShare = kStepKeys<D> / kBlocks;
   ForwardParameters p{};
   const AttentionShape& shape = a.shape;
   if (auto e = MakeMap(p.q, MapOf(a.q, shape, shape.q_heads), kQueryTile)) return e;
-  if (auto e = MakeMap(p.k, MapOf(a.k, shape, shape.kv_heads), kStepKeys<D>)) return e;
-  if (auto e = MakeMap(p.v, MapOf(a.v, shape, shape.kv_heads), kStepKeys<D>)) return e;
+  if (auto e = MakeMap(p.k, MapOf(a.k, shape, shape.kv_heads), kShare)) return e;
+  if (auto e = MakeMap(p.v, MapOf(a.v, shape, shape.kv_heads), kShare)) return e;
   if (auto e = MakeMap(p.o, MapOf(a.out, shape, shape.q_heads), 64)) return e;
   if (auto e = MakeEndMaps(p.ends, p.context_ends, a.schedule, kStepKeys<D>)) return e;
   if (a.context.k) {
     const ContextPages& c = a.context;
     const int run_slots = RunSlots(c);
     p.run_shift = std::countr_zero(static_cast<unsigned>(run_slots));
-    p.piece = std::min(run_slots, kStepKeys<D>);
+    p.piece = std::min(run_slots, kShare);
     const int64_t slots = c.num_blocks * c.block_tokens, stride = int64_t{shape.kv_heads} * D;
     if (auto e = MakeMap(p.context_k, {c.k, slots, stride, shape.kv_heads, D}, p.piece)) return e;
     if (auto e = MakeMap(p.context_v, {c.v, slots, stride, shape.kv_heads, D}, p.piece)) return e;
@@ -329,11 +346,19 @@ cudaError_t Launch(const TreeAttentionArgs& a, int* counter, cudaStream_t stream
   p.counter = counter;
   p.q_heads = shape.q_heads;
   p.group_size = shape.q_heads / shape.kv_heads;
-  p.order = MakeItemOrder(a.schedule.num_query_tiles, a.schedule.longest_list,
-                          a.schedule.num_list_entries, shape.kv_heads, p.group_size);
+  p.order =
+      MakeItemOrder(a.schedule.num_query_tiles, a.schedule.longest_list,
+                    a.schedule.num_list_entries, shape.kv_heads, p.group_size / kBlocks, kBlocks);
   p.scale = shape.scale;
-  return LaunchPersistent<ForwardShared<E, D>>(TreeAttentionForwardKernel<E, D>, p, counter,
-                                               stream);
+  return LaunchPersistent<ForwardShared<E, D>>(TreeAttentionForwardKernel<E, D, kBlocks>, p,
+                                               counter, stream, kBlocks);
+}
+
+// Two query heads of a KV head make a cluster where their number is even.
+template <typename E, int D>
+cudaError_t LaunchHeads(const TreeAttentionArgs& a, int* counter, cudaStream_t stream) {
+  const bool even = a.shape.q_heads / a.shape.kv_heads % 2 == 0;
+  return even ? Launch<E, D, 2>(a, counter, stream) : Launch<E, D, 1>(a, counter, stream);
 }
 
 }  // namespace
@@ -341,9 +366,9 @@ cudaError_t Launch(const TreeAttentionArgs& a, int* counter, cudaStream_t stream
 cudaError_t LaunchTileForward(const TreeAttentionArgs& args, int* counter, cudaStream_t stream) {
   return ForElement(args.shape.dtype, [&](auto element) {
     using E = decltype(element);
-    if (args.shape.head_dim == 64) return Launch<E, 64>(args, counter, stream);
-    if (args.shape.head_dim == 128) return Launch<E, 128>(args, counter, stream);
-    if (args.shape.head_dim == 256) return Launch<E, 256>(args, counter, stream);
+    if (args.shape.head_dim == 64) return LaunchHeads<E, 64>(args, counter, stream);
+    if (args.shape.head_dim == 128) return LaunchHeads<E, 128>(args, counter, stream);
+    if (args.shape.head_dim == 256) return LaunchHeads<E, 256>(args, counter, stream);
     return cudaErrorNotSupported;
   });
 }

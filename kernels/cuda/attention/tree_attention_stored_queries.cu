@@ -5,7 +5,8 @@
 // behind the next step's products: one of four waits for that, not one of two. Registers: dQ 128.
 // Shared memory: 4 x (K 16 + dS 2 heads x 16) + staging 32 = 224 KB. Traffic: 32 KB of dS from
 // memory (D = 256: its two items share them in L2) and 16 KB of K from L2 per 128 x 128 tile pair
-// for 4.2 MFLOP.
+// for 4.2 MFLOP. Where a KV head has an even number of pairs of heads, two pairs of a query tile
+// make a cluster: each block copies half of the columns of K for both, 8 KB.
 #include "kernels/cuda/attention/launchers.h"
 #include "kernels/cuda/attention/pipeline.cuh"
 
@@ -45,20 +46,24 @@ struct StoredShared {
   alignas(1024) E ds[kStages][kHalves][kHeads][kStepImage];
   alignas(1024) E staging[kHeads][kColumns * kWidth<D>];
   StoredWork work;
+  ItemMail mail;
   Barrier work_full, work_empty, full[kStages], empty[kStages];
 };
 
-template <typename E, int D>
+// kBlocks: of a cluster, each with a pair of heads of its own.
+template <int kBlocks, typename E, int D>
 __device__ void Produce(const StoredParameters& p, StoredShared<E, D>& s) {
   const int all_heads = p.order.kv_heads * p.group_size;  // of this pass
   Ring<1> items;
   Ring<kStages> ring;
-  for (int item, next = atomicAdd(p.counter, 1);; items.Advance()) {
-    item = next;
+  ItemSource<kBlocks> source(p.counter, s.mail);
+  for (;; items.Advance()) {
+    const int item = source.Take(p.order.items());
     if (item >= p.order.items()) break;
-    next = atomicAdd(p.counter, 1);
     const auto [tile_idx, pair_part] = p.order.at(item);
-    const int pair = pair_part / kParts<D>, column = pair_part % kParts<D> * kWidth<D>;
+    const int rank = kBlocks > 1 ? ClusterRank() : 0;
+    const int pair = pair_part / kParts<D> * kBlocks + rank,
+              column = pair_part % kParts<D> * kWidth<D>;
     const QueryTileWork work = p.schedule.backward_tiles[tile_idx];
     const int tile = work.row_begin / kQueryTile;
     const int local_kv_head = pair / p.pairs, kv_head = p.first_kv_head + local_kv_head;
@@ -79,8 +84,14 @@ __device__ void Produce(const StoredParameters& p, StoredShared<E, D>& s) {
           LoadBytes(s.ds[stage][half][head], p.ds + (image + head) * kImage + step * kStepImage,
                     kStepImage * 2, s.full[stage]);
       }
-      LoadTile<kWidth<D>, kStepKeys>(s.k[stage], run.tile < 0 ? p.context_k : p.k, kv_head,
-                                     FirstRow(run.tile) + step * kStepKeys, s.full[stage], column);
+      const CUtensorMap& keys = run.tile < 0 ? p.context_k : p.k;
+      const int row = FirstRow(run.tile) + step * kStepKeys;
+      if constexpr (kBlocks > 1) {
+        LoadTileForBoth<kWidth<D>, kStepKeys>(s.k[stage], keys, kv_head, row, s.full[stage],
+                                              column);
+      } else {
+        LoadTile<kWidth<D>, kStepKeys>(s.k[stage], keys, kv_head, row, s.full[stage], column);
+      }
     }
   }
   s.work_empty.Wait(items.phase ^ 1);
@@ -88,7 +99,7 @@ __device__ void Produce(const StoredParameters& p, StoredShared<E, D>& s) {
   s.work_full.Arrive();
 }
 
-template <typename E, int D>
+template <int kBlocks, typename E, int D>
 __device__ void Consume(const StoredParameters& p, StoredShared<E, D>& s, int group) {
   Ring<1> items;
   Ring<kStages> ring;
@@ -108,11 +119,11 @@ __device__ void Consume(const StoredParameters& p, StoredShared<E, D>& s, int gr
       MultiplyAddAtb<E, kStepKeys>(dq[1], CoreRowsAreK(s.ds[stage][1][group]), k);
       WgmmaCommit();
       WgmmaWait<1>();  // the step before
-      if (i > 0) Release(s.empty[(stage + kStages - 1) % kStages]);
+      if (i > 0) Release<kBlocks>(s.empty[(stage + kStages - 1) % kStages]);
     }
     WgmmaWait<0>();
     Pin(dq[0]), Pin(dq[1]);
-    Release(s.empty[(ring.stage + kStages - 1) % kStages]);
+    Release<kBlocks>(s.empty[(ring.stage + kStages - 1) % kStages]);
     if (group >= work.heads) continue;
 
 #pragma unroll
@@ -133,25 +144,27 @@ __device__ void Consume(const StoredParameters& p, StoredShared<E, D>& s, int gr
   if (threadIdx.x % 128 == 0) WaitStoresRead();
 }
 
-template <typename E, int D>
+template <typename E, int D, int kBlocks>
 __global__ void __launch_bounds__(kThreads, 1)
     TreeAttentionStoredQueriesKernel(const __grid_constant__ StoredParameters p) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& s = *reinterpret_cast<StoredShared<E, D>*>(raw);
   if (threadIdx.x == 0) {
     s.work_full.Init(1), s.work_empty.Init(kConsumerThreads);
-    for (int i = 0; i < kStages; ++i) s.full[i].Init(1), s.empty[i].Init(kConsumerWarps);
+    for (int i = 0; i < kStages; ++i) s.full[i].Init(1), s.empty[i].Init(kBlocks * kConsumerWarps);
+    if (kBlocks > 1) s.mail.Init();
     FenceBarrierInit();
   }
-  __syncthreads();
+  SyncBlocks<kBlocks>();
   const int group = threadIdx.x / 128;
   if (group == 0) {
     GiveRegisters<56>();
-    if (threadIdx.x == 0) Produce(p, s);
+    if (threadIdx.x == 0) Produce<kBlocks>(p, s);
   } else {
     TakeRegisters<kConsumerRegisters<56>>();
-    Consume(p, s, group - 1);
+    Consume<kBlocks>(p, s, group - 1);
   }
+  if constexpr (kBlocks > 1) SyncBlocks<kBlocks>();
 }
 
 template <typename E, int D>
@@ -170,10 +183,16 @@ cudaError_t LaunchStored(const BackwardPass& b, cudaStream_t stream) {
   p.group_size = shape.q_heads / shape.kv_heads;
   p.pairs = (p.group_size + kHeads - 1) / kHeads;
   p.first_kv_head = b.first_kv_head;
-  p.order = BackwardOrder(a.schedule, b.num_kv_heads, p.pairs * kParts<D>);
+  const int blocks = D > kPanel && p.pairs % 2 == 0 ? 2 : 1;
+  p.order = BackwardOrder(a.schedule, b.num_kv_heads, p.pairs / blocks * kParts<D>, blocks);
   p.scale = shape.scale;
-  return LaunchPersistent<StoredShared<E, D>>(TreeAttentionStoredQueriesKernel<E, D>, p, p.counter,
-                                              stream);
+  const auto kernel = [&] {
+    if constexpr (D > kPanel) {
+      if (blocks == 2) return TreeAttentionStoredQueriesKernel<E, D, 2>;
+    }
+    return TreeAttentionStoredQueriesKernel<E, D, 1>;
+  }();
+  return LaunchPersistent<StoredShared<E, D>>(kernel, p, p.counter, stream, blocks);
 }
 
 }  // namespace

@@ -21,9 +21,6 @@ constexpr int kParts = 2, kPart = D / kParts;  // columns of a product
 constexpr int kWords = kColumns / 4;           // of P or dS a thread
 constexpr int kPackedP = kWords * 128;
 constexpr int kBothWarps = 8;
-// Named barriers, one a stage from these on: both warpgroups meet, the one that hands over does not
-// wait.
-constexpr int kPFull = 3, kPEmpty = kPFull + kStages;
 
 template <typename E>
 struct WideShared {
@@ -37,6 +34,7 @@ struct WideShared {
   KeysWork work;
   Barrier kv_full, kv_empty;
   Barrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
+  Barrier p_full[kStages], p_empty[kStages];  // every thread arrives for itself
 };
 
 template <typename E>
@@ -157,10 +155,10 @@ __device__ void ConsumeValues(const KeysParameters& p, WideShared<E>& s) {
       if (at.partial()) MaskColumns(scores, at.query_tile * kColumns, keys);
       uint32_t p_operand[kWords];
       PackOperand<E>(p_operand, scores);
-      NamedSync(kPEmpty + stage, kConsumerThreads);
+      s.p_empty[stage].Wait(ring.phase ^ 1);
 #pragma unroll
       for (int i = 0; i < kWords; ++i) s.p[stage][i * 128 + thread] = p_operand[i];
-      NamedArrive(kPFull + stage, kConsumerThreads);
+      s.p_full[stage].Arrive();
       s.dout_full[stage].Wait(ring.phase);
       MultiplyAdd<E, kColumns>(dv, p_operand, RowsAreK(s.dout[stage], kColumns));
       if (at.Advance(p)) keys = SpansOf<true>(p, work.tile, key, at.run);
@@ -170,7 +168,6 @@ __device__ void ConsumeValues(const KeysParameters& p, WideShared<E>& s) {
     if (work.steps > 0) Release(s.dout_empty[(ring.stage + kStages - 1) % kStages]);
     Finish(p, s, work, key, dv, kBackwardUnit<E>, p.dv, s.k, p.d_context_v, 1);
   }
-  for (int i = 0; i < kStages; ++i) NamedSync(kPEmpty + i, kConsumerThreads);  // leave none open
 }
 
 // dS and dK.
@@ -178,7 +175,6 @@ template <bool kStore, typename E>
 __device__ void ConsumeKeys(const KeysParameters& p, WideShared<E>& s) {
   const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
   const uint64_t v = ColumnsAreK(s.v);
-  for (int i = 0; i < kStages; ++i) NamedArrive(kPEmpty + i, kConsumerThreads);
   Ring<1> items;
   Ring<kStages> ring;
   for (;; items.Advance()) {
@@ -196,14 +192,14 @@ __device__ void ConsumeKeys(const KeysParameters& p, WideShared<E>& s) {
       WgmmaWait<1>();  // dK of the step before: frees its operand and its Q
       Pin(dk);
       if (at.step > 0) Release(s.q_empty[(stage + kStages - 1) % kStages]);
-      NamedSync(kPFull + stage, kConsumerThreads);
+      s.p_full[stage].Wait(ring.phase);
       float probability[kColumns / 2];
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         const float2 pair = Pair<E>(s.p[stage][i * 128 + thread]);
         probability[2 * i] = pair.x, probability[2 * i + 1] = pair.y;
       }
-      NamedArrive(kPEmpty + stage, kConsumerThreads);
+      s.p_empty[stage].Arrive();
       WgmmaWait<0>();  // dP^T
       Pin(dp);
       ColumnGradients(dp, probability, s.delta[stage]);
@@ -238,6 +234,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = 0; i < kStages; ++i) {
       s.q_full[i].Init(1), s.q_empty[i].Init(kBothWarps);
       s.dout_full[i].Init(1), s.dout_empty[i].Init(kBothWarps);
+      s.p_full[i].Init(128), s.p_empty[i].Init(128);
     }
     FenceBarrierInit();
   }

@@ -1,15 +1,16 @@
 // Tree attention on a GPU against the fp32 reference: small batches (every row), the benchmark's
 // shapes (sampled rows), then timings.
 //   tree_attention_test [bf16] [f16] [check] [tiny] [trees] [time] [dualkv] [train] [decode]
-//                       [part=I/N]
+//                       [part=I/N] [only=REGEX]
 //   default: check, both types. tiny: a subset for the sanitizers; trees: leaves context out; part:
-//   a share of the cases
+//   a share of the cases; only: timings like "causal 16384 d128 forward", "... backward stored"
 // Every case runs on poisoned outputs between guard columns, twice, and compares the two runs bit
 // for bit.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <regex>
 #include <string>
 #include <vector>
 
@@ -19,10 +20,13 @@
 namespace coppice::cuda {
 namespace {
 
+template <typename E>
+constexpr double kTolerance = kIsF16<E> ? tolerance::kF16Attention : tolerance::kBf16Attention;
+
 // ||out - want|| / ||want|| over sampled rows, columns [column, column + width) of rows at
-// `stride`; NaN if any element is. A lone token's d_q and d_k are zero, hence the floor: one
-// ten-thousandth of elements of deviation `unit`.
-template <typename T>
+// `stride`; NaN if any element is. A lone token's d_q and d_k are zero, hence the floor: an error
+// of f32 sums of elements of deviation `unit` is within the tolerance.
+template <typename E, typename T>
 double RelativeError(const std::vector<T>& out, int64_t stride, int column,
                      const std::vector<float>& want, int width, reference::Sample rows,
                      double unit = 1) {
@@ -34,7 +38,8 @@ double RelativeError(const std::vector<T>& out, int64_t stride, int column,
       difference += d * d, norm += w * w;
     }
   }
-  return std::sqrt(difference / std::max(norm, 1e-8 * unit * unit * rows.count * width));
+  const double floor = tolerance::kSumsInAttention * unit / kTolerance<E>;
+  return std::sqrt(difference / std::max(norm, floor * floor * rows.count * width));
 }
 
 template <typename T>
@@ -67,7 +72,7 @@ double PagesError(const Case<E>& c, const std::vector<float>& pages,
   for (const float value : rest)
     if (value != kPagesBefore) return NAN;
   const int slots = static_cast<int>(c.used_slots.size());
-  return RelativeError(got, c.kv_width, 0, want, c.kv_width, {0, 1, slots}, c.unit);
+  return RelativeError<E>(got, c.kv_width, 0, want, c.kv_width, {0, 1, slots}, c.unit);
 }
 
 int num_failed = 0, num_checked = 0;
@@ -85,7 +90,7 @@ void Report(const std::string& name, const Case<E>& c, const char* mode,
   bool good = repeats && guards;
   std::string text;
   for (double e : errors) {
-    good = good && e < (kIsF16<E> ? tolerance::kF16Attention : tolerance::kBf16Attention);
+    good = good && e < kTolerance<E>;
     char number[16];
     std::snprintf(number, sizeof number, " %.1e", e);
     text += number;
@@ -125,8 +130,8 @@ void CheckForward(const std::string& name, Case<E>& c, const char* mode, referen
   c.Forward();
   MUST(cudaDeviceSynchronize());
   Report(name, c, mode,
-         {RelativeError(out, c.out_stride, 0, want_out.Host(), c.q_width, rows),
-          RelativeError(lse, c.heads.q, 0, want_lse.Host(), c.heads.q, rows)},
+         {RelativeError<E>(out, c.out_stride, 0, want_out.Host(), c.q_width, rows),
+          RelativeError<E>(lse, c.heads.q, 0, want_lse.Host(), c.heads.q, rows)},
          SameBits(out, c.out.Host()) && SameBits(lse, c.lse.Host()),
          GuardsIntact(out, c.out_stride, c.q_width));
 }
@@ -183,12 +188,12 @@ void CheckBoth(const std::string& name, Case<E>& c, reference::Sample rows) {
   }
   MUST(cudaDeviceSynchronize());
   std::vector<double> errors = {
-      RelativeError(got.out, c.out_stride, 0, want_out.Host(), c.q_width, rows),
-      RelativeError(got.lse, c.heads.q, 0, want_lse.Host(), c.heads.q, rows),
-      RelativeError(got.grads, c.qkv_width, 0, want_dq.Host(), c.q_width, rows, c.unit),
-      RelativeError(got.grads, c.qkv_width, c.q_width, want_dk.Host(), c.kv_width, rows, c.unit),
-      RelativeError(got.grads, c.qkv_width, c.q_width + c.kv_width, want_dv.Host(), c.kv_width,
-                    rows, c.unit)};
+      RelativeError<E>(got.out, c.out_stride, 0, want_out.Host(), c.q_width, rows),
+      RelativeError<E>(got.lse, c.heads.q, 0, want_lse.Host(), c.heads.q, rows),
+      RelativeError<E>(got.grads, c.qkv_width, 0, want_dq.Host(), c.q_width, rows, c.unit),
+      RelativeError<E>(got.grads, c.qkv_width, c.q_width, want_dk.Host(), c.kv_width, rows, c.unit),
+      RelativeError<E>(got.grads, c.qkv_width, c.q_width + c.kv_width, want_dv.Host(), c.kv_width,
+                       rows, c.unit)};
   if (num_slots > 0) {
     errors.push_back(PagesError(c, got.pages_k, want_pages_k.Host()));
     errors.push_back(PagesError(c, got.pages_v, want_pages_v.Host()));
@@ -473,6 +478,11 @@ void PrintTime(const char* op, const std::string& name, Heads heads, const char*
   std::fflush(stdout);
 }
 
+std::regex only("");
+bool Wanted(const std::string& shape, const Heads& heads, const char* what) {
+  return std::regex_search(shape + " d" + std::to_string(heads.dim) + " " + what, only);
+}
+
 // Rounds of as many bytes of dS.
 AttentionPlanOptions RoundsOf(const Heads& heads, int64_t bytes) {
   const AttentionShape shape = {.q_heads = heads.q, .kv_heads = heads.kv, .head_dim = heads.dim};
@@ -487,12 +497,17 @@ void TimeTree(const std::string& name, const Ends& ends, Heads heads,
               const std::vector<int64_t>& round_bytes) {
   const double flops = 4.0 * heads.q * heads.dim * VisiblePairs(ends);
   const int repeats = flops > 1e13 ? 7 : 21;
+  if (Wanted(name, heads, "forward")) {
+    Case<E> c(BatchOf(ends), heads, {}, 7);
+    PrintTime<E>("forward", name, heads, "tiles", SustainedMs([&] { c.Forward(); }, repeats), flops,
+                 0);
+  }
   for (int64_t bytes : round_bytes) {
+    if (!Wanted(name, heads, bytes > 0 ? "backward stored" : "backward recompute")) continue;
     const AttentionPlanOptions rounds = RoundsOf(heads, bytes);
     if (bytes > 0 && rounds.round_images == 0) continue;  // never kept
     Case<E> c(BatchOf(ends), heads, rounds, 7);
-    const double forward = SustainedMs([&] { c.Forward(); }, repeats);
-    if (bytes == 0) PrintTime<E>("forward", name, heads, "tiles", forward, flops, 0);
+    c.Forward();
     if (bytes > 0) c.StoreDs(heads.kv);
     const std::string mode = "dS in " + std::to_string(c.schedule.num_rounds) + " rounds";
     PrintTime<E>("backward", name, heads, bytes == 0 ? "recompute" : mode.c_str(),
@@ -533,12 +548,15 @@ void TimeTrees() {
   TimeTree<E>("causal 16384", Causal(16384), {32, 8, 64}, {0});
   TimeTree<E>("causal 16384", Causal(16384), {16, 4, 256}, {0, kRoundBytes});
   TimeTree<E>("16384 + 8 x 64", PromptAndResponses(16384, 64, 8), {32, 8, 128}, {0, kRoundBytes});
-  ContextBuilder b(128);
-  b.Segment(b.Node(-1, 14336), Causal(2048));
-  Case<E> c(b.Finish(), {32, 8, 128}, {}, 7);
-  PrintTime<E>("forward", "2048 over 14336 cached", c.heads, "tiles",
-               SustainedMs([&] { c.Forward(); }, 21),
-               4.0 * 32 * 128 * (2048.0 * 14336 + VisiblePairs(Causal(2048))), 0);
+  for (int32_t block_tokens : {16, 128}) {
+    const std::string name = "2048 over 14336 cached bt" + std::to_string(block_tokens);
+    if (!Wanted(name, {32, 8, 128}, "forward")) continue;
+    ContextBuilder b(block_tokens);
+    b.Segment(b.Node(-1, 14336), Causal(2048));
+    Case<E> c(b.Finish(), {32, 8, 128}, {}, 7);
+    PrintTime<E>("forward", name, c.heads, "tiles", SustainedMs([&] { c.Forward(); }, 21),
+                 4.0 * 32 * 128 * (2048.0 * 14336 + VisiblePairs(Causal(2048))), 0);
+  }
 }
 
 // The shapes that DualKV publishes (arXiv 2605.15422).
@@ -584,7 +602,10 @@ int Main(int count, char** words) {
     return std::any_of(words + 1, words + count,
                        [&](const char* w) { return std::strcmp(w, word) == 0; });
   };
-  for (int i = 1; i < count; ++i) std::sscanf(words[i], "part=%d/%d", &part, &parts);
+  for (int i = 1; i < count; ++i) {
+    std::sscanf(words[i], "part=%d/%d", &part, &parts);
+    if (std::strncmp(words[i], "only=", 5) == 0) only = words[i] + 5;
+  }
   const bool timed = asked("time") || asked("dualkv") || asked("train") || asked("decode");
   const bool check = asked("check") || asked("tiny") || !timed;
   const bool both = asked("bf16") == asked("f16");
