@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels/base/status_macros.h"
+#include "tests/bench/bench_model.h"
 #include "tests/bench/benches.h"
 #include "tests/bench/bounds.h"
 #include "tests/bench/measure.h"
@@ -99,8 +100,7 @@ absl::StatusOr<Head> Head::Create(const ModelConfig& config, int64_t rows, uint6
 
 absl::Status RunLogProbHead(const Options& options) {
   ASSIGN_OR_RETURN(const ModelConfig config, NamedGeometry(options.geometry));
-  ASSIGN_OR_RETURN(const std::unique_ptr<ops::Ops> ops,
-                   ops::CreateOps(options.device, static_cast<int>(options.threads)));
+  ASSIGN_OR_RETURN(const std::unique_ptr<ops::Ops> ops, OpenDevice(options));
   const int64_t rows = options.group * options.response;
   ASSIGN_OR_RETURN(Head head, Head::Create(config, rows, options.seed, *ops));
   RETURN_IF_ERROR(head.Forward());
