@@ -87,15 +87,12 @@ struct HeadGradientArgs {
 cudaError_t LaunchHeadGradient(const HeadChunk& chunk, const HeadGradientArgs& args,
                                cudaStream_t stream);
 // Around vocab_matmul.h: statistics of tiles to those of rows, with z of the targets in
-// out.logprobs before; what LaunchVocabGradient needs of each row (target_logits is not used); from
-// that and what forward kept, the gradient of the logits.
+// out.logprobs before; the gradient of the logits, [rows, ld] in E, from the exps or in their
+// place.
 cudaError_t LaunchFoldVocabStats(const VocabMatMulArgs& args, const VocabPartials& partials,
                                  const HeadStats& out, cudaStream_t stream);
-cudaError_t LaunchVocabRowGradients(const VocabMatMulArgs& args, const HeadGradientArgs& gradient,
-                                    VocabRowGradient* rows, cudaStream_t stream);
 cudaError_t LaunchExpsGradient(const VocabMatMulArgs& args, const HeadGradientArgs& gradient,
-                               const VocabRowGradient* rows, const VocabExps& exps,
-                               cudaStream_t stream);
+                               const VocabExps& exps, void* d_logits, cudaStream_t stream);
 
 // sampling.cu
 struct SampleOutput {

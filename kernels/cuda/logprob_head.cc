@@ -1,9 +1,10 @@
 // The language-model head with log-probs, a chunk of rows at a time, so that what is kept of a
 // chunk fits kChunkBytes of scratch. On sm_90 the product folds its logits while they are in
-// registers (vocab_matmul.h): forward keeps the statistics of its tiles, backward the gradient in
-// 16 bits, or makes it of what forward kept of the logits in memory that the caller lent.
-// Elsewhere, and where shapes do not suit: a GEMM leaves f32 logits, one pass takes their
-// statistics, or puts the gradient in their place. Backward ends with two GEMMs either way.
+// registers (vocab_matmul.h): forward keeps the statistics of its tiles and, of as many rows as it
+// was lent memory for, exps in 16 bits, which backward turns into the gradient; of other rows it
+// makes them again. Elsewhere, and where shapes do not suit: a GEMM leaves f32 logits, one pass
+// takes their statistics, or puts the gradient in their place. Backward ends with two GEMMs either
+// way, and has the same bits whatever was lent.
 #include <algorithm>
 
 #include "absl/strings/str_cat.h"
@@ -49,47 +50,55 @@ bool Folds(const Context& context, const TensorView& hidden, const TensorView& w
          weight.dim(0) < kMaxVocab;
 }
 
-// What one call works on, and what it keeps of a row of a chunk.
-struct Sizes {
-  int64_t rows, targets, vocab;
-  int64_t row_bytes = 0, max_rows = 0;
-  char* kept = nullptr;  // null, or where all rows' exps are, a chunk behind the other
-
-  int64_t chunk_rows() const {
-    int64_t fitting = row_bytes > 0 ? std::min(kChunkBytes / row_bytes, max_rows) : max_rows;
-    if (fitting > kRowAlignment) fitting -= fitting % kRowAlignment;
-    return std::clamp<int64_t>(rows, 1, std::max<int64_t>(fitting, 1));
-  }
-};
 int64_t RowElements(int64_t vocab) { return (vocab + 7) / 8 * 8; }
+int64_t StatsRowBytes(int64_t vocab) { return NumVocabTiles(vocab) * 12; }
 // Of a row's exps and the maxima of its tiles.
 int64_t KeptRowBytes(int64_t vocab) { return RowElements(vocab) * 2 + NumVocabTiles(vocab) * 4; }
 
-// `p`: the parameters of either pass. What is lent is used for all rows or not at all, so that both
-// passes agree.
+int64_t WholeTiles(int64_t rows) { return rows - rows % kRowAlignment; }
+// Rows of a chunk if each takes so much of kChunkBytes.
+int64_t ChunkRows(int64_t row_bytes, int64_t max_rows) {
+  const int64_t rows = std::min(kChunkBytes / row_bytes, max_rows);
+  return rows > kRowAlignment ? WholeTiles(rows) : std::max<int64_t>(rows, 1);
+}
+
+// What one call works on, and what it keeps of a row of a chunk.
+struct Sizes {
+  int64_t rows, targets, vocab;
+  int64_t row_bytes = 0, chunk_rows = 0;
+  // Lent: exps of the first kept_rows rows, then the maxima of their tiles.
+  char* kept = nullptr;
+  int64_t kept_rows = 0;
+
+  VocabExps Kept() const {
+    return {kept, reinterpret_cast<float*>(kept + kept_rows * RowElements(vocab) * 2), kept_rows};
+  }
+};
+
+// `p`: the parameters of either pass. What is lent holds all rows or whole tiles of them.
 template <class Params>
 Sizes CommonSizes(const Params& p, bool folds) {
   Sizes sizes = {.rows = p.hidden.dim(0), .targets = p.targets.dim(0), .vocab = p.weight.dim(0)};
-  const bool fits = folds && p.kept.present() &&
-                    reinterpret_cast<uintptr_t>(p.kept.data) % 16 == 0 &&
-                    p.kept.num_bytes() >= sizes.rows * KeptRowBytes(sizes.vocab);
-  if (fits) sizes.kept = static_cast<char*>(p.kept.data);
+  if (!folds || !p.kept.present() || reinterpret_cast<uintptr_t>(p.kept.data) % 16 != 0) {
+    return sizes;
+  }
+  const int64_t fitting = std::min(p.kept.num_bytes() / KeptRowBytes(sizes.vocab),
+                                   ChunkRows(StatsRowBytes(sizes.vocab), kMaxStatsRows));
+  sizes.kept = static_cast<char*>(p.kept.data);
+  sizes.kept_rows = fitting < sizes.rows ? WholeTiles(fitting) : sizes.rows;
   return sizes;
 }
 Sizes SizesOf(const ops::LogProbHeadParams& p, bool folds) {
   Sizes sizes = CommonSizes(p, folds);
-  sizes.row_bytes = folds ? NumVocabTiles(sizes.vocab) * 12 : RowElements(sizes.vocab) * 4;
-  sizes.max_rows = folds ? kMaxStatsRows : kMaxLogitRows;
+  sizes.row_bytes = folds ? StatsRowBytes(sizes.vocab) : RowElements(sizes.vocab) * 4;
+  sizes.chunk_rows = ChunkRows(sizes.row_bytes, folds ? kMaxStatsRows : kMaxLogitRows);
   return sizes;
 }
 Sizes SizesOf(const ops::LogProbHeadBackwardParams& p, bool folds) {
   Sizes sizes = CommonSizes(p, folds);
-  if (sizes.kept != nullptr) {  // the chunks of forward; nothing is kept of them here
-    sizes.max_rows = kMaxStatsRows;
-    return sizes;
-  }
-  sizes.row_bytes = RowElements(sizes.vocab) * (folds ? 2 : 4);
-  sizes.max_rows = folds ? kMaxGradientRows : kMaxLogitRows;
+  const int64_t elements = RowElements(sizes.vocab);
+  sizes.row_bytes = folds ? elements * 2 + StatsRowBytes(sizes.vocab) : elements * 4;
+  sizes.chunk_rows = ChunkRows(sizes.row_bytes, folds ? kMaxGradientRows : kMaxLogitRows);
   return sizes;
 }
 
@@ -100,13 +109,12 @@ struct Memory {
   int32_t* targets = nullptr;
   float *logprobs = nullptr, *entropy = nullptr, *lse = nullptr, *d_entropy = nullptr;
   float* target_logits = nullptr;
-  VocabRowGradient* row_gradients = nullptr;  // of a chunk
   int* counter = nullptr;
 };
 
 Memory LayOut(const Sizes& sizes, ScratchCursor& cursor) {
   Memory m;
-  m.chunk = cursor.Take<char>(sizes.chunk_rows() * sizes.row_bytes);
+  m.chunk = cursor.Take<char>(std::min(sizes.rows, sizes.chunk_rows) * sizes.row_bytes);
   m.indptr = cursor.Take<int32_t>(sizes.rows + 1);
   m.targets = cursor.Take<int32_t>(sizes.targets);
   m.logprobs = cursor.Take<float>(sizes.targets);
@@ -114,7 +122,6 @@ Memory LayOut(const Sizes& sizes, ScratchCursor& cursor) {
   m.lse = cursor.Take<float>(sizes.rows);
   m.d_entropy = cursor.Take<float>(sizes.rows);
   m.target_logits = cursor.Take<float>(sizes.targets);
-  m.row_gradients = cursor.Take<VocabRowGradient>(sizes.chunk_rows());
   m.counter = cursor.Take<int>(1);
   return m;
 }
@@ -147,22 +154,20 @@ struct Rows {
   TensorView hidden, weight;
   int64_t first;
   float scale;
-  VocabExps kept;
-};
-VocabExps KeptOf(const Sizes& sizes, int64_t first, int64_t end) {
-  if (sizes.kept == nullptr) return {};
-  char* const exps = sizes.kept + first * KeptRowBytes(sizes.vocab);
-  char* const max = exps + (end - first) * RowElements(sizes.vocab) * 2;
-  return {exps, reinterpret_cast<float*>(max)};
-}
 
-// Calls fn(rows) chunk by chunk. `p`: the parameters of either pass.
+  int64_t count() const { return hidden.dim(0); }
+  Rows Part(int64_t begin, int64_t end) const {  // of the chunk's
+    return {hidden.Rows(begin, end), weight, first + begin, scale};
+  }
+};
+
+// Calls fn(rows) for [begin, end), a chunk at a time. `p`: the parameters of either pass.
 template <class Params, typename Fn>
-absl::Status ForChunks(const Params& p, const Sizes& sizes, const Fn& fn) {
-  for (int64_t row = 0; row < sizes.rows; row += sizes.chunk_rows()) {
-    const int64_t end = std::min(sizes.rows, row + sizes.chunk_rows());
-    RETURN_IF_ERROR(fn(Rows{p.hidden.Rows(row, end), p.weight, row, 1.0f / p.temperature,
-                            KeptOf(sizes, row, end)}));
+absl::Status ForChunks(const Params& p, int64_t begin, int64_t end, int64_t chunk_rows,
+                       const Fn& fn) {
+  for (int64_t row = begin; row < end; row += chunk_rows) {
+    const int64_t next = std::min(end, row + chunk_rows);
+    RETURN_IF_ERROR(fn(Rows{p.hidden.Rows(row, next), p.weight, row, 1.0f / p.temperature}));
   }
   return absl::OkStatus();
 }
@@ -198,7 +203,16 @@ absl::StatusOr<HeadChunk> ComputeLogits(Context& context, const Rows& rows, cons
   return chunk;
 }
 
-absl::Status Statistics(Context& context, const Rows& rows, const Memory& memory, bool folds) {
+// In scratch from `at` on.
+VocabPartials PartialsAt(char* at, const Rows& rows) {
+  const int64_t count = NumVocabTiles(rows.weight.dim(0)) * rows.count();
+  auto* const values = reinterpret_cast<float*>(at);
+  return {values, values + count, values + 2 * count};
+}
+
+// `kept`: of these rows, null exps for none.
+absl::Status Statistics(Context& context, const Rows& rows, const Memory& memory,
+                        const VocabExps& kept, bool folds) {
   const HeadStats out = {.logprobs = memory.logprobs,
                          .entropy = memory.entropy + rows.first,
                          .lse = memory.lse + rows.first};
@@ -207,48 +221,70 @@ absl::Status Statistics(Context& context, const Rows& rows, const Memory& memory
     return context.Check(LaunchHeadStats(chunk, out, context.stream()), "head statistics");
   }
   const VocabMatMulArgs args = ArgsOf(rows, memory);
-  const int64_t count = NumVocabTiles(args.vocab) * args.rows;
-  auto* values = reinterpret_cast<float*>(memory.chunk);
-  VocabPartials partials = {values, values + count, values + 2 * count};
-  if (rows.kept.max != nullptr) partials.max = rows.kept.max;
-  RETURN_IF_ERROR(context.Check(
-      LaunchVocabStats(args, partials, memory.logprobs, rows.kept.exps, context.stream()),
-      "head product"));
+  VocabPartials partials = PartialsAt(memory.chunk, rows);
+  if (kept.exps != nullptr) partials.max = kept.max;
+  RETURN_IF_ERROR(
+      context.Check(LaunchVocabStats(args, partials, memory.logprobs, kept.exps, context.stream()),
+                    "head product"));
   return context.Check(LaunchFoldVocabStats(args, partials, out, context.stream()),
                        "head statistics");
 }
 
-// The gradient of the rows' logits, in the compute type.
+HeadGradientArgs GradientArgs(const Rows& rows, const Memory& memory, bool has_d_entropy) {
+  return {.lse = memory.lse + rows.first,
+          .entropy = memory.entropy + rows.first,
+          .d_logprobs = memory.logprobs,
+          .d_entropy = has_d_entropy ? memory.d_entropy + rows.first : nullptr,
+          .target_logits = memory.target_logits,
+          .dtype = rows.hidden.dtype};
+}
+
+// The exps of rows again, in scratch: [rows, ld] from `exps` on, their maxima behind `partials`.
+absl::StatusOr<VocabExps> ExpsAgain(Context& context, const Rows& rows, const Memory& memory,
+                                    char* exps, char* partials) {
+  const VocabPartials stats = PartialsAt(partials, rows);
+  RETURN_IF_ERROR(context.Check(
+      LaunchVocabStats(ArgsOf(rows, memory), stats, memory.target_logits, exps, context.stream()),
+      "head product"));
+  return VocabExps{exps, stats.max, rows.count()};
+}
+
+// The gradient of the rows' logits, in the compute type: from what forward kept or from the exps
+// again, the same bits.
 absl::StatusOr<TensorView> Gradient(Context& context, const Rows& rows, const Memory& memory,
-                                    bool has_d_entropy, bool folds) {
-  const HeadGradientArgs gradient = {
-      .lse = memory.lse + rows.first,
-      .entropy = memory.entropy + rows.first,
-      .d_logprobs = memory.logprobs,
-      .d_entropy = has_d_entropy ? memory.d_entropy + rows.first : nullptr,
-      .target_logits = memory.target_logits,
-      .dtype = rows.hidden.dtype};
-  const int64_t num_rows = rows.hidden.dim(0), vocab = rows.weight.dim(0), ld = RowElements(vocab);
-  if (!folds) {
-    ASSIGN_OR_RETURN(const HeadChunk chunk, ComputeLogits(context, rows, memory));
-    RETURN_IF_ERROR(
-        context.Check(LaunchHeadGradient(chunk, gradient, context.stream()), "head gradient"));
-    return View2D(memory.chunk, rows.hidden.dtype, num_rows, 2 * ld).Cols(0, vocab);
+                                    const Sizes& sizes, bool has_d_entropy) {
+  const int64_t ld = RowElements(sizes.vocab), row_bytes = ld * 2;
+  const int64_t kept = std::clamp<int64_t>(sizes.kept_rows - rows.first, 0, rows.count());
+  const auto launch = [&](const Rows& part, const VocabExps& exps, char* d_logits) {
+    return context.Check(
+        LaunchExpsGradient(ArgsOf(part, memory), GradientArgs(part, memory, has_d_entropy), exps,
+                           d_logits, context.stream()),
+        "head gradient");
+  };
+  if (kept > 0) {
+    VocabExps exps = sizes.Kept();
+    exps.exps = sizes.kept + rows.first * row_bytes;
+    exps.max += rows.first;
+    RETURN_IF_ERROR(launch(rows.Part(0, kept), exps, memory.chunk));
   }
-  const VocabMatMulArgs args = ArgsOf(rows, memory);
-  RETURN_IF_ERROR(
-      context.Check(LaunchVocabRowGradients(args, gradient, memory.row_gradients, context.stream()),
-                    "head gradient"));
-  if (rows.kept.exps != nullptr) {
-    RETURN_IF_ERROR(context.Check(
-        LaunchExpsGradient(args, gradient, memory.row_gradients, rows.kept, context.stream()),
-        "head gradient"));
-    return View2D(rows.kept.exps, rows.hidden.dtype, num_rows, ld).Cols(0, vocab);
+  if (kept < rows.count()) {
+    const Rows rest = rows.Part(kept, rows.count());
+    char* const d_logits = memory.chunk + kept * row_bytes;
+    ASSIGN_OR_RETURN(const VocabExps exps, ExpsAgain(context, rest, memory, d_logits,
+                                                     memory.chunk + rows.count() * row_bytes));
+    RETURN_IF_ERROR(launch(rest, exps, d_logits));
   }
-  RETURN_IF_ERROR(context.Check(LaunchVocabGradient(args, memory.row_gradients, memory.logprobs,
-                                                    memory.chunk, context.stream()),
-                                "head product"));
-  return View2D(memory.chunk, rows.hidden.dtype, num_rows, ld).Cols(0, vocab);
+  return View2D(memory.chunk, rows.hidden.dtype, rows.count(), ld).Cols(0, sizes.vocab);
+}
+
+// The same where the logits are in memory.
+absl::StatusOr<TensorView> GradientOfLogits(Context& context, const Rows& rows,
+                                            const Memory& memory, bool has_d_entropy) {
+  ASSIGN_OR_RETURN(const HeadChunk chunk, ComputeLogits(context, rows, memory));
+  RETURN_IF_ERROR(context.Check(
+      LaunchHeadGradient(chunk, GradientArgs(rows, memory, has_d_entropy), context.stream()),
+      "head gradient"));
+  return View2D(memory.chunk, rows.hidden.dtype, rows.count(), 2 * chunk.ld).Cols(0, chunk.vocab);
 }
 
 }  // namespace
@@ -276,8 +312,12 @@ absl::Status LogProbHead(Context& context, const ops::LogProbHeadParams& p) {
   ASSIGN_OR_RETURN(const Memory memory, Prepare(context, sizes));
   RETURN_IF_ERROR(ToDevice(context, p.target_indptr, memory.indptr));
   RETURN_IF_ERROR(ToDevice(context, p.targets, memory.targets));
-  RETURN_IF_ERROR(ForChunks(
-      p, sizes, [&](const Rows& rows) { return Statistics(context, rows, memory, folds); }));
+  RETURN_IF_ERROR(ForChunks(p, 0, sizes.kept_rows, sizes.chunk_rows, [&](const Rows& rows) {
+    return Statistics(context, rows, memory, sizes.Kept(), folds);
+  }));
+  RETURN_IF_ERROR(
+      ForChunks(p, sizes.kept_rows, sizes.rows, sizes.chunk_rows,
+                [&](const Rows& rows) { return Statistics(context, rows, memory, {}, folds); }));
   RETURN_IF_ERROR(ToHost(context, memory.logprobs, p.logprobs));
   RETURN_IF_ERROR(ToHost(context, memory.entropy, p.entropy));
   RETURN_IF_ERROR(ToHost(context, memory.lse, p.lse));
@@ -314,10 +354,14 @@ absl::Status LogProbHeadBackward(Context& context, const ops::LogProbHeadBackwar
   RETURN_IF_ERROR(ToDevice(context, p.entropy, memory.entropy));
   RETURN_IF_ERROR(ToDevice(context, p.d_logprobs, memory.logprobs));
   if (p.d_entropy.present()) RETURN_IF_ERROR(ToDevice(context, p.d_entropy, memory.d_entropy));
-  return ForChunks(p, sizes, [&](const Rows& rows) -> absl::Status {
-    ASSIGN_OR_RETURN(const TensorView d_logits,
-                     Gradient(context, rows, memory, p.d_entropy.present(), folds));
-    const int64_t end = rows.first + rows.hidden.dim(0);
+  const bool has_d_entropy = p.d_entropy.present();
+  const auto gradient = [&](const Rows& rows) {
+    return folds ? Gradient(context, rows, memory, sizes, has_d_entropy)
+                 : GradientOfLogits(context, rows, memory, has_d_entropy);
+  };
+  return ForChunks(p, 0, sizes.rows, sizes.chunk_rows, [&](const Rows& rows) -> absl::Status {
+    ASSIGN_OR_RETURN(const TensorView d_logits, gradient(rows));
+    const int64_t end = rows.first + rows.count();
     RETURN_IF_ERROR(
         MatMul(context, {.a = d_logits, .b = p.weight, .c = p.d_hidden.Rows(rows.first, end)}));
     const bool add = rows.first > 0 || p.accumulate_d_weight;

@@ -1,11 +1,11 @@
 // Softmax over the vocabulary. With z = logits * scale:
 //   lse = log sum exp z, entropy = lse - sum p z, logprob[t] = z[target t] - lse
 //   dL/dlogit_j = scale (sum_t c_t (1[j = target t] - p_j) - e p_j (log p_j + entropy))
-// Beside LaunchVocabStats and LaunchVocabGradient, which hold the logits in registers: statistics
-// of tiles to those of rows (12 bytes a row and tile), and what a row's gradient needs. For a chunk
-// of rows whose logits (f32, before the temperature) a GEMM has left in memory: one online pass (4
-// bytes an element) and the gradient (4 bytes in, 2 out), a block per row. All bound by memory
-// bandwidth, or by L2 where the chunk stays there.
+// Beside LaunchVocabStats, which holds the logits in registers: statistics of tiles to those of
+// rows (12 bytes a row and tile), and the gradient from the exps (2 bytes an element in, 2 out).
+// For a chunk of rows whose logits (f32, before the temperature) a GEMM has left in memory: one
+// online pass (4 bytes an element) and the gradient (4 bytes in, 2 out). A block per row. All bound
+// by memory bandwidth, or by L2 where the chunk stays there.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launchers.h"
 
@@ -136,28 +136,11 @@ __global__ void __launch_bounds__(kFoldRows* kFoldParts)
   }
 }
 
-__global__ void VocabRowGradientsKernel(VocabMatMulArgs args, HeadGradientArgs a,
-                                        VocabRowGradient* rows) {
-  const int64_t row = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (row >= args.rows) return;
-  float coefficient = 0;
-  for (int32_t t = args.target_indptr[row]; t < args.target_indptr[row + 1]; ++t) {
-    coefficient += a.d_logprobs[t];
-  }
-  const float d_entropy = a.d_entropy == nullptr ? 0 : a.d_entropy[row];
-  rows[row] = {.lse_log2 = a.lse[row] * kLog2e,
-               .level = args.scale * (coefficient + d_entropy * a.entropy[row]),
-               .slope = args.scale * d_entropy * kLn2};
-}
-
-// One tile of a row: -2^t (level + slope t) with 2^t = exp * factor and t = log2(exp) + offset.
+// What d_logits of a row and tile needs besides the exps: with t = log2(exp) + offset,
+//   d_logit = -2^t (level + slope t), plus scale * d_logprob at a target.
 struct TileGradient {
   float level, slope, offset, factor;
 
-  __device__ TileGradient(const VocabRowGradient& row, float lse, float max)
-      : level(row.level), slope(row.slope), offset((max - lse) * kLog2e) {
-    factor = exp2f(offset);
-  }
   __device__ float At(float exp) const {
     const float p = exp * factor;
     if (slope == 0.0f) return -p * level;
@@ -165,29 +148,34 @@ struct TileGradient {
   }
 };
 
-// A row in place. The few target columns are set aside first and written last.
+// A row, which may be in place: the few target columns are set aside first and written last.
 template <typename E>
 __global__ void __launch_bounds__(kThreads)
-    ExpsGradientKernel(VocabMatMulArgs args, HeadGradientArgs a, const VocabRowGradient* rows,
-                       VocabExps kept) {
+    ExpsGradientKernel(VocabMatMulArgs args, HeadGradientArgs a, VocabExps from, E* to) {
   const int64_t row = blockIdx.x, ld = CeilDiv(args.vocab, 8) * 8;
-  E* const exps = static_cast<E*>(kept.exps) + row * ld;
-  const VocabRowGradient g = rows[row];
-  const float lse = a.lse[row];
-  const auto tile_of = [&](int64_t token) {
-    return TileGradient(g, lse, kept.max[token / kVocabTile * args.rows + row]);
-  };
+  const E* const exps = static_cast<const E*>(from.exps) + row * ld;
+  E* const gradient = to + row * ld;
   const int32_t begin = args.target_indptr[row], end = args.target_indptr[row + 1];
   const int32_t first = begin + static_cast<int32_t>(threadIdx.x);
   for (int32_t t = first; t < end; t += kThreads)
     a.target_logits[t] = ToFloat(exps[args.targets[t]]);
+  float coefficient = 0;
+  for (int32_t t = begin; t < end; ++t) coefficient += a.d_logprobs[t];
+  const float d_entropy = a.d_entropy == nullptr ? 0 : a.d_entropy[row], lse = a.lse[row];
+  const float level = args.scale * (coefficient + d_entropy * a.entropy[row]);
+  const float slope = args.scale * d_entropy * kLn2;
+  const auto tile_of = [&](int64_t token) {
+    const float max = from.max[token / kVocabTile * from.max_stride + row];
+    const float offset = (max - lse) * kLog2e;
+    return TileGradient{level, slope, offset, exp2f(offset)};
+  };
   __syncthreads();
 #pragma unroll 4
   for (int64_t i = threadIdx.x * 8; i < ld; i += kThreads * 8) {
     const TileGradient tile = tile_of(i);
     Pack<E, 8> x = Load<E, 8>(exps + i);
     for (int j = 0; j < 8; ++j) x.v[j] = FromFloat<E>(tile.At(ToFloat(x.v[j])));
-    Store<E, 8>(exps + i, x);
+    Store<E, 8>(gradient + i, x);
   }
   __syncthreads();
   for (int32_t t = first; t < end; t += kThreads) {
@@ -196,7 +184,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int32_t same = begin; same < end; ++same) {  // ascending, whoever writes
       if (args.targets[same] == token) d += a.d_logprobs[same];
     }
-    exps[token] = FromFloat<E>(fmaf(d, args.scale, tile_of(token).At(a.target_logits[t])));
+    gradient[token] = FromFloat<E>(fmaf(d, args.scale, tile_of(token).At(a.target_logits[t])));
   }
 }
 
@@ -292,20 +280,12 @@ cudaError_t LaunchFoldVocabStats(const VocabMatMulArgs& args, const VocabPartial
   return cudaGetLastError();
 }
 
-cudaError_t LaunchVocabRowGradients(const VocabMatMulArgs& args, const HeadGradientArgs& gradient,
-                                    VocabRowGradient* rows, cudaStream_t stream) {
-  constexpr int kBlock = 128;
-  const auto blocks = static_cast<unsigned>(CeilDiv(args.rows, kBlock));
-  VocabRowGradientsKernel<<<blocks, kBlock, 0, stream>>>(args, gradient, rows);
-  return cudaGetLastError();
-}
-
 cudaError_t LaunchExpsGradient(const VocabMatMulArgs& args, const HeadGradientArgs& gradient,
-                               const VocabRowGradient* rows, const VocabExps& exps,
-                               cudaStream_t stream) {
+                               const VocabExps& exps, void* d_logits, cudaStream_t stream) {
   return ForElement(args.dtype, [&](auto e) {
-    ExpsGradientKernel<decltype(e)>
-        <<<static_cast<unsigned>(args.rows), kThreads, 0, stream>>>(args, gradient, rows, exps);
+    using E = decltype(e);
+    ExpsGradientKernel<E><<<static_cast<unsigned>(args.rows), kThreads, 0, stream>>>(
+        args, gradient, exps, static_cast<E*>(d_logits));
     return cudaGetLastError();
   });
 }

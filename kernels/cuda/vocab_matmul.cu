@@ -2,7 +2,7 @@
 //
 // cluster_matmul.cuh has the product; kTokens columns of a tile are tokens.
 // Bound by tensor cores, on a card at its power limit; the statistics write 12 bytes a row and
-// tile, what is kept of logits and the gradient 2 an element.
+// tile, exps 2 an element.
 #include "kernels/cuda/cluster_matmul.cuh"
 #include "kernels/cuda/vocab_matmul.h"
 
@@ -11,25 +11,18 @@ namespace {
 
 constexpr int kTokens = static_cast<int>(kVocabTile);
 static_assert(kTokens == kTileColumns);
-constexpr int kStagedColumns = 128;               // of d_logits at a time
+constexpr int kStagedColumns = 128;               // of exps at a time
 constexpr int kStagingBarrier = kLagBarrier + 1;  // named; this one and the next
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 struct VocabParameters {
   TileWork work;
   RightColumns weight;
-  CUtensorMap out;  // d_logits, or exps
+  CUtensorMap exps;
   VocabMatMulArgs args;
-  // Statistics.
   VocabPartials partials;
   float* target_z;
-  // Gradient.
-  const VocabRowGradient* rows;
-  const float* d_logprobs;
 };
-
-// What becomes of a tile.
-enum class Fold { kStatistics, kStatisticsAndExps, kGradient };
 
 struct VocabSharedStaged : TileShared {
   alignas(1024) uint16_t staged[2][64 * kStagedColumns];  // of a warpgroup
@@ -47,19 +40,18 @@ struct Targets {
       end[h] = inside ? __ldg(a.target_indptr + row + 8 * h + 1) : 0;
     }
   }
-  // Calls fn(t, x) with the element of target t, where this thread holds it among the tile's
-  // columns [kFirst, kFirst + kCount).
-  template <int kFirst, int kCount, class Fn>
-  __device__ __forceinline__ void ForEach(const VocabMatMulArgs& a, int tile, float (&acc)[128],
-                                          const Fn& fn) const {
+  // Calls fn(t, x) with the element of target t, where this thread holds it.
+  template <class Fn>
+  __device__ __forceinline__ void ForEach(const VocabMatMulArgs& a, int tile,
+                                          const float (&acc)[128], const Fn& fn) const {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       for (int t = begin[h]; t < end[h]; ++t) {
         const int column = __ldg(a.targets + t) - tile * kTokens;
-        if (column < kFirst || column >= kFirst + kCount) continue;
+        if (column < 0 || column >= kTokens) continue;
         const int at = column - threadIdx.x % 4 * 2;  // this thread holds multiples of 8, and 1 on
 #pragma unroll
-        for (int i = kFirst / 4; i < (kFirst + kCount) / 4; ++i)
+        for (int i = 0; i < kTokens / 4; ++i)
           if (at == i / 2 * 8 + i % 2) fn(t, acc[i / 2 * 4 + 2 * h + i % 2]);
       }
     }
@@ -81,8 +73,7 @@ __device__ __forceinline__ void FoldTile(const VocabParameters& p, const Item& i
   const VocabMatMulArgs& a = p.args;
   const float scale_log2 = a.scale * kLog2e;
   const int columns = static_cast<int>(a.vocab) - item.tile * kTokens;
-  targets.ForEach<0, kTokens>(a, item.tile, acc,
-                              [&](int t, float x) { p.target_z[t] = x * a.scale; });
+  targets.ForEach(a, item.tile, acc, [&](int t, float x) { p.target_z[t] = x * a.scale; });
   if (columns < kTokens) {  // tokens behind the last one
 #pragma unroll
     for (int i = 0; i < 128; ++i)
@@ -121,104 +112,63 @@ __device__ __forceinline__ void FoldTile(const VocabParameters& p, const Item& i
   }
 }
 
-// Columns [kFirst, kFirst + kStagedColumns) into a swizzled tile of 64 rows. word(i): pair i of
-// this thread's in the accumulators' order.
-template <int kFirst, class Word>
-__device__ __forceinline__ void StageColumns(uint16_t* tile, const Word& word) {
+// Columns [kFirst, kFirst + kStagedColumns) into a swizzled tile of 64 rows.
+template <int kFirst>
+__device__ __forceinline__ void StageColumns(uint16_t* tile, const uint32_t (&exps)[64]) {
   const int lane = threadIdx.x % 32, row = threadIdx.x / 32 % 4 * 16 + lane % 16;
   const uint32_t base = SharedAddress(tile) + row * 128;
 #pragma unroll
   for (int i = 0; i < kStagedColumns / 16; ++i) {
     const int chunk = 2 * (i % 4) + lane / 16;
     const uint32_t at = base + i / 4 * 64 * 128 + ((chunk ^ (row & 7)) << 4);
-    const int x = kFirst / 4 + 4 * i;
+    const uint32_t* x = exps + kFirst / 4 + 4 * i;
     asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at),
-                 "r"(word(x)), "r"(word(x + 1)), "r"(word(x + 2)), "r"(word(x + 3))
+                 "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
                  : "memory");
   }
 }
 
-// Writes half of the tile's columns, as StageColumns has them.
-template <int kFirst, class Word>
+// Writes half of the tile's exps.
+template <int kFirst>
 __device__ __forceinline__ void StoreColumns(const VocabParameters& p, const Item& item, int group,
-                                             uint16_t* staged, const Word& word) {
+                                             uint16_t* staged, const uint32_t (&exps)[64]) {
   // The stores before must have read the staging tile before it is overwritten.
   if (threadIdx.x % 128 == 0) WaitStoresRead();
   NamedSync(kStagingBarrier + group, 128);
-  StageColumns<kFirst>(staged, word);
+  StageColumns<kFirst>(staged, exps);
   FenceAsyncShared();
   NamedSync(kStagingBarrier + group, 128);
   if (threadIdx.x % 128 != 0) return;
 #pragma unroll
   for (int panel = 0; panel < kStagedColumns / kPanel; ++panel)
-    StoreBox(p.out, staged + panel * 64 * kPanel, item.tile * kTokens + kFirst + panel * kPanel, 0,
+    StoreBox(p.exps, staged + panel * 64 * kPanel, item.tile * kTokens + kFirst + panel * kPanel, 0,
              item.row + group * 64);
   CommitStores();
 }
 
-// Writes the gradient of half of the tile's logits.
-template <typename E, int kFirst>
-__device__ __forceinline__ void StoreGradientColumns(const VocabParameters& p, const Item& item,
-                                                     int group, const Targets& targets,
-                                                     const float4 (&row)[2], uint16_t* staged,
-                                                     float (&acc)[128]) {
-  const VocabMatMulArgs& a = p.args;
-  const float scale_log2 = a.scale * kLog2e;
-#pragma unroll
-  for (int i = kFirst / 2; i < (kFirst + kStagedColumns) / 2; ++i) {
-    const float4& g = row[i / 2 % 2];
-    const float t = fmaf(acc[i], scale_log2, -g.x);
-    acc[i] = -Exp2(t) * fmaf(g.z, t, g.y);
-  }
-  targets.ForEach<kFirst, kStagedColumns>(
-      a, item.tile, acc, [&](int t, float& x) { x = fmaf(p.d_logprobs[t], a.scale, x); });
-  StoreColumns<kFirst>(p, item, group, staged,
-                       [&](int i) { return PackPair<E>(acc[2 * i], acc[2 * i + 1]); });
-}
-
-template <typename E>
-__device__ __forceinline__ void StoreGradient(const VocabParameters& p, const Item& item, int group,
-                                              const Targets& targets, uint16_t* staged,
-                                              float (&acc)[128]) {
-  float4 row[2] = {};
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    if (targets.first + 8 * h < p.args.rows)
-      row[h] = __ldg(reinterpret_cast<const float4*>(p.rows + targets.first + 8 * h));
-  }
-  StoreGradientColumns<E, 0>(p, item, group, targets, row, staged, acc);
-  StoreGradientColumns<E, kStagedColumns>(p, item, group, targets, row, staged, acc);
-}
-
-template <typename E, Fold kFold, class Shared>
+template <typename E, bool kExps, class Shared>
 __device__ void Consume(const VocabParameters& p, Shared& s, int group) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   ConsumeTiles<E, RightColumns>(p.work, s, group, [&](const Item& item, const auto& multiply) {
     const Targets targets(p.args, item.row + group * 64 + warp * 16 + lane / 4);
     float acc[128];
     multiply(acc, [] {});
-    if constexpr (kFold == Fold::kGradient) {
-      StoreGradient<E>(p, item, group, targets, s.staged[group], acc);
-    } else {
-      constexpr bool kExps = kFold == Fold::kStatisticsAndExps;
-      uint32_t exps[64];
-      FoldTile<E, kExps>(p, item, targets, acc, exps);
-      if constexpr (kExps) {
-        const auto word = [&](int i) { return exps[i]; };
-        StoreColumns<0>(p, item, group, s.staged[group], word);
-        StoreColumns<kStagedColumns>(p, item, group, s.staged[group], word);
-      }
+    uint32_t exps[64];
+    FoldTile<E, kExps>(p, item, targets, acc, exps);
+    if constexpr (kExps) {
+      StoreColumns<0>(p, item, group, s.staged[group], exps);
+      StoreColumns<kStagedColumns>(p, item, group, s.staged[group], exps);
     }
   });
-  if (kFold != Fold::kStatistics && threadIdx.x % 128 == 0) WaitStoresRead();
+  if (kExps && threadIdx.x % 128 == 0) WaitStoresRead();
 }
 
-template <typename E, Fold kFold, class Shared>
+template <typename E, bool kExps, class Shared>
 __global__ void __launch_bounds__(kTileThreads, 1)
     VocabMatMulKernel(const __grid_constant__ VocabParameters p) {
   extern __shared__ __align__(1024) unsigned char raw[];
   auto& s = *reinterpret_cast<Shared*>(raw);
-  RunTiles(p.work, p.weight, s, [&](int group) { Consume<E, kFold>(p, s, group); });
+  RunTiles(p.work, p.weight, s, [&](int group) { Consume<E, kExps>(p, s, group); });
 }
 
 cudaError_t MakeParameters(const VocabMatMulArgs& a, VocabParameters& p) {
@@ -233,15 +183,10 @@ cudaError_t MakeParameters(const VocabMatMulArgs& a, VocabParameters& p) {
   return cudaSuccess;
 }
 
-cudaError_t MakeOut(const VocabMatMulArgs& a, void* out, VocabParameters& p) {
-  const int64_t ld = (a.vocab + 7) / 8 * 8;
-  return MakeMap(p.out, {out, a.rows, ld, 1, static_cast<int32_t>(ld)}, 64);
-}
-
-template <Fold kFold, class Shared>
+template <bool kExps, class Shared>
 cudaError_t Launch(const VocabParameters& p, cudaStream_t stream) {
   return ForElement(p.args.dtype, [&](auto e) {
-    return LaunchTiles(VocabMatMulKernel<decltype(e), kFold, Shared>, p, p.work, sizeof(Shared),
+    return LaunchTiles(VocabMatMulKernel<decltype(e), kExps, Shared>, p, p.work, sizeof(Shared),
                        stream);
   });
 }
@@ -254,19 +199,10 @@ cudaError_t LaunchVocabStats(const VocabMatMulArgs& args, const VocabPartials& p
   if (auto e = MakeParameters(args, p)) return e;
   p.partials = partials;
   p.target_z = target_z;
-  if (exps == nullptr) return Launch<Fold::kStatistics, TileShared>(p, stream);
-  if (auto e = MakeOut(args, exps, p)) return e;
-  return Launch<Fold::kStatisticsAndExps, VocabSharedStaged>(p, stream);
-}
-
-cudaError_t LaunchVocabGradient(const VocabMatMulArgs& args, const VocabRowGradient* rows,
-                                const float* d_logprobs, void* d_logits, cudaStream_t stream) {
-  VocabParameters p = {};
-  if (auto e = MakeParameters(args, p)) return e;
-  if (auto e = MakeOut(args, d_logits, p)) return e;
-  p.rows = rows;
-  p.d_logprobs = d_logprobs;
-  return Launch<Fold::kGradient, VocabSharedStaged>(p, stream);
+  if (exps == nullptr) return Launch<false, TileShared>(p, stream);
+  const int64_t ld = (args.vocab + 7) / 8 * 8;
+  if (auto e = MakeMap(p.exps, {exps, args.rows, ld, 1, static_cast<int32_t>(ld)}, 64)) return e;
+  return Launch<true, VocabSharedStaged>(p, stream);
 }
 
 }  // namespace coppice::cuda

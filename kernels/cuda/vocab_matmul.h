@@ -1,7 +1,7 @@
 // The head's product, hidden rows times the vocabulary, folded while it is in registers: no f32
-// logits in memory. What is written is a tile's statistics of each row, or the gradient of the
-// logits in E, bf16 or f16, which the operands have. Deterministic: a row's bits depend on neither
-// its batch nor the launch.
+// logits in memory. What is written is a tile's statistics of each row and, if asked for, the exps
+// of its logits in E, bf16 or f16, which the operands have. Deterministic: a row's bits depend on
+// neither its batch nor the launch.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -36,29 +36,18 @@ struct VocabPartials {
   float* weighted = nullptr;  // sum exp(z - max) (z - max)
 };
 
-// What is left of the logits for backward: exp(z - max) in E, 1 at the largest z of a row's tile,
-// so that rounding costs a probability its last bits whatever the logits; and that max. The
-// gradient takes the place of exps.
+// What backward needs of the logits: exp(z - max) in E, 1 at the largest z of a row's tile, so that
+// rounding costs a probability its last bits whatever the logits; and that max.
 struct VocabExps {
-  void* exps = nullptr;  // [rows, ld] E, ld as of d_logits below; null: nothing is left
-  float* max = nullptr;  // [tiles, rows]
+  void* exps = nullptr;  // [rows, ld] E, ld the next multiple of 8 from vocab; 0 behind vocab
+  float* max = nullptr;  // [tiles, max_stride]
+  int64_t max_stride = 0;
 };
 
-// What d_logits of a row needs besides its logits: with t = z log2(e) - lse_log2,
-//   d_logit = -2^t (level + slope t), plus scale * d_logprob at a target.
-struct alignas(16) VocabRowGradient {
-  float lse_log2 = 0, level = 0, slope = 0, unused = 0;
-};
-
-// REQUIRES, of both: sm_90a; rows, vocab, k at least 1 and below 2^30; k and the strides multiples
-// of 8; hidden, weight and d_logits on 16-byte boundaries.
-//
-// target_z: z of each target. exps: [rows, ld] E or null; its max is partials.max.
+// target_z: z of each target. exps: as in VocabExps, whose max then is partials.max; or null.
+// REQUIRES: sm_90a; rows, vocab, k at least 1 and below 2^30; k and the strides multiples of 8;
+// hidden, weight and exps on 16-byte boundaries.
 cudaError_t LaunchVocabStats(const VocabMatMulArgs& args, const VocabPartials& partials,
                              float* target_z, void* exps, cudaStream_t stream);
-// d_logits: [rows, ld] E, ld the next multiple of 8 from vocab; what is behind vocab is
-// overwritten, too.
-cudaError_t LaunchVocabGradient(const VocabMatMulArgs& args, const VocabRowGradient* rows,
-                                const float* d_logprobs, void* d_logits, cudaStream_t stream);
 
 }  // namespace coppice::cuda

@@ -57,8 +57,8 @@ struct HeadProblem {
                             .lse = lse.view(),
                             .kept = lent()});
   }
-  // Lends both passes as much as a device can use that keeps 16 bits of each logit.
-  void Lend() { kept.assign(rows * (2 * (vocab + 8) + 4 * (vocab / 256 + 1)), 0); }
+  // Lends both passes as much as a device can use that keeps 16 bits of each logit of some rows.
+  void Lend(int64_t some) { kept.assign(some * (2 * (vocab + 8) + 4 * (vocab / 256 + 1)), 0); }
   TensorView lent() {
     return kept.empty() ? TensorView{}
                         : View1D(kept.data(), DType::kU8, static_cast<int64_t>(kept.size()));
@@ -255,15 +255,19 @@ TEST_P(LogProbHeadTest, BackwardMatchesReferenceOverSeveralTiles) {
 
 TEST_P(LogProbHeadTest, BackwardMatchesReferenceWithWhatForwardKept) {
   std::mt19937_64 random(8);
-  for (const auto& [rows, n, vocab] : {std::tuple{1, 8, 1},
-                                       {5, 8, 40},
-                                       {130, 136, 513},
-                                       {257, 72, 1100},
-                                       {300, 3, 300},
-                                       {33000, 8, 12}}) {
-    SCOPED_TRACE(testing::Message() << rows << " rows of " << n << ", vocab " << vocab);
+  for (const auto& [rows, lent, n, vocab] : {std::tuple{1, 1, 8, 2},
+                                             {5, 5, 8, 40},
+                                             {130, 130, 136, 513},
+                                             {257, 257, 72, 1100},
+                                             {300, 300, 3, 300},
+                                             {600, 400, 72, 300},
+                                             {8600, 300, 8, 12},
+                                             {33000, 33000, 8, 12},
+                                             {33400, 27246, 8, 12}}) {
+    SCOPED_TRACE(testing::Message()
+                 << lent << " of " << rows << " rows of " << n << ", vocab " << vocab);
     HeadProblem p(rows, n, vocab, random);
-    p.Lend();
+    p.Lend(lent);
     ExpectBackwardMatches(p, *ops_, backward_tolerance(), random);
   }
 }
@@ -285,26 +289,44 @@ TEST_P(LogProbHeadTest, PeakedGradientsKeepTheirPrecision) {
     for (int32_t t = p.indptr[row]; t < p.indptr[row + 1]; ++t)
       p.targets[t] = static_cast<int32_t>(best);
   }
-  p.Lend();
+  p.Lend(p.rows);
   ExpectBackwardMatches(p, *ops_, backward_tolerance(), random);
 }
 
-TEST_P(LogProbHeadTest, WhatIsLentChangesNoBitOfForwardAndIsUsedIfItSuffices) {
+TEST_P(LogProbHeadTest, WhatIsLentIsUsedAndChangesNoBit) {
   std::mt19937_64 random(10);
   HeadProblem p(300, 72, 1100, random);
-  ASSERT_TRUE(p.Forward(*ops_, 0.7f).ok());
-  const std::vector<float> logprobs = p.logprobs.ToFloat(), entropy = p.entropy.ToFloat(),
-                           lse = p.lse.ToFloat();
-  for (const bool suffices : {false, true}) {
-    p.Lend();
-    if (!suffices) p.kept.resize(p.kept.size() / 2);
+  GuardedTensor d_logprobs({p.logprobs.size()}), d_entropy({p.rows});
+  d_logprobs.FillNormal(random);
+  d_entropy.FillNormal(random);
+  std::vector<std::vector<float>> first;
+  for (const int64_t lent :
+       {0, 200, 280, 300}) {  // none, less than a tile of rows, one of two, all
+    p.Lend(lent);
     ASSERT_TRUE(p.Forward(*ops_, 0.7f).ok());
-    EXPECT_EQ(p.logprobs.ToFloat(), logprobs);
-    EXPECT_EQ(p.entropy.ToFloat(), entropy);
-    EXPECT_EQ(p.lse.ToFloat(), lse);
-    const bool written =
-        std::any_of(p.kept.begin(), p.kept.end(), [](uint8_t byte) { return byte != 0; });
-    EXPECT_EQ(written, on_cuda() && suffices);
+    const auto written =
+        std::count_if(p.kept.begin(), p.kept.end(), [](uint8_t byte) { return byte != 0; });
+    EXPECT_EQ(written > 0, on_cuda() && lent > 256) << lent;
+    GuardedTensor d_hidden({p.rows, p.n}), d_weight({p.vocab, p.n});
+    ASSERT_TRUE(ops_->LogProbHeadBackward({.hidden = p.hidden.view(),
+                                           .weight = p.weight.view(),
+                                           .target_indptr = Ints(p.indptr),
+                                           .targets = Ints(p.targets),
+                                           .temperature = 0.7f,
+                                           .lse = p.lse.view(),
+                                           .entropy = p.entropy.view(),
+                                           .d_logprobs = d_logprobs.view(),
+                                           .d_entropy = d_entropy.view(),
+                                           .d_hidden = d_hidden.view(),
+                                           .d_weight = d_weight.view(),
+                                           .accumulate_d_weight = false,
+                                           .kept = p.lent()})
+                    .ok());
+    const std::vector<std::vector<float>> got = {p.logprobs.ToFloat(), p.entropy.ToFloat(),
+                                                 p.lse.ToFloat(), d_hidden.ToFloat(),
+                                                 d_weight.ToFloat()};
+    if (first.empty()) first = got;
+    EXPECT_EQ(got, first) << lent;
   }
 }
 
