@@ -188,7 +188,8 @@ __global__ void __launch_bounds__(kMaxMergeWarps * 32)
     }
   }
   if (column >= D) return;
-  p.out[work.row * p.out_stride + head * D + column] = FromFloat<E>(total.out[0] / total.sum);
+  const float inverse = 1.f / total.sum;  // as WarpWork::Write: the same bits before rounding
+  p.out[work.row * p.out_stride + head * D + column] = FromFloat<E>(total.out[0] * inverse);
   if (p.lse && column == 0)
     p.lse[int64_t{work.row} * p.q_heads + head] = total.max * kLn2 + logf(total.sum);
 }
