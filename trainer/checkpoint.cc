@@ -107,6 +107,7 @@ absl::Status Damaged(const std::string& path, absl::string_view what) {
 struct Manifest {
   uint64_t policy_version = 0;
   int64_t optimizer_steps = 0;
+  GradientScale::History scale;
   std::vector<std::pair<std::string, FileDigest>> files;
 
   bool Has(absl::string_view name) const {
@@ -123,6 +124,7 @@ absl::StatusOr<Manifest> ParseManifest(const std::string& path, const std::strin
     return object.is_object() && object.contains(key) && predicate(object.at(key));
   };
   const auto number = [](const nlohmann::json& v) { return v.is_number_unsigned(); };
+  const auto integer = [](const nlohmann::json& v) { return v.is_number_integer(); };
   const auto string = [](const nlohmann::json& v) { return v.is_string(); };
   const auto array = [](const nlohmann::json& v) { return v.is_array(); };
   if (!is(root, "format", number) || !is(root, "policy_version", number) ||
@@ -135,6 +137,16 @@ absl::StatusOr<Manifest> ParseManifest(const std::string& path, const std::strin
   }
   Manifest manifest{.policy_version = root.at("policy_version").get<uint64_t>(),
                     .optimizer_steps = root.at("optimizer_steps").get<int64_t>()};
+  if (root.contains("gradient_scale")) {
+    const nlohmann::json& scale = root.at("gradient_scale");
+    if (is(scale, "exponent", integer) && is(scale, "finite_norms", integer)) {
+      manifest.scale = {.exponent = scale.at("exponent").get<int64_t>(),
+                        .finite_norms = scale.at("finite_norms").get<int64_t>()};
+    }
+    if (manifest.scale == GradientScale::History{} || !manifest.scale.Valid()) {
+      return Damaged(path, "bad gradient_scale");
+    }
+  }
   for (const nlohmann::json& file : root.at("files")) {
     if (!is(file, "name", string) || !is(file, "size_bytes", number) ||
         !is(file, "sha256", string)) {
@@ -262,11 +274,15 @@ absl::Status WriteCheckpoint(const CheckpointView& view, absl::string_view direc
     RETURN_IF_ERROR(writer.WriteTensors(
         kOptimizerFile, OptimizerTensors(view.config, view.optimizer->m(), view.optimizer->v())));
   }
-  const nlohmann::ordered_json manifest = {
+  nlohmann::ordered_json manifest = {
       {"format", kFormat},
       {"policy_version", Raw(view.version)},
       {"optimizer_steps", view.optimizer == nullptr ? 0 : view.optimizer->num_steps()},
       {"files", writer.files()}};
+  if (view.scale != GradientScale::History{}) {
+    manifest["gradient_scale"] = {{"exponent", view.scale.exponent},
+                                  {"finite_norms", view.scale.finite_norms}};
+  }
   RETURN_IF_ERROR(writer.WriteText(kManifestFile, manifest.dump(2) + "\n"));
   return target->Commit();
 }
@@ -279,6 +295,7 @@ absl::StatusOr<std::unique_ptr<CheckpointReader>> CheckpointReader::Open(
   std::unique_ptr<CheckpointReader> reader(new CheckpointReader(config));
   reader->version_ = PolicyVersion{manifest.policy_version};
   reader->optimizer_steps_ = manifest.optimizer_steps;
+  reader->scale_ = manifest.scale;
 
   const TensorView shape_only = View1D(nullptr, DType::kF32, NumParameterElements(config));
   const std::string weights = absl::StrCat(path, "/", kWeightsFile);

@@ -2,8 +2,9 @@
 //   config.json, model.safetensors   as Hugging Face transformers reads them; f32 masters once a
 //   device that computes in 16 bits has trained, so that any device resumes from them exactly
 //   optimizer.safetensors            moments by tensor name, "m." and "v."; absent before the first
-//   optimizer step checkpoint.json                  format, policy version, optimizer steps, size
-//   and SHA-256 of every other file
+//   optimizer step
+//   checkpoint.json                  format, policy version, optimizer steps, what the gradient
+//   scale has learnt if anything, size and SHA-256 of every other file
 // Sampling is counter-based, so there is no random state to keep.
 #pragma once
 
@@ -18,6 +19,7 @@
 #include "kernels/model/parameters.h"
 #include "kernels/model/tensor_source.h"
 #include "trainer/atomic_directory.h"
+#include "trainer/gradient_scale.h"
 #include "trainer/optimizer.h"
 
 namespace coppice {
@@ -28,6 +30,7 @@ struct CheckpointView {
   const Parameters& params;
   const Optimizer* optimizer;  // null before the first step
   PolicyVersion version;
+  GradientScale::History scale = {};
 };
 
 // Writes all files and puts the directory in place atomically. FAILED_PRECONDITION if `directory`
@@ -45,6 +48,7 @@ class CheckpointReader {
                                                                 absl::string_view directory);
 
   PolicyVersion version() const { return version_; }
+  const GradientScale::History& scale() const { return scale_; }
   bool has_optimizer() const { return optimizer_ != nullptr; }
   // `optimizer` (null if there is none) gets what 16-bit weights leave of their masters.
   // INVALID_ARGUMENT, before anything is written, if a weight is larger than its type can say.
@@ -59,6 +63,7 @@ class CheckpointReader {
   ModelConfig config_;
   PolicyVersion version_{0};
   int64_t optimizer_steps_ = 0;
+  GradientScale::History scale_;
   std::unique_ptr<TensorSource> weights_;
   std::unique_ptr<TensorSource> optimizer_;
 };

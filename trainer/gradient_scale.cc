@@ -13,24 +13,29 @@ constexpr int kFiniteNorms = 100;  // before a step up
 
 }  // namespace
 
+bool GradientScale::History::Valid() const {
+  return exponent <= 0 && exponent >= -kMaxExponent - kStepDown && finite_norms >= 0 &&
+         finite_norms < kFiniteNorms;
+}
+
 void GradientScale::Fix(double largest_coefficient) {
   if (fixed_ || !on_ || !(largest_coefficient > 0)) return;
-  const int wanted = static_cast<int>(std::floor(std::log2(kLargest / largest_coefficient)));
-  value_ = std::ldexp(1.0, std::clamp(wanted + exponent_, 0, kMaxExponent));
+  const double wanted = std::floor(std::log2(kLargest / largest_coefficient));
+  const double k = std::clamp(wanted, 0.0, double{kMaxExponent});
+  value_ = std::exp2(std::max(k + static_cast<double>(history_.exponent), 0.0));
   fixed_ = true;
 }
 
 bool GradientScale::Learn(bool finite) {
   if (finite) {
-    if (exponent_ < 0 && ++finite_ == kFiniteNorms) {
-      ++exponent_;
-      finite_ = 0;
+    if (history_.exponent < 0 && ++history_.finite_norms == kFiniteNorms) {
+      history_ = {.exponent = history_.exponent + 1};
     }
     return true;
   }
-  finite_ = 0;
+  history_.finite_norms = 0;
   if (value() == 1) return false;
-  exponent_ -= kStepDown;
+  history_.exponent -= kStepDown;
   return true;
 }
 

@@ -4,19 +4,30 @@
 // the optimizer divides by S, which changes no bit of an f32 that neither over- nor underflows.
 // Where a device computes in another type, S is 1.
 //
-// S = 2^(floor(log2(64 / the largest coefficient of a log-prob or an entropy)) + e) in [1, 2^24]:
-// 64 leaves a factor of 1,000 to the largest f16 for what layers add. The first request of a step
-// fixes S, since gradients of all its requests are added up; a later one with larger coefficients
-// has less room. e <= 0 follows what happened: 2 less after a norm that is not finite, 1 more
-// after 100 that are.
+// S = 2^(k + e), at least 1, where 2^k <= 64 / the largest coefficient of a log-prob or an entropy,
+// k in [0, 24]: 64 leaves a factor of 1,000 to the largest f16 for what layers add. The first
+// request of a step fixes S, since gradients of all its requests are added up; a later one with
+// larger coefficients has less room. e <= 0 follows what happened: 2 less after a norm that is not
+// finite, 1 more after 100 that are.
 //
 // Pure arithmetic. Owner and thread: the trainer on the engine thread.
 #pragma once
+
+#include <cstdint>
 
 namespace coppice {
 
 class GradientScale {
  public:
+  // What steps have taught: of a checkpoint, so that what resumes skips no other steps.
+  struct History {
+    int64_t exponent = 0;      // e
+    int64_t finite_norms = 0;  // in a row, since it changed
+
+    bool Valid() const;  // what steps can have taught
+    friend bool operator==(const History&, const History&) = default;
+  };
+
   // Off: always 1.
   explicit GradientScale(bool on) : on_(on) {}
 
@@ -30,13 +41,14 @@ class GradientScale {
   bool Learn(bool finite);
 
   double value() const { return fixed_ ? value_ : 1; }
+  const History& history() const { return history_; }
+  void set_history(const History& history) { history_ = history; }
 
  private:
   const bool on_;
   bool fixed_ = false;
   double value_ = 1;
-  int exponent_ = 0;  // e
-  int finite_ = 0;    // norms in a row
+  History history_;
 };
 
 }  // namespace coppice

@@ -97,7 +97,8 @@ absl::Status PolicyTrainer::SaveCheckpoint(absl::string_view directory) {
       CheckpointView{.config = decoder_.config(),
                      .params = model_.params,
                      .optimizer = optimizer_.has_value() ? &*optimizer_ : nullptr,
-                     .version = version_},
+                     .version = version_,
+                     .scale = scale_.history()},
       directory, ops_);
 }
 
@@ -115,6 +116,7 @@ absl::Status PolicyTrainer::LoadCheckpoint(absl::string_view directory) {
       reader->ReadWeights(model_.params, optimizer.has_value() ? &*optimizer : nullptr, ops_));
   optimizer_ = std::move(optimizer);
   version_ = reader->version();
+  scale_.set_history(reader->scale());
   return DropGradients();
 }
 

@@ -155,6 +155,16 @@ TEST_F(CheckpointTest, AnythingWrongLeavesThePolicyAsItWas) {
     std::ofstream(Path("a/checkpoint.json")) << text;
     expect_refused(absl::StatusCode::kDataLoss, std::string("manifest ") + text);
   }
+  for (const char* scale :
+       {"7", "{}", R"({"exponent": 1, "finite_norms": 0})",
+        R"({"exponent": -99, "finite_norms": 0})", R"({"exponent": -2, "finite_norms": 100})",
+        R"({"exponent": -2.5, "finite_norms": 1})"}) {
+    ASSERT_TRUE(writer.trainer().SaveCheckpoint(Path("a")).ok());
+    std::string manifest = ReadText(Path("a/checkpoint.json"));
+    manifest.insert(1, absl::StrCat("\"gradient_scale\": ", scale, ","));
+    std::ofstream(Path("a/checkpoint.json")) << manifest;
+    expect_refused(absl::StatusCode::kDataLoss, std::string("gradient scale ") + scale);
+  }
 }
 
 TEST_F(CheckpointTest, RefusesAnotherModel) {

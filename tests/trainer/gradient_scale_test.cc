@@ -1,8 +1,10 @@
 #include "trainer/gradient_scale.h"
 
 #include <gtest/gtest.h>
+#include <unistd.h>
 
 #include <cmath>
+#include <filesystem>
 #include <limits>
 
 #include "absl/strings/str_cat.h"
@@ -24,6 +26,9 @@ TEST(GradientScaleTest, BringsTheLargestCoefficientTo64) {
   EXPECT_EQ(Fixed(scale, 1.01), 32);
   EXPECT_EQ(Fixed(scale, 1.0 / 1024), 65536);
   EXPECT_EQ(Fixed(scale, 1e-30), 1 << 24);
+  EXPECT_TRUE(scale.Learn(false));
+  EXPECT_EQ(Fixed(scale, 1e-30), 1 << 22);
+  scale.set_history({});
   EXPECT_EQ(Fixed(scale, 1e30), 1);
   EXPECT_EQ(Fixed(scale, std::numeric_limits<double>::infinity()), 1);
   EXPECT_EQ(Fixed(scale, std::numeric_limits<double>::quiet_NaN()), 1);
@@ -115,6 +120,23 @@ TEST(GradientScaleTest, EveryMicroBatchHasTheScaleOfItsRequest) {
     weights[scaled] = policy.Weights();
   }
   EXPECT_EQ(weights[0], weights[1]);
+}
+
+TEST(GradientScaleTest, ACheckpointHoldsWhatStepsHaveTaught) {
+  const std::string path = absl::StrCat(testing::TempDir(), "coppice_scale_", getpid());
+  Random random(7);
+  TinyPolicy policy(ConfigOf(0), 1, {.scale_gradients = true});
+  const ForwardBackwardRequest request = RandomRequest(random, policy.config().vocab);
+  ASSERT_TRUE(policy.trainer().ForwardBackward(request).ok());
+  policy.DropGradients();  // by a norm that is not finite
+  ASSERT_TRUE(policy.trainer().SaveCheckpoint(path).ok());
+  TinyPolicy resumed(ConfigOf(0), 2, {.scale_gradients = true});
+  ASSERT_TRUE(resumed.trainer().LoadCheckpoint(path).ok());
+  ASSERT_TRUE(policy.trainer().ForwardBackward(request).ok());
+  ASSERT_TRUE(resumed.trainer().ForwardBackward(request).ok());
+  EXPECT_GT(policy.trainer().gradient_scale(), 1);
+  EXPECT_EQ(resumed.trainer().gradient_scale(), policy.trainer().gradient_scale());
+  std::filesystem::remove_all(path);
 }
 
 TEST(GradientScaleTest, ASkippedUpdateLowersTheNextScale) {
