@@ -12,15 +12,11 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/base/clock.h"
-#include "kernels/model/decoder.h"
-#include "kernels/model/model_loader.h"
 #include "kernels/model/safetensors.h"
-#include "kernels/ops/ops.h"
 #include "tests/support/narrow_ops.h"
 #include "tests/support/test_ops.h"
+#include "tests/trainer/device_policy.h"
 #include "trainer/master_weights.h"
-#include "trainer/trainer.h"
 
 namespace coppice {
 namespace {
@@ -86,54 +82,30 @@ TEST(MasterWeightsTest, MastersOfF16EndAtItsLargest) {
   }
 }
 
-// A policy on a device, with shapes that a GPU has kernels for.
-class Policy {
+// Trains on requests that follow from the step.
+class Policy : public DevicePolicy {
  public:
-  Policy(const char* device, uint64_t seed) : Policy(CreateTestOps(device, 2).value(), seed) {}
-  Policy(std::unique_ptr<ops::Ops> device, uint64_t seed) : ops_(std::move(device)) {
-    ModelConfig c;
-    c.name = "tiny";
-    c.num_layers = 2;
-    c.hidden = 128;
-    c.q_heads = 2;
-    c.kv_heads = 1;
-    c.head_dim = 64;
-    c.ffn = 192;
-    c.vocab = 264;
-    c.max_positions = 256;
-    model_ = RandomModel(c, seed, *ops_).value();
-    decoder_ = Decoder::Create(c, *ops_).value();
-    trainer_ = Trainer::Create({}, model_, *decoder_, clock_).value();
-  }
-
-  Trainer& trainer() { return *trainer_; }
-  Model& model() { return model_; }
+  using DevicePolicy::DevicePolicy;
 
   void Train(int first, int count) {
     for (int step = first; step < first + count; ++step) {
       std::mt19937_64 random(step);
       ForwardBackwardRequest request;
       TrainGroup group;
-      for (int i = 0; i < 20; ++i) group.prompt.push_back(static_cast<int32_t>(random() % 264));
+      for (int i = 0; i < 20; ++i) group.prompt.push_back(static_cast<int32_t>(random() % kVocab));
       for (int s = 0; s < 3; ++s) {
         TrainSample sample;
-        for (int i = 0; i < 9; ++i) sample.tokens.push_back(static_cast<int32_t>(random() % 264));
+        for (int i = 0; i < 9; ++i)
+          sample.tokens.push_back(static_cast<int32_t>(random() % kVocab));
         sample.advantages = {static_cast<float>(s) - 1};
         group.samples.push_back(sample);
       }
       request.groups.push_back(group);
-      ASSERT_TRUE(trainer_->ForwardBackward(request).ok());
+      ASSERT_TRUE(trainer().ForwardBackward(request).ok());
       // Small steps: most of them change a master below what 16 bits show.
-      ASSERT_TRUE(trainer_->OptimStep({.learning_rate = 3e-5f, .weight_decay = 0.1f}).ok());
+      ASSERT_TRUE(trainer().OptimStep({.learning_rate = 3e-5f, .weight_decay = 0.1f}).ok());
     }
   }
-
- private:
-  std::unique_ptr<ops::Ops> ops_;
-  SteadyClock clock_;
-  Model model_;
-  std::unique_ptr<Decoder> decoder_;
-  std::unique_ptr<Trainer> trainer_;
 };
 
 std::string Bytes(const std::string& path) {
