@@ -9,6 +9,7 @@
 #include "tests/support/device_test.h"
 #include "tests/support/guarded_tensor.h"
 #include "tests/support/reference.h"
+#include "tests/support/share.h"
 #include "tests/support/tolerances.h"
 
 namespace coppice {
@@ -79,7 +80,7 @@ INSTANTIATE_TEST_SUITE_P(Devices, LogProbHeadTest, testing::ValuesIn(kDevices));
 
 TEST_P(LogProbHeadTest, ForwardMatchesReferenceAroundTileSizes) {
   std::mt19937_64 random(1);
-  for (const int64_t rows : {0, 1, 5, 255, 256, 257}) {
+  for (const int64_t rows : Share<int64_t>({0, 1, 5, 255, 256, 257})) {
     for (const int64_t vocab : {1, 50, 4095, 4096, 4097}) {
       if (rows > 100 && vocab > 100 && vocab != 4097) continue;
       SCOPED_TRACE(testing::Message() << rows << " rows, vocab " << vocab);
@@ -104,10 +105,17 @@ TEST_P(LogProbHeadTest, ForwardMatchesReferenceAtWholePieces) {
     int64_t rows, n, vocab;
   };
   std::mt19937_64 random(6);
-  for (const Size& s :
-       {Size{1, 8, 1}, Size{1, 64, 255}, Size{127, 72, 256}, Size{128, 128, 257}, Size{129, 8, 600},
-        Size{256, 56, 511}, Size{257, 16, 512}, Size{3, 456, 700}, Size{300, 72, 9000},
-        Size{3200, 8, 300}, Size{33000, 8, 12}}) {
+  for (const Size& s : Share<Size>({{1, 8, 1},
+                                    {1, 64, 255},
+                                    {127, 72, 256},
+                                    {128, 128, 257},
+                                    {129, 8, 600},
+                                    {256, 56, 511},
+                                    {257, 16, 512},
+                                    {3, 456, 700},
+                                    {300, 72, 9000},
+                                    {3200, 8, 300},
+                                    {33000, 8, 12}})) {
     SCOPED_TRACE(testing::Message() << s.rows << " rows of " << s.n << ", vocab " << s.vocab);
     HeadProblem p(s.rows, s.n, s.vocab, random);
     const absl::Status status = p.Forward(*ops_, 1.3f);
@@ -247,7 +255,7 @@ TEST_P(LogProbHeadTest, BackwardMatchesReferenceOverSeveralTiles) {
   std::mt19937_64 random(4);
   HeadProblem narrow(300, 3, 4500, random), pieces(300, 72, 1100, random),
       chunks(8300, 8, 40, random), odd_vocab(130, 136, 513, random);
-  for (HeadProblem* p : {&narrow, &pieces, &chunks, &odd_vocab}) {
+  for (HeadProblem* p : Share<HeadProblem*>({&narrow, &pieces, &chunks, &odd_vocab})) {
     SCOPED_TRACE(testing::Message() << p->rows << " rows of " << p->n << ", vocab " << p->vocab);
     ExpectBackwardMatches(*p, *ops_, backward_tolerance(), random);
   }
@@ -255,15 +263,18 @@ TEST_P(LogProbHeadTest, BackwardMatchesReferenceOverSeveralTiles) {
 
 TEST_P(LogProbHeadTest, BackwardMatchesReferenceWithWhatForwardKept) {
   std::mt19937_64 random(8);
-  for (const auto& [rows, lent, n, vocab] : {std::tuple{1, 1, 8, 2},
-                                             {5, 5, 8, 40},
-                                             {130, 130, 136, 513},
-                                             {257, 257, 72, 1100},
-                                             {300, 300, 3, 300},
-                                             {600, 400, 72, 300},
-                                             {8600, 300, 8, 12},
-                                             {33000, 33000, 8, 12},
-                                             {33400, 27246, 8, 12}}) {
+  struct Size {
+    int64_t rows, lent, n, vocab;
+  };
+  for (const auto& [rows, lent, n, vocab] : Share<Size>({{1, 1, 8, 2},
+                                                         {5, 5, 8, 40},
+                                                         {130, 130, 136, 513},
+                                                         {257, 257, 72, 1100},
+                                                         {300, 300, 3, 300},
+                                                         {600, 400, 72, 300},
+                                                         {8600, 300, 8, 12},
+                                                         {33000, 33000, 8, 12},
+                                                         {33400, 27246, 8, 12}})) {
     SCOPED_TRACE(testing::Message()
                  << lent << " of " << rows << " rows of " << n << ", vocab " << vocab);
     HeadProblem p(rows, n, vocab, random);

@@ -238,7 +238,7 @@ TEST_P(MlpBlockTest, EqualInputsGiveEqualBits) {
     Block block(shape, random_);
     const std::vector<float> input = block.stream.ToFloat();
     std::vector<float> first;
-    for (int run = 0; run < (on_cuda() ? 20 : 2); ++run) {
+    for (int run = 0; run < (on_cuda() ? Repeats(20) : 2); ++run) {
       for (size_t i = 0; i < input.size(); ++i) block.stream[static_cast<int64_t>(i)] = input[i];
       const absl::Status status = ops_->MlpBlock(block.Params(true, true, true));
       ASSERT_TRUE(status.ok()) << status;

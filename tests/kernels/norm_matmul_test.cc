@@ -246,7 +246,7 @@ TEST_P(NormMatMulTest, ChainsOfProductsGiveEqualBitsAndLogitsInF32) {
     GuardedTensor x({rows, k}), zeros({rows, n});
     x.FillNormal(random_);
     std::vector<float> first;
-    for (int run = 0; run < (on_cuda() ? 20 : 2); ++run) {
+    for (int run = 0; run < (on_cuda() ? Repeats(20) : 2); ++run) {
       DeviceTensor a(*ops, x, f), b(*ops, x, f), logits(*ops, zeros, DType::kF32);
       const std::vector<float> got = RunChain(*ops, a, b, w.view(), weights.view(), logits);
       if (run > 0) {

@@ -11,6 +11,7 @@
 #include "tests/support/guarded_tensor.h"
 #include "tests/support/random_batch.h"
 #include "tests/support/reference.h"
+#include "tests/support/share.h"
 #include "tests/support/tolerances.h"
 
 namespace coppice {
@@ -121,7 +122,7 @@ TEST_P(RowOpsTest, IndicesOutOfRangeAreRefused) {
 }
 
 TEST_P(RowOpsTest, RmsNormMatchesReference) {
-  for (const int64_t rows : {0, 1, 31, 32, 33, 65}) {
+  for (const int64_t rows : Share<int64_t>({0, 1, 31, 32, 33, 65})) {
     for (const int64_t hidden : {1, 7, 16, 17, 64, 576, 5000, 9000}) {
       for (const int64_t gap : {3, 8}) {
         SCOPED_TRACE(testing::Message() << rows << " x " << hidden << " gap " << gap);
@@ -242,12 +243,13 @@ struct RopeProblem {
 };
 
 // Head dims, and gaps that a 16-byte access can step over or not.
-constexpr std::pair<int64_t, int64_t> kRopeShapes[] = {
-    {2, 1}, {6, 1}, {34, 1}, {64, 1}, {64, 8}, {128, 8}, {256, 8},
-};
+std::vector<std::pair<int64_t, int64_t>> RopeShapes() {
+  return Share<std::pair<int64_t, int64_t>>(
+      {{2, 1}, {6, 1}, {34, 1}, {64, 1}, {64, 8}, {128, 8}, {256, 8}});
+}
 
 TEST_P(RowOpsTest, QkNormRopeMatchesReferenceAndStoresKeysAndValues) {
-  for (const auto& [dim, gap] : kRopeShapes) {
+  for (const auto& [dim, gap] : RopeShapes()) {
     for (const bool norms : {false, true}) {
       SCOPED_TRACE(testing::Message()
                    << "head_dim " << dim << " gap " << gap << " norms " << norms);
@@ -287,7 +289,7 @@ TEST_P(RowOpsTest, QkNormRopeMatchesReferenceAndStoresKeysAndValues) {
 }
 
 TEST_P(RowOpsTest, QkNormRopeBackwardMatchesFiniteDifferences) {
-  for (const auto& [dim, gap] : kRopeShapes) {
+  for (const auto& [dim, gap] : RopeShapes()) {
     for (const bool norms : {false, true}) {
       SCOPED_TRACE(testing::Message()
                    << "head_dim " << dim << " gap " << gap << " norms " << norms);

@@ -100,7 +100,8 @@ double ChiSquareTail(double x, double k) {
   return 0.5 * std::erfc(z / std::sqrt(2.0));
 }
 
-// Tokens too rare to be counted alone are one cell.
+// Tokens too rare to be counted alone are one cell. Of a few draws, as shares of them can be, only
+// what is impossible is checked.
 void ExpectDistribution(const std::vector<int32_t>& draws, const Vector& probability) {
   constexpr double kFew = 5;
   Vector count(probability.size());
@@ -121,7 +122,6 @@ void ExpectDistribution(const std::vector<int32_t>& draws, const Vector& probabi
       add_cell(count[i], expected);
     }
   }
-  ASSERT_GT(cells, 0) << "too few draws";
   if (rare_expected > kFew) add_cell(rare, rare_expected);
   const double tail = cells > 1 ? ChiSquareTail(statistic, cells - 1) : 1.0;
   EXPECT_GT(tail, tolerance::kChiSquareSignificance);
@@ -174,6 +174,7 @@ TEST_P(SamplingTest, LogProbsAreThoseOfRawTemperedAndFilteredDistributions) {
   for (uint32_t i = 0; i < 50; ++i) {
     rows.push_back({.temperature = 0.8f, .top_k = 40, .top_p = 0.9f, .seed = 3, .position = i});
   }
+  rows = Share(rows);
   const Result r = Sample(logits, rows);
   const Vector raw = Softmax(logits, 1), tempered = Softmax(logits, 0.8f);
   const Vector filtered = Filtered(tempered, rows[0]);
@@ -212,6 +213,7 @@ TEST_P(SamplingTest, TheSameCounterGivesTheSameTokenInAnyBatch) {
                     .sample = i % 5,
                     .position = i});
   }
+  rows = Share(rows);
   const Result batch = Sample(logits, rows);
   for (size_t i = 0; i < rows.size(); ++i) {
     const Result alone = Sample(logits, {rows[i]});
@@ -249,7 +251,7 @@ TEST_P(SamplingTest, MinusInfinityIsNeverDrawn) {
   for (const SamplingRow& row : {SamplingRow{.temperature = 1}, SamplingRow{.temperature = 100},
                                  SamplingRow{.temperature = 1, .top_k = 4},
                                  SamplingRow{.temperature = 1, .top_p = 0.999f}}) {
-    ExpectDistribution(Draws(logits, row, 1000), {0, 0.5, 0, 0.5, 0});
+    ExpectDistribution(Draws(logits, row, 2000), {0, 0.5, 0, 0.5, 0});
   }
 }
 
@@ -308,7 +310,7 @@ TEST_P(SamplingTest, BadRowsAreRefused) {
 // Two batches in flight: the second is queued before the first is read, its rows hold other draws,
 // and each result appears when it is waited for, whatever came after it.
 TEST_P(SamplingTest, ResultsWaitUntilTheyAreAskedFor) {
-  constexpr int64_t kVocab = 999, kRows = 70, kBatches = 24;  // more than are staged at a time
+  constexpr int64_t kVocab = 999, kRows = 2, kBatches = 24;  // more than are staged at a time
   auto device = std::move(CreateTestOps(GetParam())).value();
   const std::vector<float> logits = RandomLogits(5, kRows * kVocab, 2);
   auto memory = device->Allocate(kRows * kVocab * 4, "logits").value();

@@ -7,16 +7,27 @@
 
 namespace coppice {
 
-// This process's share of `all`: every N-th from the I-th on with COPPICE_TEST_PART=I/N in the
-// environment, else all of them.
+struct TestPart {
+  int index = 0, count = 1;
+};
+// I/N of COPPICE_TEST_PART in the environment, else 0/1: everything.
+inline TestPart ThisPart() {
+  TestPart part;
+  if (const char* text = std::getenv("COPPICE_TEST_PART"))
+    std::sscanf(text, "%d/%d", &part.index, &part.count);
+  return part;
+}
+
+// This process's share of `all`: every N-th from the I-th on.
 template <typename T>
 std::vector<T> Share(const std::vector<T>& all) {
-  int part = 0, parts = 1;
-  if (const char* text = std::getenv("COPPICE_TEST_PART"))
-    std::sscanf(text, "%d/%d", &part, &parts);
+  const TestPart part = ThisPart();
   std::vector<T> share;
-  for (size_t i = part; i < all.size(); i += parts) share.push_back(all[i]);
+  for (size_t i = part.index; i < all.size(); i += part.count) share.push_back(all[i]);
   return share;
 }
+
+// Times to repeat what should give equal bits: `times` where the process has all cases to itself.
+inline int Repeats(int times) { return ThisPart().count == 1 ? times : 2; }
 
 }  // namespace coppice
