@@ -81,6 +81,7 @@ class Layout {
     }
     if (half == Half::kMlp) {
       acts.mlp_act = mlp_act_;
+      acts.keeps_gate_up = retain >= Retain::kProjections;
       return;
     }
     const QkvHeads heads = SplitQkv(config_, acts.qkv);
@@ -179,6 +180,7 @@ int64_t Activations::LayOut(const ModelConfig& config, const ops::ActivationType
   for (int64_t l = 0; l < last; ++l) layout.Borrow(Half::kMlp, retention.of(l), layers_[l]);
   tail_ = {};
   layout.FillTail(head_rows, tail_);
+  tail_.keeps_gate_up = backward;
   hidden_ = arena.Matrix(f, head_rows, config.hidden);
   hidden_rstd_ = arena.Vector(DType::kF32, head_rows);
   if (backward) {

@@ -169,7 +169,8 @@ ops::MlpBlockParams Decoder::Block(const LayerParameters& params,
           .mlp = {.norm = MlpNorm(params, acts),
                   .b = params.gate_up,
                   .gate_up = acts.gate_up,
-                  .out = acts.mlp_act},
+                  .out = acts.mlp_act,
+                  .keep_gate_up = acts.keeps_gate_up},
           .down = params.down,
           .output = acts.output};
 }

@@ -45,6 +45,7 @@ struct LayerActivations {
   TensorView mlp_act;   // [rows, ffn] f
   TensorView
       output;  // [rows, hidden] r: residual stream leaving the layer (the next layer's input)
+  bool keeps_gate_up = true;  // false: whoever reads it computes it again
 };
 
 // Query, key and value columns of a merged projection, split into heads: views for LayerActivations

@@ -16,11 +16,12 @@ absl::Status Ops::NormMatMul(const NormMatMulParams& p) {
 
 absl::Status Ops::NormSwiGlu(const NormSwiGluParams& p) {
   RETURN_IF_ERROR(RmsNorm(p.norm));
-  return MatMulSwiGlu({.a = p.norm.out,
-                       .b = p.b,
-                       .gate_up = p.gate_up,
-                       .out = p.out,
-                       .keep_gate_up = p.norm.rstd.present() || !p.out.present()});
+  return MatMulSwiGlu(
+      {.a = p.norm.out,
+       .b = p.b,
+       .gate_up = p.gate_up,
+       .out = p.out,
+       .keep_gate_up = (p.norm.rstd.present() && p.keep_gate_up) || !p.out.present()});
 }
 
 absl::Status Ops::MatMulSwiGlu(const MatMulSwiGluParams& p) {

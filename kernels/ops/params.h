@@ -166,12 +166,14 @@ struct MatMulSwiGluParams {
   bool keep_gate_up = true;  // false: gate_up may keep what it held
 };
 // The same of RmsNorm(x): the first half of a gated MLP. norm.out and gate_up hold what they are
-// named after if there is norm.rstd; without, where there is `out`, their contents are undefined.
+// named after if there is norm.rstd; without, where there is `out`, their contents are undefined,
+// as those of gate_up are without keep_gate_up.
 struct NormSwiGluParams {
   RmsNormParams norm;
   TensorView b;        // [2 * ffn, hidden] f; unit inner stride; a model parameter
   TensorView gate_up;  // [rows, 2 * ffn] f
   TensorView out;      // optional [rows, ffn] f
+  bool keep_gate_up = true;
 };
 // The second half of a layer, and the projections of the next:
 //   mid = input + attn_out o^T,  output = mid + mlp.out down^T,  next.c = RmsNorm(output) next.b^T

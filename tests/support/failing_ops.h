@@ -1,7 +1,7 @@
 // FailingOps: a device that breaks. Forwards everything to another Ops until told to fail; from
 // then on PlanBatch, the first call of every batch, returns INTERNAL, and keeps doing so. Memory
 // and uploads can be made to fail by themselves. What is lent as workspace is spoilt, what the head
-// is lent must stay. Rows that attend are counted.
+// is lent must stay, gate and up that nobody keeps are spoilt. Rows are counted.
 #pragma once
 
 #include <algorithm>
@@ -11,6 +11,7 @@
 #include <memory>
 #include <utility>
 
+#include "kernels/base/status_macros.h"
 #include "kernels/ops/ops.h"
 
 namespace coppice {
@@ -98,6 +99,7 @@ class FailingOps : public ops::Ops {
   COPPICE_FORWARD(CopyBlocks)
   COPPICE_FORWARD(AdamW)
 #undef COPPICE_FORWARD
+  static constexpr int kNan = 0xff;    // of every byte of what is spoilt
   static constexpr char kKept = 0x6b;  // of every byte that the head is lent
   absl::Status LogProbHead(const ops::LogProbHeadParams& p) override {
     if (p.kept.num_elements() > 0) std::memset(p.kept.data, kKept, p.kept.num_bytes());
@@ -109,13 +111,25 @@ class FailingOps : public ops::Ops {
       return absl::InternalError("the head's memory was touched between its passes");
     return inner_->LogProbHeadBackward(p);
   }
+  absl::Status MatMulSwiGlu(const ops::MatMulSwiGluParams& p) override {
+    RETURN_IF_ERROR(inner_->MatMulSwiGlu(p));
+    if (p.keep_gate_up) {
+      kept_gate_ups_ += p.gate_up.dim(0);
+    } else {
+      for (int64_t row = 0; row < p.gate_up.dim(0); ++row) {
+        const TensorView spoilt = p.gate_up.Rows(row, row + 1);
+        std::memset(spoilt.data, kNan, spoilt.num_bytes());
+      }
+    }
+    return absl::OkStatus();
+  }
+  int64_t kept_gate_ups() const { return kept_gate_ups_; }  // rows of them, of every call so far
   absl::Status TreeAttention(const ops::TreeAttentionParams& p) override {
     attended_rows_ += p.q.dim(0);
     return inner_->TreeAttention(p);
   }
   int64_t attended_rows() const { return attended_rows_; }  // of every call so far
   absl::Status TreeAttentionBackward(const ops::TreeAttentionBackwardParams& p) override {
-    constexpr int kNan = 0xff;  // of every byte
     if (p.workspace.num_elements() > 0)
       std::memset(p.workspace.data, kNan, p.workspace.num_bytes());
     return inner_->TreeAttentionBackward(p);
@@ -129,7 +143,7 @@ class FailingOps : public ops::Ops {
   std::shared_ptr<std::atomic<int64_t>> held_bytes_ = std::make_shared<std::atomic<int64_t>>(0);
   int64_t limit_bytes_ = std::numeric_limits<int64_t>::max();
   int64_t score_bytes_ = 0, scores_head_dim_ = 0;
-  int64_t attended_rows_ = 0;
+  int64_t attended_rows_ = 0, kept_gate_ups_ = 0;
   int64_t uploads_left_ = std::numeric_limits<int64_t>::max();
 };
 

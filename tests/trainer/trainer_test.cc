@@ -173,6 +173,11 @@ TEST(TrainerTest, RecomputingLessOrMoreGivesTheSameBits) {
       EXPECT_LE(got->metrics.at("activation_bytes"), budget);
       EXPECT_EQ(got->loss, want.loss);
       EXPECT_EQ(some.Gradients(), all.Gradients());
+      // Gate and up are written once, for backward, and never for scores.
+      const int64_t kept = some.ops().kept_gate_ups();
+      EXPECT_EQ(kept, (config.num_layers - 1) * rows + head_rows);
+      ASSERT_TRUE(some.trainer().Score(request.groups, 1).ok());
+      EXPECT_EQ(some.ops().kept_gate_ups(), kept);
     }
   }
 }
