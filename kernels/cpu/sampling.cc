@@ -233,13 +233,6 @@ class CpuPendingSample final : public ops::PendingSample {
   }
 
   absl::Status Wait() override {
-    for (int64_t i = 0; i < n_; ++i) {
-      if (drawn_[i]) continue;
-      return absl::InvalidArgumentError(
-          absl::StrCat("sample: logits of row ", i,
-                       ": want finite values, got NaN, +inf or only -inf; check the weights and "
-                       "the logit bias"));
-    }
     const SampleParams& p = params_;
     std::copy(tokens_.begin(), tokens_.end(), p.tokens);
     std::copy(raw_.begin(), raw_.end(), p.raw_logprobs);
@@ -249,7 +242,16 @@ class CpuPendingSample final : public ops::PendingSample {
     }
     std::copy(top_ids_.begin(), top_ids_.end(), p.top_ids);
     std::copy(top_values_.begin(), top_values_.end(), p.top_values);
-    return absl::OkStatus();
+    absl::Status status;
+    for (int64_t i = 0; i < n_; ++i) {
+      if (drawn_[i]) continue;
+      p.tokens[i] = -1;
+      status.Update(absl::InvalidArgumentError(
+          absl::StrCat("sample: logits of row ", i,
+                       ": want finite values, got NaN, +inf or only -inf; check the weights and "
+                       "the logit bias")));
+    }
+    return status;
   }
 
  private:

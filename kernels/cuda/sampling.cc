@@ -71,13 +71,16 @@ class CudaPendingSample final : public ops::PendingSample {
     RETURN_IF_ERROR(context_.Check(cudaEventSynchronize(block_.passed), "sample"));
     const ops::SampleParams& p = params_;
     const int64_t n = p.logits.dim(0);
+    absl::Status status;
     for (int64_t i = 0; i < n; ++i) {
       const SampleOutput& out = host_.out[i];
       if (!out.drawn) {
-        return absl::InvalidArgumentError(
+        p.tokens[i] = -1;
+        status.Update(absl::InvalidArgumentError(
             absl::StrCat("sample: logits of row ", i,
                          ": want finite values, got NaN, +inf or only -inf; check the weights and "
-                         "the logit bias"));
+                         "the logit bias")));
+        continue;
       }
       p.tokens[i] = out.token;
       p.raw_logprobs[i] = out.raw;
@@ -86,7 +89,7 @@ class CudaPendingSample final : public ops::PendingSample {
     }
     std::copy_n(host_.top_ids, n * p.top_logprobs, p.top_ids);
     std::copy_n(host_.top_values, n * p.top_logprobs, p.top_values);
-    return absl::OkStatus();
+    return status;
   }
 
  private:

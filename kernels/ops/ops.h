@@ -76,7 +76,7 @@ class PendingSample {
  public:
   virtual ~PendingSample() = default;
   // Blocks until the draws are done and writes the host outputs; what was queued after them goes
-  // on. INVALID_ARGUMENT naming a row with nothing to draw from. Call it once.
+  // on. INVALID_ARGUMENT naming a row with nothing to draw from: its token is -1. Call it once.
   virtual absl::Status Wait() = 0;
 };
 

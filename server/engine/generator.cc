@@ -97,6 +97,7 @@ std::vector<Group*> Generator::GivenUp(absl::Duration now) {
 }
 
 std::optional<absl::Status> Generator::ReasonToGiveUp(Group& group, absl::Duration now) const {
+  if (!group.failure.ok()) return group.failure;
   if (group.sink != nullptr && group.sink->Cancelled()) {
     return absl::CancelledError("generate: the caller is gone");
   }

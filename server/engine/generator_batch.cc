@@ -8,6 +8,15 @@
 #include "server/engine/generator.h"
 
 namespace coppice {
+namespace {
+
+absl::Status NothingToDraw() {
+  return absl::FailedPreconditionError(
+      "generate: want finite logits, got NaN or infinity; the weights are damaged, or this prompt "
+      "leaves the range of --compute_dtype=f16");
+}
+
+}  // namespace
 
 absl::StatusOr<Generator::Flight> Generator::Launch(const RowPlan& plan,
                                                     const std::optional<Flight>& before) {
@@ -146,7 +155,14 @@ absl::Status Generator::Publish(const Batch& batch, const std::vector<DrawnToken
   }
   for (size_t i = 0; i < drawn.size(); ++i) {
     if (batch.drawers[i].group == nullptr) continue;
-    Append(*batch.drawers[i].group, batch.drawers[i].sample, drawn[i]);
+    Group& group = *batch.drawers[i].group;
+    if (drawn[i].token < 0) group.failure = NothingToDraw();
+    if (group.failure.ok()) {
+      Append(group, batch.drawers[i].sample, drawn[i]);
+    } else {  // a row may be queued behind the token that did not come
+      Sample& sample = group.samples[batch.drawers[i].sample];
+      sample.kv_tokens = std::min(sample.kv_tokens, group.PathLength(batch.drawers[i].sample));
+    }
   }
   for (const auto& [stem, rows] : batch.prefill) {
     if (stem->complete() && stem->wants_logits) RETURN_IF_ERROR(ForkUnfinished(stem));

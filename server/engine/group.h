@@ -64,6 +64,7 @@ struct Group {
   int64_t max_response = 0;  // tokens at which a sample ends: max_tokens, or the context is full
 
   absl::Duration stalled_since = absl::InfiniteDuration();  // its reader has no room
+  absl::Status failure;                                     // why it ends at the next turn
 
   bool started = false;  // OnStarted was called; usage of the prompt is settled
   PeekResult estimate;   // while waiting: what the cache holds of the prompt

@@ -26,7 +26,7 @@ struct Draw {
 };
 
 struct DrawnToken {
-  int32_t token = 0;
+  int32_t token = 0;      // -1: its logits are not finite, there is nothing to draw from
   float raw_logprob = 0;  // log-softmax of the raw logits
   float sampled_logprob =
       0;  // of the distribution drawn from: after bias, temperature and truncation; 0 when greedy

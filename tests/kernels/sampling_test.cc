@@ -286,6 +286,35 @@ TEST_P(SamplingTest, TopLogprobsAreSortedAndComplete) {
   EXPECT_EQ(r.top_ids[5], -1);
 }
 
+TEST_P(SamplingTest, ARowWithNothingToDrawLeavesTheOthers) {
+  constexpr int64_t kRows = 5, kVocab = 700;
+  std::vector<float> logits = RandomLogits(9, kRows * kVocab, 2);
+  const std::vector<SamplingRow> rows(kRows, {.temperature = 1, .seed = 5});
+  const auto draw = [&](std::vector<int32_t>& tokens, std::vector<float>& raw) {
+    tokens.assign(kRows, 77);
+    raw.assign(kRows, 0);
+    std::vector<float> sampled(kRows);
+    return ops_->Sample({.logits = View2D(logits.data(), DType::kF32, kRows, kVocab),
+                         .rows = rows.data(),
+                         .tokens = tokens.data(),
+                         .raw_logprobs = raw.data(),
+                         .sampled_logprobs = sampled.data()});
+  };
+  std::vector<int32_t> want, got;
+  std::vector<float> want_raw, got_raw;
+  ASSERT_TRUE(draw(want, want_raw).ok());
+  logits[1 * kVocab + 3] = NAN;
+  std::fill_n(logits.begin() + 3 * kVocab, kVocab, kMinusInf);
+  const absl::Status status = draw(got, got_raw);
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(status.message().find("row 1:"), absl::string_view::npos) << status;
+  for (const int64_t row : {0, 2, 4}) {
+    EXPECT_EQ(got[row], want[row]) << row;
+    EXPECT_EQ(got_raw[row], want_raw[row]) << row;
+  }
+  for (const int64_t row : {1, 3}) EXPECT_EQ(got[row], -1) << row;
+}
+
 TEST_P(SamplingTest, BadRowsAreRefused) {
   const std::vector<float> logits = {0, 1};
   const SamplingRow bad[] = {{.temperature = -1},

@@ -193,6 +193,13 @@ class EngineUnderTest {
     RunAll();
     return answer.get();
   }
+  // What reads `token` from now on has logits that are no numbers.
+  void SpoilToken(int32_t token) {
+    const TensorView row = model_.params.embedding.Rows(token, token + 1);
+    const std::string nans(row.num_bytes(), '\xff');  // in every type
+    ASSERT_TRUE(ops_->Upload(nans.data(), row).ok());
+    ASSERT_TRUE(ops_->Synchronize().ok());
+  }
   // Nothing runs, so nothing is leased.
   void ExpectNothingLeaked() {
     const EngineStatus status = Status();

@@ -33,6 +33,43 @@ TEST(PressureTest, PreemptionDoesNotChangeTheTokens) {
   under_pressure.ExpectNothingLeaked();
 }
 
+// A prompt whose logits are no numbers, and a sample that draws such a token on its way.
+TEST(PressureTest, ARequestWithNothingToDrawEndsAlone) {
+  constexpr int32_t kSpoilt = 200;
+  const auto request = [=](uint64_t seed, float bias) {
+    GenerateRequest r = Request(RandomPrompt(20, seed), 40, 2, seed);
+    for (int32_t& token : r.prompt) token %= kSpoilt;
+    r.sampling.logit_bias = {{kSpoilt, bias}};
+    return r;
+  };
+  EngineUnderTest alone, test;
+  std::vector<std::shared_ptr<RecordingSink>> want, got;
+  for (const uint64_t seed : {1, 2, 3}) want.push_back(alone.Generate(request(seed, -100)));
+
+  test.SpoilToken(kSpoilt);
+  got.push_back(test.Submit(request(1, -100)));
+  GenerateRequest unreadable = request(4, -100);
+  unreadable.prompt[7] = kSpoilt;
+  const auto at_once = test.Submit(unreadable);
+  got.push_back(test.Submit(request(2, -100)));
+  test.Steps(3);
+  const auto on_its_way = test.Submit(request(5, 100));
+  got.push_back(test.Submit(request(3, -100)));
+  test.RunAll();
+  for (const auto& sink : {at_once, on_its_way}) {
+    EXPECT_TRUE(sink->done);
+    EXPECT_EQ(sink->status.code(), absl::StatusCode::kFailedPrecondition) << sink->status;
+  }
+  EXPECT_EQ(at_once->usage.completion_tokens, 0);
+  EXPECT_EQ(on_its_way->tokens, std::vector<std::vector<int32_t>>(2, {kSpoilt}));
+  for (size_t i = 0; i < got.size(); ++i) {
+    EXPECT_TRUE(got[i]->status.ok()) << got[i]->status;
+    EXPECT_EQ(got[i]->tokens, want[i]->tokens) << "request " << i;
+  }
+  test.ExpectNothingLeaked();
+  EXPECT_EQ(test.Generate(request(2, -100))->tokens, want[1]->tokens);
+}
+
 // One sample needs the whole pool.
 TEST(PressureTest, ARequestThatJustFitsRuns) {
   EngineOptions options;
