@@ -190,6 +190,11 @@ class Turns {
   int group_;
 };
 
+// This thread's warpgroup. The compiler knows it to be one for the warp, so that matrix descriptors
+// which depend on it are computed in uniform registers; else they are moved there one by one
+// between products.
+__device__ __forceinline__ int Warpgroup() { return __shfl_sync(~0u, threadIdx.x / 128, 0); }
+
 template <int kCount>
 __device__ __forceinline__ void Clear(float (&r)[kCount]) {
 #pragma unroll

@@ -308,7 +308,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     FenceBarrierInit();
   }
   SyncBlocks<kBlocks>();
-  const int group = threadIdx.x / 128;
+  const int group = Warpgroup();
   if (group == 0) {
     GiveRegisters<40>();
     if (threadIdx.x == 0) Produce<kBlocks>(p, s);

@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     FenceBarrierInit();
   }
   __syncthreads();
-  const int group = threadIdx.x / 128;
+  const int group = Warpgroup();
   if (group == 0) {
     GiveRegisters<40>();
     if (threadIdx.x == 0) Produce(p, s);

@@ -204,7 +204,9 @@ struct Case {
       for (int32_t r = s.row_begin; r < s.row_end; ++r)
         begin[r] = first, end[r] = static_cast<int32_t>(slots.size());
     }
-    FindSlots(slots, begin, end);
+    used_slots = slots;
+    std::sort(used_slots.begin(), used_slots.end());
+    used_slots.erase(std::unique(used_slots.begin(), used_slots.end()), used_slots.end());
     const size_t pool = size_t(num_blocks) * batch.block_tokens * kv_width;
     d_pages_k = std::make_unique<Buffer<float>>(pool);
     d_pages_v = std::make_unique<Buffer<float>>(pool);
@@ -221,19 +223,18 @@ struct Case {
                                                seed + 1);
   }
 
-  // The slots in use, and which rows see each.
-  void FindSlots(const std::vector<int32_t>& slots, const std::vector<int32_t>& begin,
-                 const std::vector<int32_t>& end) {
-    used_slots = slots;
-    std::sort(used_slots.begin(), used_slots.end());
-    used_slots.erase(std::unique(used_slots.begin(), used_slots.end()), used_slots.end());
-    sees.assign(used_slots.size() * rows, 0);
+  // Which rows see each of the slots in use: [used slots, rows].
+  std::vector<uint8_t> Sees() const {
+    const auto slots = context_slots->Host(), begin = context_begin->Host(),
+               end = context_end->Host();
+    std::vector<uint8_t> sees(used_slots.size() * rows, 0);
     for (int32_t r = 0; r < rows; ++r) {
       for (int32_t i = begin[r]; i < end[r]; ++i) {
         const auto at = std::lower_bound(used_slots.begin(), used_slots.end(), slots[i]);
         sees[(at - used_slots.begin()) * rows + r] = 1;
       }
     }
+    return sees;
   }
 
   // Scratch for dS of as many KV heads; 0: none.
@@ -332,8 +333,7 @@ struct Case {
   std::unique_ptr<Buffer<int32_t>> words, context_slots, context_begin, context_end;
   std::unique_ptr<Buffer<E>> pages_k, pages_v;
   std::unique_ptr<Buffer<float>> d_pages_k, d_pages_v;
-  std::vector<int32_t> used_slots;
-  std::vector<uint8_t> sees;  // [used slots, rows]
+  std::vector<int32_t> used_slots;  // ascending
   std::unique_ptr<Buffer<char>> scratch;
   AttentionSchedule schedule;
   int64_t num_blocks = 0, scratch_bytes = 0, backward_bytes = 0;

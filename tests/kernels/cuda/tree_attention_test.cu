@@ -181,7 +181,7 @@ void CheckBoth(const std::string& name, Case<E>& c, reference::Sample rows) {
   reference::KeyRowsKernel<<<dim3(rows.count, c.heads.kv), reference::kThreads, 0, nullptr>>>(
       p, rows, lse, row_delta, want_dk.data, want_dv.data);
   const Buffer<int32_t> slots(c.used_slots);
-  const Buffer<uint8_t> sees(c.sees);
+  const Buffer<uint8_t> sees(c.Sees());
   if (num_slots > 0) {
     reference::ContextKeysKernel<<<dim3(num_slots, c.heads.kv), reference::kThreads, 0, nullptr>>>(
         p, slots.data, sees.data, lse, row_delta, want_pages_k.data, want_pages_v.data);
@@ -493,12 +493,12 @@ AttentionPlanOptions RoundsOf(const Heads& heads, int64_t bytes) {
 
 // Backward with rounds of as many bytes of dS, each; 0: dQ recomputes it.
 template <typename E>
-void TimeTree(const std::string& name, const Ends& ends, Heads heads,
-              const std::vector<int64_t>& round_bytes) {
-  const double flops = 4.0 * heads.q * heads.dim * VisiblePairs(ends);
+void TimeBatch(const std::string& name, const ops::TokenBatch& batch, double pairs, Heads heads,
+               const std::vector<int64_t>& round_bytes) {
+  const double flops = 4.0 * heads.q * heads.dim * pairs;
   const int repeats = flops > 1e13 ? 7 : 21;
   if (Wanted(name, heads, "forward")) {
-    Case<E> c(BatchOf(ends), heads, {}, 7);
+    Case<E> c(batch, heads, {}, 7);
     PrintTime<E>("forward", name, heads, "tiles", SustainedMs([&] { c.Forward(); }, repeats), flops,
                  0);
   }
@@ -506,13 +506,32 @@ void TimeTree(const std::string& name, const Ends& ends, Heads heads,
     if (!Wanted(name, heads, bytes > 0 ? "backward stored" : "backward recompute")) continue;
     const AttentionPlanOptions rounds = RoundsOf(heads, bytes);
     if (bytes > 0 && rounds.round_images == 0) continue;  // never kept
-    Case<E> c(BatchOf(ends), heads, rounds, 7);
+    Case<E> c(batch, heads, rounds, 7);
     c.Forward();
     if (bytes > 0) c.StoreDs(heads.kv);
     const std::string mode = "dS in " + std::to_string(c.schedule.num_rounds) + " rounds";
     PrintTime<E>("backward", name, heads, bytes == 0 ? "recompute" : mode.c_str(),
                  SustainedMs([&] { c.Backward(); }, repeats), 2.5 * flops, 0);
   }
+}
+
+template <typename E>
+void TimeTree(const std::string& name, const Ends& ends, Heads heads,
+              const std::vector<int64_t>& round_bytes) {
+  TimeBatch<E>(name, BatchOf(ends), VisiblePairs(ends), heads, round_bytes);
+}
+
+// `count` segments of as many rows below one context.
+template <typename E>
+void TimeBranches(int32_t block_tokens, int context, int rows, int count,
+                  const std::vector<int64_t>& round_bytes) {
+  ContextBuilder b(block_tokens);
+  const int32_t node = b.Node(-1, context);
+  for (int i = 0; i < count; ++i) b.Segment(node, Causal(rows));
+  const std::string name = std::to_string(count) + " x " + std::to_string(rows) + " over " +
+                           std::to_string(context) + " cached bt" + std::to_string(block_tokens);
+  TimeBatch<E>(name, b.Finish(), count * (double(rows) * context + VisiblePairs(Causal(rows))),
+               {32, 8, 128}, round_bytes);
 }
 
 template <typename E>
@@ -548,15 +567,7 @@ void TimeTrees() {
   TimeTree<E>("causal 16384", Causal(16384), {32, 8, 64}, {0});
   TimeTree<E>("causal 16384", Causal(16384), {16, 4, 256}, {0, kRoundBytes});
   TimeTree<E>("16384 + 8 x 64", PromptAndResponses(16384, 64, 8), {32, 8, 128}, {0, kRoundBytes});
-  for (int32_t block_tokens : {16, 128}) {
-    const std::string name = "2048 over 14336 cached bt" + std::to_string(block_tokens);
-    if (!Wanted(name, {32, 8, 128}, "forward")) continue;
-    ContextBuilder b(block_tokens);
-    b.Segment(b.Node(-1, 14336), Causal(2048));
-    Case<E> c(b.Finish(), {32, 8, 128}, {}, 7);
-    PrintTime<E>("forward", name, c.heads, "tiles", SustainedMs([&] { c.Forward(); }, 21),
-                 4.0 * 32 * 128 * (2048.0 * 14336 + VisiblePairs(Causal(2048))), 0);
-  }
+  for (int32_t block_tokens : {16, 128}) TimeBranches<E>(block_tokens, 14336, 2048, 1, {});
 }
 
 // The shapes that DualKV publishes (arXiv 2605.15422).
@@ -577,6 +588,7 @@ void TimeTrainingTrees() {
     TimeTree<E>(name, PromptAndResponses(prompt, response, 8), {32, 8, 128},
                 {0, kRoundBytes / 4, kRoundBytes});
   }
+  TimeBranches<E>(128, 8192, 4096, 4, {kRoundBytes, int64_t{21} << 29});
 }
 
 template <typename E, typename Asked>
