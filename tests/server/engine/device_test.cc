@@ -79,6 +79,24 @@ TEST_P(EngineDeviceTest, AnyBatchGivesTheBitsOfBeingAlone) {
   }
 }
 
+TEST_P(EngineDeviceTest, LogitsThatAreNoNumbersEndTheirRequestAlone) {
+  constexpr int32_t kSpoilt = 263;  // beyond the tokens of RandomPrompt
+  GenerateRequest good = WithLogprobs(Request(RandomPrompt(40, 1), 30, 2));
+  good.sampling.logit_bias = {{kSpoilt, -1000}};
+  const auto want = MakeEngine()->Generate(good);
+  GenerateRequest bad = Request(RandomPrompt(33, 2), 30);
+  bad.sampling.logit_bias = {{kSpoilt, 1000}};  // drawn first, then read
+  const auto test = MakeEngine();
+  test->SpoilToken(kSpoilt);
+  const auto survives = test->Submit(good), ends = test->Submit(bad);
+  test->RunAll();
+  EXPECT_EQ(ends->status.code(), absl::StatusCode::kFailedPrecondition) << ends->status;
+  EXPECT_EQ(ends->tokens, std::vector<std::vector<int32_t>>{{kSpoilt}});
+  EXPECT_TRUE(survives->status.ok()) << survives->status;
+  ExpectSame(*survives, *want, "beside it");
+  test->ExpectNothingLeaked();
+}
+
 TEST_P(EngineDeviceTest, MoreThanThePoolHoldsIsRefusedWithTheNumbers) {
   EngineOptions options;
   options.num_blocks = 4;
