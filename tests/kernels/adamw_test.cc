@@ -11,6 +11,7 @@
 #include "tests/support/device_test.h"
 #include "tests/support/guarded_tensor.h"
 #include "tests/support/reference.h"
+#include "tests/support/share.h"
 #include "tests/support/tolerances.h"
 
 namespace coppice {
@@ -245,7 +246,7 @@ TEST_P(MastersTest, TakeTheStepsOfF32BitForBit) {
                         .learning_rate = 1e-6f,
                         .weight_decay = 0.1f,
                         .grad_scale = 0.5f};
-  for (p.step = 1; p.step <= 60; ++p.step) {
+  for (p.step = 1; p.step <= Repeats(24); ++p.step) {
     grad.FillNormal(random);
     p.grad = grad.view();
     ASSERT_TRUE(Step(p, arena).ok());
@@ -264,7 +265,7 @@ TEST_P(MastersTest, TakeTheStepsOfF32BitForBit) {
     same_params += arena.param[i] == params_before[i];
     moved += f32[i] != masters[i];
   }
-  EXPECT_GT(moved, kElements * 9 / 10);
+  EXPECT_GT(moved, kElements * 3 / 4);
   EXPECT_GT(same_params, kElements / 2) << "steps are to be smaller than those of 16 bits";
 }
 

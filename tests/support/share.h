@@ -27,7 +27,8 @@ std::vector<T> Share(const std::vector<T>& all) {
   return share;
 }
 
-// Times to repeat what should give equal bits: `times` where the process has all cases to itself.
+// Times to repeat the same, to see that it gives equal bits or to see what is rare: `times` where
+// the process has all cases to itself.
 inline int Repeats(int times) { return ThisPart().count == 1 ? times : 2; }
 
 }  // namespace coppice
