@@ -10,6 +10,7 @@
 #include <limits>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "kernels/base/status_macros.h"
 #include "kernels/ops/ops.h"
@@ -115,11 +116,13 @@ class FailingOps : public ops::Ops {
     RETURN_IF_ERROR(inner_->MatMulSwiGlu(p));
     if (p.keep_gate_up) {
       kept_gate_ups_ += p.gate_up.dim(0);
-    } else {
-      for (int64_t row = 0; row < p.gate_up.dim(0); ++row) {
-        const TensorView spoilt = p.gate_up.Rows(row, row + 1);
-        std::memset(spoilt.data, kNan, spoilt.num_bytes());
-      }
+      return absl::OkStatus();
+    }
+    for (int64_t row = 0; row < p.gate_up.dim(0); ++row) {
+      const TensorView spoilt = p.gate_up.Rows(row, row + 1);
+      const std::vector<uint8_t> nans(spoilt.num_bytes(), kNan);
+      RETURN_IF_ERROR(inner_->Upload(nans.data(), spoilt));  // it may be a GPU's memory
+      RETURN_IF_ERROR(inner_->Synchronize());
     }
     return absl::OkStatus();
   }
