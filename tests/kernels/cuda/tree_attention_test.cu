@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cuda/overlap.cuh"
 #include "tests/kernels/cuda/attention_case.cuh"
 #include "tests/support/tolerances.h"
 
@@ -388,6 +389,58 @@ void CheckDecodeIgnoresTheBatch() {
   Report("decode row 0 in one item", whole, "same bits", {}, SameBits(first, out), true);
 }
 
+// Starts before the kernels ahead have ended, as those of a decode step do, and takes its time.
+__global__ void CopyKernel(uint4* to, const uint4* from, int64_t count) {
+  LetSuccessorStart();
+  WaitForPredecessor();
+  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count;
+       i += int64_t{gridDim.x} * blockDim.x) {
+    __nanosleep(500);
+    to[i] = from[i];
+  }
+}
+template <typename E>
+void Copy(E* to, const E* from, size_t count) {
+  MUST(LaunchOverlapped<CopyKernel>({dim3(200), 128}, nullptr, reinterpret_cast<uint4*>(to),
+                                    reinterpret_cast<const uint4*>(from),
+                                    static_cast<int64_t>(count / 8)));
+}
+
+// Layers of a decode step whose kernels start early: each sees its own inputs, and no other's.
+template <typename E>
+void CheckDecodeChain(int samples, int own) {
+  constexpr int kLayers = 40;
+  ContextBuilder b(64);
+  const int32_t prompt = b.Node(-1, 4096);
+  for (int i = 0; i < samples; ++i) b.Segment(b.Node(prompt, own + i % 50), Causal(1));
+  Case<E> c(b.Finish(), {32, 8, 128}, {}, 7);
+  std::unique_ptr<Buffer<E>> inputs[2];
+  std::vector<E> want[2];
+  for (int k = 0; k < 2; ++k) {
+    inputs[k] = std::make_unique<Buffer<E>>(c.qkv.count);
+    FillKernel<<<1024, 256, 0, nullptr>>>(inputs[k]->data, c.rows, c.qkv_width, c.qkv_width, k,
+                                          1.f);
+    MUST(
+        cudaMemcpy(c.qkv.data, inputs[k]->data, c.qkv.count * sizeof(E), cudaMemcpyDeviceToDevice));
+    c.out.Poison();
+    c.Forward();
+    want[k] = c.out.Host();
+  }
+  Buffer<E> got(c.out.count * kLayers);
+  for (int i = 0; i < kLayers; ++i) {
+    Copy(c.qkv.data, inputs[i * 7 / 3 % 2]->data, c.qkv.count);
+    c.Forward();
+    Copy(got.data + i * c.out.count, c.out.data, c.out.count);
+  }
+  const std::vector<E> all = got.Host();
+  bool same = true;
+  for (int i = 0; i < kLayers; ++i) {
+    same &= std::memcmp(all.data() + i * c.out.count, want[i * 7 / 3 % 2].data(),
+                        c.out.count * sizeof(E)) == 0;
+  }
+  Report("chain of " + std::to_string(samples), c, "same bits", {}, same, true);
+}
+
 // dS of fewer heads at a time, to the same bits: many key tiles of little work, in one round and in
 // three.
 template <typename E>
@@ -599,6 +652,9 @@ void RunCases(const Asked& asked, bool check) {
     if (!asked("trees")) CheckContext<E>(tiny);
     if (!asked("trees") && IsOurs()) CheckItemAcrossChunks<E>();
     if (!asked("trees") && IsOurs()) CheckDecodeIgnoresTheBatch<E>();
+    for (int samples : {1, 8, 64, 200}) {
+      if (!asked("trees") && IsOurs()) CheckDecodeChain<E>(samples, samples == 8 ? 700 : 33);
+    }
     if (!tiny && IsOurs()) CheckHeadsAtATime<E>();
     if (!tiny && IsOurs()) CheckSmallGradients<E>();
     if (!tiny) CheckLarge<E>();
