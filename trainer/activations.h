@@ -5,7 +5,7 @@
 // Retain says what survives of a layer until backward; the rest shares one buffer over all layers
 // and is recomputed layer by layer:
 //   kAll          everything but the SwiGLU output, which its backward gives again
-//   kProjections  not the norms, nor q and k after theirs (elementwise, cheap to recompute)
+//   kProjections  not the norms, whose backward gives them again, nor q and k after theirs (cheap)
 //   kLean         nothing of the second half: two products more
 //   kInputs       only the layer's input: one more forward pass of compute for the least memory
 //   kPrompt       nothing: what backward starts from lies in a PromptState (UsePrompt); of prompts

@@ -19,11 +19,16 @@ absl::Status WeightGradient(ops::Ops& ops, TensorView d_y, TensorView x, TensorV
       {.a = d_y, .b = x, .trans_a = true, .addend = accumulate ? d_w : TensorView{}, .c = d_w});
 }
 
-// Of the same, besides:  d_x = d_y w.
+// Of the same:  d_x = d_y w.
+absl::Status InputGradient(ops::Ops& ops, TensorView d_y, TensorView w, TensorView d_x) {
+  return ops.MatMul({.a = d_y, .b = w, .c = d_x});
+}
+
+// Both.
 absl::Status LinearBackward(ops::Ops& ops, TensorView d_y, TensorView x, TensorView w,
                             TensorView d_w, bool accumulate, TensorView d_x) {
   RETURN_IF_ERROR(WeightGradient(ops, d_y, x, d_w, accumulate));
-  return ops.MatMul({.a = d_y, .b = w, .c = d_x});
+  return InputGradient(ops, d_y, w, d_x);
 }
 
 // Buffers of one half's backward; `residual` holds the gradient leaving the half and, after, the
@@ -33,6 +38,8 @@ struct HalfGradients {
   TensorView normed;    // [rows, hidden] f
   TensorView attn_out;  // [rows, q_dim] f: between the halves
   TensorView mlp_act;   // [rows, ffn] f, second half only
+  // Whether acts.mlp_in is not there yet: the norm's backward writes it on its way.
+  bool norm_again = false;
 };
 
 // Second half of a layer: d_output -> d_mid + d_attn_out. Consumes acts.gate_up. d.mlp_act gets the
@@ -47,15 +54,16 @@ absl::Status MlpBackward(ops::Ops& ops, const LayerParameters& params, const Lay
                                             .d_gate_up = d_gate_up,
                                             .out = d.mlp_act}));
   RETURN_IF_ERROR(WeightGradient(ops, d.residual, d.mlp_act, grads.down, sink.accumulate));
-  RETURN_IF_ERROR(LinearBackward(ops, d_gate_up, acts.mlp_in, params.gate_up, grads.gate_up,
-                                 sink.accumulate, d.normed));
+  RETURN_IF_ERROR(InputGradient(ops, d_gate_up, params.gate_up, d.normed));
   RETURN_IF_ERROR(ops.RmsNormBackward({.d_out = d.normed,
                                        .x = acts.mid,
                                        .weight = params.mlp_norm,
                                        .rstd = acts.mlp_rstd,
                                        .d_x = d.residual,
                                        .accumulate_d_x = true,
-                                       .d_weight = grads.mlp_norm}));
+                                       .d_weight = grads.mlp_norm,
+                                       .out = d.norm_again ? acts.mlp_in : TensorView{}}));
+  RETURN_IF_ERROR(WeightGradient(ops, d_gate_up, acts.mlp_in, grads.gate_up, sink.accumulate));
   return LinearBackward(ops, d.residual, acts.attn_out, params.o, grads.o, sink.accumulate,
                         d.attn_out);
 }
@@ -68,6 +76,7 @@ struct LayerLink {
   TensorView d_values;
   int64_t stem_rows = 0;  // attention runs without these
   const ops::BatchPlan* behind = nullptr;
+  bool norm_again = false;  // of acts.attn_in, as of HalfGradients
 };
 
 LayerLink LinkOf(const PromptLink& link, int64_t layer) {
@@ -174,16 +183,23 @@ absl::Status AttentionBackward(const Decoder& decoder, const LayerParameters& pa
   if (params.qkv_bias.present()) {
     RETURN_IF_ERROR(ops.SumRows({.x = d.qkv, .out = grads.qkv_bias}));
   }
-  RETURN_IF_ERROR(
-      LinearBackward(ops, d.qkv, acts.attn_in, params.qkv, grads.qkv, sink.accumulate, d.normed));
-  return ops.RmsNormBackward({.d_out = d.normed,
-                              .x = acts.input,
-                              .weight = params.attn_norm,
-                              .rstd = acts.attn_rstd,
-                              .d_x = d.residual,
-                              .accumulate_d_x = true,
-                              .d_weight = grads.attn_norm});
+  RETURN_IF_ERROR(InputGradient(ops, d.qkv, params.qkv, d.normed));
+  RETURN_IF_ERROR(ops.RmsNormBackward({.d_out = d.normed,
+                                       .x = acts.input,
+                                       .weight = params.attn_norm,
+                                       .rstd = acts.attn_rstd,
+                                       .d_x = d.residual,
+                                       .accumulate_d_x = true,
+                                       .d_weight = grads.attn_norm,
+                                       .out = link.norm_again ? acts.attn_in : TensorView{}}));
+  return WeightGradient(ops, d.qkv, acts.attn_in, grads.qkv, sink.accumulate);
 }
+
+// Norms' outputs that Rematerialize leaves to their backward.
+bool AttentionNormAgain(Retain retain) {
+  return retain == Retain::kLean || retain == Retain::kProjections;
+}
+bool MlpNormAgain(Retain retain) { return retain == Retain::kProjections; }
 
 // Restores what was not retained.
 absl::Status Rematerialize(const Decoder& decoder, const LayerParameters& params,
@@ -198,13 +214,8 @@ absl::Status Rematerialize(const Decoder& decoder, const LayerParameters& params
     RETURN_IF_ERROR(decoder.QkvForward(params, plan, {}, acts));
     return decoder.GateUpForward(params, acts);
   }
-  const float eps = decoder.config().rms_eps;
-  ops::Ops& ops = decoder.ops();
-  RETURN_IF_ERROR(
-      ops.RmsNorm({.x = acts.input, .weight = params.attn_norm, .eps = eps, .out = acts.attn_in}));
   if (decoder.config().qk_norm) RETURN_IF_ERROR(decoder.RotateForward(params, plan, {}, acts));
-  if (retain == Retain::kLean) return decoder.GateUpForward(params, acts);
-  return ops.RmsNorm({.x = acts.mid, .weight = params.mlp_norm, .eps = eps, .out = acts.mlp_in});
+  return retain == Retain::kLean ? decoder.GateUpForward(params, acts) : absl::OkStatus();
 }
 
 // Norms, biases and the embedding are always added to: before the first pass they must be zero.
@@ -284,16 +295,18 @@ absl::Status BackwardTree(const Decoder& decoder, const Parameters& params,
   for (int64_t l = last; l >= 0; --l) {
     const LayerParameters& weights = params.layers[l];
     const LayerActivations& layer = acts.layer(l);
-    const LayerLink layer_link = l < last ? LinkOf(link, l) : LinkOf(link, stem, l);
+    const Retain retain = acts.retention().of(l);
+    LayerLink layer_link = l < last ? LinkOf(link, l) : LinkOf(link, stem, l);
     const GradientSink sink = {.grads = grads.layers[l], .accumulate = accumulate};
     if (l < last) {
-      RETURN_IF_ERROR(
-          Rematerialize(decoder, weights, plan, layer_link.context, acts.retention().of(l), layer));
+      RETURN_IF_ERROR(Rematerialize(decoder, weights, plan, layer_link.context, retain, layer));
+      layer_link.norm_again = AttentionNormAgain(retain);
       RETURN_IF_ERROR(MlpBackward(ops, weights, layer, sink,
                                   {.residual = d.residual,
                                    .normed = d.normed,
                                    .attn_out = d.attn_out,
-                                   .mlp_act = d.mlp_act}));
+                                   .mlp_act = d.mlp_act,
+                                   .norm_again = MlpNormAgain(retain)}));
     } else if (acts.retention().level == Retain::kPrompt) {
       RETURN_IF_ERROR(decoder.QkvForward(weights, plan, {}, layer));
     }  // else nobody overwrote what its first half left in the shared buffers

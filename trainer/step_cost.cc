@@ -8,7 +8,8 @@ namespace {
 // Of a row and layer.
 struct RowCost {
   double qkv, mlp_inputs, down;  // FLOPs; mlp_inputs: o, gate and up
-  double elementwise;            // bytes of both norms, and of q and k after theirs
+  double elementwise;            // bytes of both norms' outputs, and of q and k after theirs
+  double norm_input;             // bytes that a norm reads, unless its backward computes it again
 
   RowCost(const ModelConfig& c, const ops::ActivationTypes& types) {
     const double h = static_cast<double>(c.hidden), q = static_cast<double>(c.q_dim());
@@ -16,8 +17,8 @@ struct RowCost {
     mlp_inputs = 2 * q * h + 4 * h * static_cast<double>(c.ffn);
     down = 2 * h * static_cast<double>(c.ffn);
     const double f = static_cast<double>(SizeOf(types.compute));
-    elementwise = 2 * h * (static_cast<double>(SizeOf(types.residual)) + f) +
-                  2 * f * (q + static_cast<double>(c.kv_dim()));
+    elementwise = 2 * h * f + 2 * f * (q + static_cast<double>(c.kv_dim()));
+    norm_input = h * static_cast<double>(SizeOf(types.residual));
   }
   double parameters() const { return (qkv + mlp_inputs + down) / 2; }  // of a layer's matrices
 };
@@ -33,8 +34,14 @@ void StepCost::AddTree(const ModelConfig& config, const ops::ActivationTypes& ty
     const Retain retain = retention.of(l);
     if (retain == Retain::kAll) continue;
     bytes += n * row.elementwise;
-    if (retain < Retain::kProjections) recomputed += n * row.mlp_inputs;
-    if (retain < Retain::kLean) recomputed += n * row.qkv;
+    if (retain < Retain::kProjections) {
+      recomputed += n * row.mlp_inputs;
+      bytes += n * row.norm_input;
+    }
+    if (retain < Retain::kLean) {
+      recomputed += n * row.qkv;
+      bytes += n * row.norm_input;
+    }
     if (retain == Retain::kInputs) recomputed += 4 * pairs * static_cast<double>(config.q_dim());
   }
   // Weights are read by both products, gradients read and written.

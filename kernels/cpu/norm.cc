@@ -40,12 +40,14 @@ absl::Status RmsNormBackward(Context& context, const ops::RmsNormBackwardParams&
                       .Tensor("rstd", p.rstd, DType::kF32, {rows})
                       .Tensor("d_x", p.d_x, DType::kF32, {rows, hidden})
                       .Tensor("d_weight", p.d_weight, DType::kF32, {hidden})
+                      .Optional("out", p.out, DType::kF32, {rows, hidden})
                       .status());
   const auto add_rows = [&](int64_t begin, int64_t end, float* d_weight) {
     for (int64_t i = begin; i < end; ++i) {
       SimdKernels().rms_norm_backward(
           p.d_out.f32() + i * p.d_out.stride[0], p.x.f32() + i * p.x.stride[0], p.weight.f32(),
-          p.rstd.f32()[i], p.accumulate_d_x, p.d_x.f32() + i * p.d_x.stride[0], d_weight, hidden);
+          p.rstd.f32()[i], p.accumulate_d_x, p.d_x.f32() + i * p.d_x.stride[0], d_weight,
+          p.out.present() ? p.out.f32() + i * p.out.stride[0] : nullptr, hidden);
     }
   };
   SumOverRows(context, rows, hidden, p.d_weight.f32(), add_rows);

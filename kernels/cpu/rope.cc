@@ -129,7 +129,7 @@ void BackwardRow(const BackwardSide& s, float eps, const float* cos_sin, int64_t
     if (!s.norm.present()) continue;
     const float* x = Head(s.in, row, h);
     SimdKernels().rms_norm_backward(d_in, x, s.norm.f32(), Rstd(x, head_dim, eps), false, d_in,
-                                    d_norm, head_dim);
+                                    d_norm, nullptr, head_dim);
   }
 }
 

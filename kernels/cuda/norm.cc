@@ -30,6 +30,7 @@ absl::Status RmsNormBackward(Context& context, const ops::RmsNormBackwardParams&
                       .Tensor("rstd", p.rstd, DType::kF32, {rows})
                       .Tensor("d_x", p.d_x, type, {rows, hidden})
                       .Tensor("d_weight", p.d_weight, DType::kF32, {hidden})
+                      .Optional("out", p.out, type, {rows, hidden})
                       .That(hidden <= kMaxHidden, "hidden", "at most 11264", hidden)
                       .status());
   ASSIGN_OR_RETURN(char* scratch, context.Scratch(NumPartials(rows) * hidden *

@@ -1,7 +1,9 @@
 // Backward of RMSNorm (norm.cu). With g = d_out * weight and xhat = x * rstd:
-//   d_x = rstd * (g - xhat * mean(g * xhat)),  d_weight = sum over rows of d_out * xhat.
+//   d_x = rstd * (g - xhat * mean(g * xhat)),  d_weight = sum over rows of d_out * xhat,
+// and, if asked for, out = xhat * weight, as norm.cu rounds it.
 // A block takes a run of rows; a thread keeps its columns' share of d_weight in registers while the
-// next row is on its way. 8 (10 with accumulation) bytes per element; bound by memory bandwidth.
+// next row is on its way. 8 bytes per element, 2 more with accumulation, 2 with out; bound by
+// memory bandwidth.
 #include "kernels/cuda/common.cuh"
 #include "kernels/cuda/launchers.h"
 
@@ -95,6 +97,9 @@ __global__ void __launch_bounds__(kMaxThreads, kRuns == 1 ? 2 : 1)
         y.Set(j, now.d_x[r][j] + now.rstd * (g - now.x[r][j] * mean));
       }
       y.Write(RowOf<E>(p.d_x, row) + c);
+      if (p.out.data == nullptr) continue;
+      for (int j = 0; j < 8; ++j) y.Set(j, now.x[r][j] * now.rstd * weight[r][j]);
+      y.Write(RowOf<E>(p.out, row) + c);
     }
   }
 #pragma unroll
@@ -130,6 +135,9 @@ __global__ void RmsNormBackwardKernel(ops::RmsNormBackwardParams p, float* parti
       const float before = p.accumulate_d_x ? ToFloat(d_x[i]) : 0.0f;
       const float g = ToFloat(d_out[i]) * ToFloat(weight[i]);
       d_x[i] = FromFloat<E>(before + rstd * (g - x[i] * mean));
+      if (p.out.data != nullptr) {
+        RowOf<E>(p.out, row)[i] = FromFloat<E>(x[i] * rstd * ToFloat(weight[i]));
+      }
     }
   }
   for (int64_t i = threadIdx.x; i < hidden; i += blockDim.x) {
@@ -165,7 +173,8 @@ cudaError_t LaunchRmsNormBackward(const ops::RmsNormBackwardParams& p, float* pa
                                   cudaStream_t stream) {
   const int64_t rows = p.x.shape[0], hidden = p.x.shape[1];
   if (rows == 0 || hidden == 0) return cudaSuccess;
-  const bool wide = Aligned16(p.x) && Aligned16(p.d_out) && Aligned16(p.weight) && Aligned16(p.d_x);
+  const bool wide = Aligned16(p.x) && Aligned16(p.d_out) && Aligned16(p.weight) &&
+                    Aligned16(p.d_x) && (!p.out.present() || Aligned16(p.out));
   const int64_t parts = ForElement(p.d_x.dtype, [&](auto element) {
     return Launch<decltype(element)>(p, wide, partials, stream);
   });

@@ -1,5 +1,5 @@
 // One POD of parameters per op. Names of dimensions: shapes.md. "f" below is the compute type of
-// the backend: f32 on the CPU, bf16 on CUDA (sums in f32). "r" is the type of its residual stream,
+// the backend: f32 on the CPU; bf16 or f16 on CUDA, sums in f32. "r" is that of a residual stream,
 // which every layer adds to: f32. Outputs are overwritten unless a comment says "+=". Gradient
 // contract: parameter gradients +=, activation gradients = (unless noted).
 // Optional views are absent by default.
@@ -53,6 +53,7 @@ struct RmsNormBackwardParams {
   TensorView d_x;               // [rows, hidden] f
   bool accumulate_d_x = false;  // true: d_x += (the residual branch)
   TensorView d_weight;          // [hidden] f32, +=
+  TensorView out;               // optional [rows, hidden] f: the norm's output again, its bits
 };
 
 // c = op(a) op(b) (+ bias) (+ addend), with op = transpose where trans_x.  Sums in f32.
@@ -64,7 +65,7 @@ struct MatMulParams {
   TensorView bias;    // optional [n] f
   TensorView addend;  // optional [m, n], dtype of c; may be c itself (c +=)
   // [m, n] f, or f32 for weight gradients, logits and the residual stream; weight gradients may be
-  // bf16 everywhere.
+  // bf16 where f is not f16.
   TensorView c;
   // b is a model parameter, which only loads and updates write: it may be read ahead of its turn.
   bool b_is_parameter = false;

@@ -143,14 +143,19 @@ TEST_P(RowOpsTest, RmsNormBackwardMatchesFiniteDifferences) {
       SCOPED_TRACE(testing::Message() << rows << " x " << hidden << (accumulate ? " +=" : ""));
       GuardedTensor x({rows, hidden}, gap), weight({hidden}), out({rows, hidden}), rstd({rows});
       GuardedTensor d_out({rows, hidden}, 2 * gap), d_x({rows, hidden}, 3 * gap);
-      GuardedTensor d_weight({hidden});
+      GuardedTensor d_weight({hidden}), again({rows, hidden}, gap);
       for (GuardedTensor* t : {&x, &weight, &d_out, &d_x, &d_weight}) t->FillNormal(random_);
       const Vector d_weight_before = d_weight.ToDouble();
       const Vector d_x_before = accumulate ? d_x.ToDouble() : Vector();
       ASSERT_TRUE(ops_->RmsNorm({x.view(), weight.view(), 1e-5f, out.view(), rstd.view()}).ok());
       ASSERT_TRUE(ops_->RmsNormBackward({d_out.view(), x.view(), weight.view(), rstd.view(),
-                                         d_x.view(), accumulate, d_weight.view()})
+                                         d_x.view(), accumulate, d_weight.view(),
+                                         accumulate ? again.view() : TensorView{}})
                       .ok());
+      if (accumulate) {
+        EXPECT_EQ(again.ToFloat(), out.ToFloat());
+      }
+      again.ExpectGuardsIntact("out");
       const Vector xs = x.ToDouble(), ws = weight.ToDouble(), ds = d_out.ToDouble();
       ExpectGradient(
           [&](const Vector& v) { return reference::Dot(reference::RmsNorm(v, ws, 1e-5f), ds); }, xs,

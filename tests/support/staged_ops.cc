@@ -178,7 +178,8 @@ absl::Status StagedOps::RmsNormBackward(const ops::RmsNormBackwardParams& params
       .In(p.weight)
       .InAs(p.rstd, DType::kF32)
       .Out(p.d_x)
-      .OutAs(p.d_weight, DType::kF32);
+      .OutAs(p.d_weight, DType::kF32)
+      .Out(p.out);
   return s.Finish(ops_->RmsNormBackward(p));
 }
 absl::Status StagedOps::MatMul(const ops::MatMulParams& params) {

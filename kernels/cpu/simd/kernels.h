@@ -100,9 +100,10 @@ struct Kernels {
   // x.
   float (*rms_norm)(const float* x, const float* weight, float eps, float* out, int64_t n);
   // With g = d_out * weight:  d_x = rstd * (g - x * rstd^2 * mean(g x)) (+=),  d_weight += d_out *
-  // x * rstd. d_x may alias d_out.
+  // x * rstd,  out = x * rstd * weight unless null. d_x may alias d_out.
   void (*rms_norm_backward)(const float* d_out, const float* x, const float* weight, float rstd,
-                            bool accumulate_d_x, float* d_x, float* d_weight, int64_t n);
+                            bool accumulate_d_x, float* d_x, float* d_weight, float* out,
+                            int64_t n);
 
   // (a, b) -> (a c - b s, b c + a s) for the halves a, b of x and c = cos_sin[i], s = sign *
   // cos_sin[half + i]. out may alias x.

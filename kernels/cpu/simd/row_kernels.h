@@ -37,7 +37,7 @@ float RmsNorm(const float* x, const float* weight, float eps, float* out, int64_
 }
 
 void RmsNormBackward(const float* d_out, const float* x, const float* weight, float rstd,
-                     bool accumulate_d_x, float* d_x, float* d_weight, int64_t n) {
+                     bool accumulate_d_x, float* d_x, float* d_weight, float* out, int64_t n) {
   Vec dots = {};
   ForLanes(n, [&](int64_t i, int64_t c) {
     dots += Load(d_out + i, c) * Load(weight + i, c) * Load(x + i, c);
@@ -49,6 +49,7 @@ void RmsNormBackward(const float* d_out, const float* x, const float* weight, fl
     Vec d = (dv * Load(weight + i, c) - xv * projection) * rstd;
     if (accumulate_d_x) d += Load(d_x + i, c);
     Store(d_x + i, d, c);
+    if (out != nullptr) Store(out + i, xv * rstd * Load(weight + i, c), c);
   });
 }
 
