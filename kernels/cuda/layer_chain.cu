@@ -7,8 +7,8 @@
 // operand. A tile's sums that several blocks have are exchanged through memory that is filled with
 // kNothing before and after: what is there has come, no flag or fence needed.
 //
-// RmsNorm(x) W^T = rstd * (x * norm) W^T: x * norm is what the residual step stores beside x, with
-// sums of squares; rstd multiplies the next product's sums.
+// RmsNorm(x) W^T = rstd * (x * norm) W^T: x * norm (times kNormedUnit) is what the residual step
+// stores beside x, with sums of squares; rstd multiplies the next product's sums.
 //
 // Progress. All blocks are resident: the grid is as large as the device, nothing that comes later
 // starts before all have passed the last barrier (LetSuccessorStart), and what came before ends by
@@ -149,9 +149,10 @@ __device__ void ComputeScales(const ChainParameters& p, ChainShared<Shape>& s) {
     if (lane < kLanes) {
       const float4 mean = {sum.x * p.inverse_hidden, sum.y * p.inverse_hidden,
                            sum.z * p.inverse_hidden, sum.w * p.inverse_hidden};
+      constexpr float kBack = 1.f / kNormedUnit<typename Shape::Element>;
       reinterpret_cast<float4*>(s.scales[i / 2])[lane] = {
-          rsqrtf(mean.x + p.eps), rsqrtf(mean.y + p.eps), rsqrtf(mean.z + p.eps),
-          rsqrtf(mean.w + p.eps)};
+          rsqrtf(mean.x + p.eps) * kBack, rsqrtf(mean.y + p.eps) * kBack,
+          rsqrtf(mean.z + p.eps) * kBack, rsqrtf(mean.w + p.eps) * kBack};
       s.scales_full[i / 2].Arrive();  // every writer for itself: so racecheck can follow
     }
   }
@@ -273,7 +274,7 @@ cudaError_t MakeWeightMap(CUtensorMap& map, const ChainMatrix& w, int64_t n, int
   const cuuint32_t box[4] = {kColumns, rows, gated ? 2u : 1u, gated ? 8u : 1u};
   const cuuint32_t step[4] = {1, 1, 1, 1};
   const CUresult result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, const_cast<void*>(w.data), extent, stride,
+      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(w.data), extent, stride,
              box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;

@@ -190,7 +190,7 @@ struct Finisher {
                                    column + 8 * h) = y[h];
       if (phase.normed != nullptr)
         StorePair(phase.normed, phase.normed_stride, j, h,
-                  {y[h].x * factor[h].x, y[h].y * factor[h].y});
+                  {y[h].x * factor[h].x * kNormedUnit<E>, y[h].y * factor[h].y * kNormedUnit<E>});
     }
     squares += __shfl_xor_sync(~0u, squares, 8);
     squares += __shfl_xor_sync(~0u, squares, 16);

@@ -175,7 +175,9 @@ __device__ __forceinline__ float2 Rstd(const SkinnyArgs& a, const SkinnyShared<S
     }
   }
   const float inverse_k = 1.f / static_cast<float>(a.k);
-  return {rsqrtf(squares.x * inverse_k + a.eps), rsqrtf(squares.y * inverse_k + a.eps)};
+  constexpr float kBack = 1.f / kNormedUnit<typename Shape::Element>;
+  return {rsqrtf(squares.x * inverse_k + a.eps) * kBack,
+          rsqrtf(squares.y * inverse_k + a.eps) * kBack};
 }
 
 // A unit's sums over the ranks.

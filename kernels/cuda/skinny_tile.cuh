@@ -15,6 +15,11 @@ constexpr int kMultipliers = 128;  // threads
 constexpr int kSquareLanes = kMultipliers / 8;
 constexpr int kMaxRanks = 8;  // blocks of a cluster
 
+// x * norm, an operand before rstd brings its size down, is stored times this, and rstd gives it
+// back: f16 then holds rows 16 times as large. A power of two, so that nothing is rounded by it.
+template <typename E>
+inline constexpr float kNormedUnit = kIsF16<E> ? 0x1p-4f : 1.f;
+
 struct SkinnyParameters {
   CUtensorMap w, x;
   SkinnyArgs args;

@@ -33,7 +33,7 @@ struct Piece {
     const auto* weight = static_cast<const E*>(a.norm) + column;
     norm = inside ? *reinterpret_cast<const uint4*>(weight) : uint4{};
   }
-  // x * norm; adds the squares of x.
+  // x * norm * kNormedUnit; adds the squares of x.
   __device__ __forceinline__ uint4 Scale(float& squares) const {
     uint4 y;
     const auto* by = reinterpret_cast<const uint32_t*>(&norm);
@@ -42,7 +42,7 @@ struct Piece {
     for (int i = 0; i < 4; ++i) {
       const float2 v = reinterpret_cast<const float2*>(x)[i], w = Pair<E>(by[i]);
       squares += v.x * v.x + v.y * v.y;
-      to[i] = PackPair<E>(v.x * w.x, v.y * w.y);
+      to[i] = PackPair<E>(v.x * w.x * kNormedUnit<E>, v.y * w.y * kNormedUnit<E>);
     }
     return y;
   }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <memory>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "kernels/ops/ops.h"
@@ -133,17 +134,34 @@ TEST_P(MlpBlockTest, MatchesReference) {
   }
 }
 
+// Rows and norms so large that a 16-bit type may hold the normed rows, but not x * norm.
+TEST_P(MlpBlockTest, LargeRowsAreNormed) {
+  for (const int64_t rows : Share<int64_t>({1, 8, 16, 32, 64})) {
+    SCOPED_TRACE(testing::Message() << rows << " rows");
+    const Shape shape = {rows, 136, 200, 72, 328};
+    Block block(shape, random_);
+    block.stream.FillNormal(random_, 0x1p13f);
+    for (GuardedTensor* norm : {&block.mlp_norm, &block.next_norm}) norm->FillNormal(random_, 4);
+    const Want want = Reference(shape, block, true);
+    const absl::Status status = ops_->MlpBlock(block.Params(true, true, true));
+    ASSERT_TRUE(status.ok()) << status;
+    EXPECT_LT(RelativeError(block.stream, want.output), backward_tolerance());
+    EXPECT_LT(RelativeError(block.qkv, want.qkv), backward_tolerance());
+  }
+}
+
 // Heads of the last projections: norm, RoPE, and keys and values in their pages, in place.
 struct Heads {
-  Heads(ops::Ops& ops, const Block& block, int64_t rows, int64_t q_count, int64_t head_dim,
-        std::mt19937_64& random)
+  Heads(ops::Ops& ops, const Block& block, int64_t rows, int64_t q_count, int64_t kv_count,
+        int64_t head_dim, std::mt19937_64& random)
       : q_heads(q_count),
+        kv_heads(kv_count),
         dim(head_dim),
         rope({rows + 1, dim}),
         q_norm({dim}),
         k_norm({dim}),
-        page_k({rows, 2, kKvHeads, dim}),
-        page_v({rows, 2, kKvHeads, dim}) {
+        page_k({rows, 2, kv_heads, dim}),
+        page_v({rows, 2, kv_heads, dim}) {
     for (GuardedTensor* t : {&rope, &q_norm, &k_norm}) t->FillNormal(random);
     batch.block_tokens = 2;
     for (int32_t row = 0; row < rows; ++row) {
@@ -156,8 +174,8 @@ struct Heads {
     plan = std::move(ops.PlanBatch(batch)).value();
     const TensorView qkv = block.qkv.view();
     q = qkv.Cols(0, q_heads * dim).SplitHeads(q_heads, dim);
-    k = qkv.Cols(q_heads * dim, (q_heads + kKvHeads) * dim).SplitHeads(kKvHeads, dim);
-    v = qkv.Cols((q_heads + kKvHeads) * dim, qkv.dim(1)).SplitHeads(kKvHeads, dim);
+    k = qkv.Cols(q_heads * dim, (q_heads + kv_heads) * dim).SplitHeads(kv_heads, dim);
+    v = qkv.Cols((q_heads + kv_heads) * dim, qkv.dim(1)).SplitHeads(kv_heads, dim);
   }
   ops::QkNormRopeParams Params(bool norms, bool stores) const {
     return {.plan = plan.get(),
@@ -172,13 +190,13 @@ struct Heads {
             .k_out = k,
             .pages = stores ? ops::PagedKv{page_k.view(), page_v.view()} : ops::PagedKv{}};
   }
-  // Projections [rows, q_heads + 2 kKvHeads, dim] as they come out.
+  // Projections [rows, q_heads + 2 kv_heads, dim] as they come out.
   Vector Reference(const Vector& qkv, bool norms) const {
-    const int64_t row_size = (q_heads + 2 * kKvHeads) * dim;
+    const int64_t row_size = (q_heads + 2 * kv_heads) * dim;
     Vector want = qkv;
     for (int64_t at = 0; at < static_cast<int64_t>(qkv.size()); at += dim) {
       const int64_t row = at / row_size, head = at % row_size / dim;
-      if (head >= q_heads + kKvHeads) continue;
+      if (head >= q_heads + kv_heads) continue;
       Vector x(qkv.begin() + at, qkv.begin() + at + dim);
       const GuardedTensor& norm = head < q_heads ? q_norm : k_norm;
       if (norms) x = reference::RmsNorm(x, norm.ToDouble(), kEps);
@@ -188,7 +206,7 @@ struct Heads {
     return want;
   }
   void ExpectPages(const Block& block, bool stores) const {
-    const int64_t kv_size = kKvHeads * dim, row_size = (q_heads + 2 * kKvHeads) * dim;
+    const int64_t kv_size = kv_heads * dim, row_size = (q_heads + 2 * kv_heads) * dim;
     Vector want_k(page_k.size()), want_v(page_v.size());
     for (int64_t row = 0; row < batch.num_rows(); ++row) {
       for (int64_t i = 0; stores && batch.kv_slots[row] >= 0 && i < kv_size; ++i) {
@@ -201,8 +219,7 @@ struct Heads {
     EXPECT_EQ(page_v.ToDouble(), want_v);
   }
 
-  static constexpr int64_t kKvHeads = 2;
-  int64_t q_heads, dim;
+  int64_t q_heads, kv_heads, dim;
   ops::TokenBatch batch;
   GuardedTensor rope, q_norm, k_norm, page_k, page_v;
   std::unique_ptr<ops::BatchPlan> plan;
@@ -211,13 +228,14 @@ struct Heads {
 
 TEST_P(MlpBlockTest, RotatesHeadsAndStoresKeysAndValues) {
   for (const int64_t rows : Share<int64_t>({1, 8, 9, 31, 64, 65})) {
-    for (const auto& [q_heads, dim] : {std::pair{3, 64}, {4, 128}, {3, 128}, {2, 32}}) {
+    for (const auto& [q_heads, kv_heads, dim] :
+         {std::tuple{3, 2, 64}, {4, 2, 128}, {3, 1, 128}, {5, 5, 64}, {2, 2, 32}}) {
       for (const auto& [norms, stores] : {std::pair{false, true}, {true, true}, {true, false}}) {
-        SCOPED_TRACE(testing::Message() << rows << " rows, " << q_heads << " x " << dim << " norms "
-                                        << norms << " stores " << stores);
-        const Shape shape = {rows, 192, 128, 136, (q_heads + 2 * Heads::kKvHeads) * dim};
+        SCOPED_TRACE(testing::Message() << rows << " rows, " << q_heads << "/" << kv_heads << " x "
+                                        << dim << " norms " << norms << " stores " << stores);
+        const Shape shape = {rows, 192, 128, 136, (q_heads + 2 * kv_heads) * dim};
         Block block(shape, random_);
-        const Heads heads(*ops_, block, rows, q_heads, dim, random_);
+        const Heads heads(*ops_, block, rows, q_heads, kv_heads, dim, random_);
         const Vector want = heads.Reference(Reference(shape, block, true).qkv, norms);
         ops::MlpBlockParams p = block.Params(true, true, true);
         p.rotate = heads.Params(norms, stores);

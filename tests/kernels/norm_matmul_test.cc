@@ -103,6 +103,26 @@ TEST_P(NormMatMulTest, NormMatMulMatchesReference) {
   }
 }
 
+// Rows and norms so large that a 16-bit type may hold the normed rows, but not x * norm.
+TEST_P(NormMatMulTest, LargeRowsAreNormed) {
+  for (const int64_t rows : {1, 4, 9}) {
+    SCOPED_TRACE(testing::Message() << rows << " rows");
+    const int64_t n = 72, k = 264;
+    GuardedTensor x({rows, k}), weight({k}), b({n, k}), c({rows, n}), normed({rows, k});
+    x.FillNormal(random_, 0x1p13f);
+    weight.FillNormal(random_, 4);
+    b.FillNormal(random_);
+    const Vector want = reference::MatMul(reference::RmsNorm(x.ToDouble(), weight.ToDouble(), kEps),
+                                          b.ToDouble(), rows, n, k, false, true);
+    const absl::Status status = ops_->NormMatMul(
+        {.norm = {.x = x.view(), .weight = weight.view(), .eps = kEps, .out = normed.view()},
+         .b = b.view(),
+         .c = c.view()});
+    ASSERT_TRUE(status.ok()) << status;
+    EXPECT_LT(RelativeError(c, want), ChainTolerance());
+  }
+}
+
 TEST_P(NormMatMulTest, NormSwiGluMatchesReference) {
   for (const auto& [rows, ffn, k] : Shapes()) {
     for (const bool backward_follows : {false, true}) {
