@@ -33,8 +33,10 @@ __device__ __forceinline__ void ClusterSync() {
   ClusterWait();
 }
 
-// Counts this thread's arrival at block `rank`'s copy of a barrier. Nothing but reads by the tensor
-// cores, which are over, comes before; release.cluster would put a fence of the whole device here.
+// Counts this thread's arrival at block `rank`'s copy of a barrier. What that block may overwrite
+// then, the tensor cores have read, and what was stored there before was fenced for them and read
+// by them: so nothing is left to be ordered; release.cluster would put a fence of the whole device
+// here.
 __device__ __forceinline__ void ArriveAt(Barrier& barrier, int rank) {
   asm volatile(
       "{\n.reg .b32 at;\nmapa.shared::cluster.u32 at, %0, %1;\n"

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "kernels/cuda/attention/attention_schedule.h"
@@ -144,8 +145,9 @@ __device__ __forceinline__ void LoadTileForBoth(E* to, const CUtensorMap& map, i
 
 // A consumer warp has finished reading a buffer that the copy engine fills, in a cluster of two for
 // both blocks: the tensor cores have read what the other block copied here, and ordinary loads only
-// what this one did. (What the producer writes by ordinary stores, the work item, every reader
-// releases for itself: so racecheck can follow.)
+// what this one did. (Ordinary stores to it, forward's zeros behind the last token, are fenced, and
+// the tensor cores have read them, too. What the producer writes by ordinary stores, the work item,
+// every reader releases for itself: so racecheck can follow.)
 template <int kBlocks = 1>
 __device__ __forceinline__ void Release(Barrier& empty) {
   const int lane = threadIdx.x % 32;
@@ -279,7 +281,7 @@ cudaError_t LaunchPersistent(void (*kernel)(Parameters), const Parameters& p, in
     config.gridDim = blocks;
     int clusters = 0;
     if (auto e = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config)) return e;
-    config.gridDim = clusters * blocks;
+    config.gridDim = std::max(1, clusters) * blocks;  // none fits: the launch says so
   }
   return cudaLaunchKernelEx(&config, kernel, p);
 }

@@ -231,7 +231,10 @@ __device__ void Consume(const ForwardParameters& p, ForwardShared<E, D>& s, int 
     };
     const auto finish_scores = [&](int i, int first_key) {
       Pin(scores);
-      if (i < partial) MaskRows(scores, row, first_key, s.end[key_ring.stage], -INFINITY);
+      if (i < partial) {
+        MaskRows(scores, row, first_key, s.end[key_ring.stage], -INFINITY);
+        __syncwarp();  // before two lanes release what all have read
+      }
       Release<kBlocks>(s.k_empty[key_ring.stage]);
       key_ring.Advance();
       if (i == work.count - 1) s.q_empty.Arrive();
