@@ -311,34 +311,41 @@ TEST_P(LogProbHeadTest, WhatIsLentIsUsedAndChangesNoBit) {
   d_logprobs.FillNormal(random);
   d_entropy.FillNormal(random);
   std::vector<std::vector<float>> first;
-  for (const int64_t lent :
-       {0, 200, 280, 300}) {  // none, less than a tile of rows, one of two, all
+  GuardedTensor d_hidden({p.rows, p.n}), d_weight({p.vocab, p.n});
+  const auto backward = [&] {
+    return ops_->LogProbHeadBackward({.hidden = p.hidden.view(),
+                                      .weight = p.weight.view(),
+                                      .target_indptr = Ints(p.indptr),
+                                      .targets = Ints(p.targets),
+                                      .temperature = 0.7f,
+                                      .lse = p.lse.view(),
+                                      .entropy = p.entropy.view(),
+                                      .d_logprobs = d_logprobs.view(),
+                                      .d_entropy = d_entropy.view(),
+                                      .d_hidden = d_hidden.view(),
+                                      .d_weight = d_weight.view(),
+                                      .accumulate_d_weight = false,
+                                      .kept = p.lent()});
+  };
+  // None, less than a tile of rows, one of two, all.
+  for (const int64_t lent : {0, 200, 280, 300}) {
     p.Lend(lent);
     ASSERT_TRUE(p.Forward(*ops_, 0.7f).ok());
     const auto written =
         std::count_if(p.kept.begin(), p.kept.end(), [](uint8_t byte) { return byte != 0; });
     EXPECT_EQ(written > 0, on_cuda() && lent > 256) << lent;
-    GuardedTensor d_hidden({p.rows, p.n}), d_weight({p.vocab, p.n});
-    ASSERT_TRUE(ops_->LogProbHeadBackward({.hidden = p.hidden.view(),
-                                           .weight = p.weight.view(),
-                                           .target_indptr = Ints(p.indptr),
-                                           .targets = Ints(p.targets),
-                                           .temperature = 0.7f,
-                                           .lse = p.lse.view(),
-                                           .entropy = p.entropy.view(),
-                                           .d_logprobs = d_logprobs.view(),
-                                           .d_entropy = d_entropy.view(),
-                                           .d_hidden = d_hidden.view(),
-                                           .d_weight = d_weight.view(),
-                                           .accumulate_d_weight = false,
-                                           .kept = p.lent()})
-                    .ok());
+    ASSERT_TRUE(backward().ok());
     const std::vector<std::vector<float>> got = {p.logprobs.ToFloat(), p.entropy.ToFloat(),
                                                  p.lse.ToFloat(), d_hidden.ToFloat(),
                                                  d_weight.ToFloat()};
     if (first.empty()) first = got;
     EXPECT_EQ(got, first) << lent;
   }
+  // And backward reads it.
+  ASSERT_TRUE(p.Forward(*ops_, 0.7f).ok());
+  std::fill(p.kept.begin(), p.kept.end(), 0);
+  ASSERT_TRUE(backward().ok());
+  EXPECT_EQ(d_hidden.ToFloat() != first[3], on_cuda());
 }
 
 TEST_P(LogProbHeadTest, BadTargetsAreRefused) {

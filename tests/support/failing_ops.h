@@ -103,11 +103,17 @@ class FailingOps : public ops::Ops {
   static constexpr int kNan = 0xff;    // of every byte of what is spoilt
   static constexpr char kKept = 0x6b;  // of every byte that the head is lent
   absl::Status LogProbHead(const ops::LogProbHeadParams& p) override {
-    if (p.kept.num_elements() > 0) std::memset(p.kept.data, kKept, p.kept.num_bytes());
+    lent_ = p.kept;
+    lent_bytes_ += lent_.num_elements();
+    if (lent_.num_elements() > 0) std::memset(lent_.data, kKept, lent_.num_bytes());
     return inner_->LogProbHead(p);
   }
   absl::Status LogProbHeadBackward(const ops::LogProbHeadBackwardParams& p) override {
     const auto* const kept = static_cast<const char*>(p.kept.data);
+    const bool same = lent_.num_elements() == p.kept.num_elements() &&
+                      (p.kept.num_elements() == 0 || lent_.data == p.kept.data);
+    if (!same) return absl::InternalError("the head is not given what it was lent");
+    lent_ = {};
     if (std::any_of(kept, kept + p.kept.num_elements(), [](char c) { return c != kKept; }))
       return absl::InternalError("the head's memory was touched between its passes");
     return inner_->LogProbHeadBackward(p);
@@ -126,6 +132,7 @@ class FailingOps : public ops::Ops {
     }
     return absl::OkStatus();
   }
+  int64_t lent_bytes() const { return lent_bytes_; }        // to the head, by every call so far
   int64_t kept_gate_ups() const { return kept_gate_ups_; }  // rows of them, of every call so far
   absl::Status TreeAttention(const ops::TreeAttentionParams& p) override {
     attended_rows_ += p.q.dim(0);
@@ -146,7 +153,8 @@ class FailingOps : public ops::Ops {
   std::shared_ptr<std::atomic<int64_t>> held_bytes_ = std::make_shared<std::atomic<int64_t>>(0);
   int64_t limit_bytes_ = std::numeric_limits<int64_t>::max();
   int64_t score_bytes_ = 0, scores_head_dim_ = 0;
-  int64_t attended_rows_ = 0, kept_gate_ups_ = 0;
+  TensorView lent_;  // to the head's forward, until its backward
+  int64_t attended_rows_ = 0, kept_gate_ups_ = 0, lent_bytes_ = 0;
   int64_t uploads_left_ = std::numeric_limits<int64_t>::max();
 };
 

@@ -182,6 +182,17 @@ TEST(TrainerTest, RecomputingLessOrMoreGivesTheSameBits) {
   }
 }
 
+TEST(TrainerTest, ScoreRefusesLogprobsThatAreNoNumbers) {
+  TinyPolicy policy(TinyConfig(Architecture::kLlama, false));
+  const ForwardBackwardRequest request = SmallRequest();
+  EXPECT_TRUE(policy.trainer().Score(request.groups, 1).ok());
+  policy.model().params.embedding.f32()[12 * policy.config().hidden] =
+      std::numeric_limits<float>::quiet_NaN();
+  const absl::Status status = policy.trainer().Score(request.groups, 1).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+  EXPECT_NE(status.message().find("group 1 sample 0"), std::string::npos) << status;
+}
+
 // What only elementwise work needs gives way, products do not.
 TEST(TrainerTest, LendsAttentionTheMemoryThatIsLeft) {
   ForwardBackwardRequest request;
@@ -218,6 +229,11 @@ TEST(TrainerTest, LendsAttentionTheMemoryThatIsLeft) {
     EXPECT_EQ(got->metrics.at("recompute"), c.recompute);
     EXPECT_EQ(got->metrics.at("activation_bytes"), c.held);
     EXPECT_EQ(some.Gradients(), all.Gradients());
+    // Until then it is the head's; scoring has no use for it.
+    const int64_t lent = some.ops().lent_bytes();
+    EXPECT_EQ(lent > 0, c.held > size(Retain(static_cast<int>(Retain::kAll) - c.recompute)));
+    ASSERT_TRUE(some.trainer().Score(request.groups, 1).ok());
+    EXPECT_EQ(some.ops().lent_bytes(), lent);
   }
 }
 
