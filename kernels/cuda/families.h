@@ -56,6 +56,8 @@ absl::Status GatedMatMulBackward(Context& context, const ops::MatMulSwiGluBackwa
 // which is true where shapes, strides, memory and the device suit, and the context is not
 // deterministic.
 bool FitsChain(const Context& context, const ops::MlpBlockParams& p);
+// Whether LayerChain rotates in its kernel; else QkNormRope's follows.
+bool FitsRotation(const ops::MlpBlockParams& p);
 absl::Status LayerChain(Context& context, const ops::MlpBlockParams& p);
 
 // rope.cc

@@ -59,19 +59,6 @@ bool AreColumns(const TensorView& heads, const TensorView& c, int64_t first) {
          heads.stride[1] == heads.dim(2) && heads.stride[2] == 1 &&
          heads.data == c.as<char>() + first * SizeOf(c.dtype);
 }
-// Heads that fill tiles and lie in the projections, in place.
-bool FitsRotation(const ops::MlpBlockParams& p) {
-  const ops::QkNormRopeParams& r = p.rotate;
-  const TensorView& c = p.next.c;
-  if (r.plan == nullptr || !c.present() || r.q_in.rank != 3 || r.k_in.rank != 3) return false;
-  const int64_t dim = r.q_in.dim(2), q = r.q_in.dim(1) * dim, kv = r.k_in.dim(1) * dim;
-  return (dim == 64 || dim == 128) && r.k_in.dim(2) == dim && c.dim(1) == q + 2 * kv &&
-         AreColumns(r.q_in, c, 0) && AreColumns(r.k_in, c, q) && AreColumns(r.v, c, q + kv) &&
-         AreColumns(r.q_out, c, 0) && AreColumns(r.k_out, c, q) && r.eps == p.mlp.norm.eps &&
-         r.rope.rank == 2 && r.rope.stride[0] == dim && AlignedTo(r.rope, 8) &&
-         AlignedTo(r.q_norm, 4) && AlignedTo(r.k_norm, 4) && AlignedTo(r.pages.k, 4) &&
-         AlignedTo(r.pages.v, 4);
-}
 ChainRotation RotationOf(const ops::QkNormRopeParams& p) {
   const CudaBatchPlan& plan = CudaPlan(p.plan);
   const bool stores = p.pages.k.present() && plan.max_kv_slot() >= 0;
@@ -90,6 +77,20 @@ ChainRotation RotationOf(const ops::QkNormRopeParams& p) {
 ChainMatrix Matrix(const TensorView& t) { return {t.data, t.stride[0]}; }
 
 }  // namespace
+
+// Heads that fill tiles and lie in the projections, in place.
+bool FitsRotation(const ops::MlpBlockParams& p) {
+  const ops::QkNormRopeParams& r = p.rotate;
+  const TensorView& c = p.next.c;
+  if (r.plan == nullptr || !c.present() || r.q_in.rank != 3 || r.k_in.rank != 3) return false;
+  const int64_t dim = r.q_in.dim(2), q = r.q_in.dim(1) * dim, kv = r.k_in.dim(1) * dim;
+  return (dim == 64 || dim == 128) && r.k_in.dim(2) == dim && c.dim(1) == q + 2 * kv &&
+         AreColumns(r.q_in, c, 0) && AreColumns(r.k_in, c, q) && AreColumns(r.v, c, q + kv) &&
+         AreColumns(r.q_out, c, 0) && AreColumns(r.k_out, c, q) && r.eps == p.mlp.norm.eps &&
+         r.rope.rank == 2 && r.rope.stride[0] == dim && AlignedTo(r.rope, 8) &&
+         AlignedTo(r.q_norm, 4) && AlignedTo(r.k_norm, 4) && AlignedTo(r.pages.k, 4) &&
+         AlignedTo(r.pages.v, 4);
+}
 
 bool FitsChain(const Context& context, const ops::MlpBlockParams& p) {
   if (context.chain_memory().data == nullptr || context.deterministic()) return false;
