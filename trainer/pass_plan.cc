@@ -71,13 +71,18 @@ std::vector<PolicyTrainer::Pass> PolicyTrainer::ChoosePasses(const Replan& repla
 }
 
 // Rows of the largest tree that may be cut, without the prompt that its parts would hang below.
+// `passes`: the plan's.
 int64_t PolicyTrainer::MostRowsToCut(const RequestPlan& plan, const std::vector<Pass>& passes) {
-  int64_t prompt = 0, most = 0;
-  for (const TokenSequence& s : plan.sequences) prompt = std::max<int64_t>(prompt, s.prompt.size());
-  for (const Pass& pass : passes) {
-    for (const TreeRun& run : pass.batches) {
+  int64_t most = 0;
+  for (size_t p = 0; p < passes.size(); ++p) {
+    for (size_t b = 0; b < passes[p].batches.size(); ++b) {
+      const TreeRun& run = passes[p].batches[b];
       const int64_t rows = run.tree.num_rows();
-      const bool hangs = pass.prompt.has_value() || run.link.pool != nullptr;
+      const bool hangs = passes[p].prompt.has_value() || run.link.pool != nullptr;
+      int64_t prompt = 0;
+      for (const TokenSequence& s : plan.Sequences(plan.passes[p].batches[b])) {
+        prompt = std::max<int64_t>(prompt, s.prompt.size());
+      }
       most = std::max(most, hangs ? rows : rows - std::min(prompt, rows - 1));
     }
   }
@@ -214,6 +219,7 @@ StepCost PolicyTrainer::CostOf(const Pass& pass) const {
                  run.retention);
   };
   if (pass.prompt.has_value()) add(*pass.prompt);
+  if (pass.prompt.has_value() && pass.prompt->kept != nullptr) cost.flops *= 2.0 / 3;  // no forward
   for (const TreeRun& run : pass.batches) add(run);
   return cost;
 }

@@ -95,6 +95,12 @@ absl::StatusOr<PlannedPass> CutGroup(const RequestPlan& plan, const GroupRange& 
   return PlannedPass{.prompt_rows = prompt_rows, .batches = *std::move(batches)};
 }
 
+// Where what is wished cannot be.
+PassLimits WithoutWishes(PassLimits limits) {
+  limits.pass_rows = limits.max_rows;
+  return limits;
+}
+
 // Fills passes greedily with groups in order of their prompts, so that groups with common prefixes
 // meet. What a group adds is bounded by its own rows less the prompt tokens that the group before
 // it has brought.
@@ -145,7 +151,10 @@ std::vector<GroupRange> PlanKept(const RequestPlan& plan, const std::vector<Trai
   for (GroupRange& range : MeasureGroups(plan, groups, limits)) {
     const TrainGroup& group = groups[range.index];
     absl::StatusOr<PlannedPass> pass = absl::NotFoundError("no kept prompt");
-    if (CanUseKept(group, limits)) pass = CutGroup(plan, range, limits);
+    if (CanUseKept(group, limits)) {
+      pass = CutGroup(plan, range, limits);
+      if (!pass.ok()) pass = CutGroup(plan, range, WithoutWishes(limits));
+    }
     if (pass.ok()) {
       pass->kept = group.kept_prompt;
       passes.push_back(*std::move(pass));
@@ -165,6 +174,7 @@ std::vector<GroupRange> PlanCached(const RequestPlan& plan, const std::vector<Tr
     std::optional<std::vector<std::vector<int32_t>>> batches;
     if (cached.tokens > 0 && limits.share_prefixes) {
       batches = CutSamples(plan, range, cached.tokens, limits.pass_rows);
+      if (!batches.has_value()) batches = CutSamples(plan, range, cached.tokens, limits.max_rows);
     }
     if (batches.has_value()) {
       passes.push_back({.cached = &cached, .batches = *std::move(batches)});

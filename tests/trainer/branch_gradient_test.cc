@@ -299,6 +299,39 @@ TEST(BranchTest, CutsEachOfManyPasses) {
   EXPECT_LE(metrics.at("recompute"), 1);
 }
 
+TEST(BranchTest, CutsBesideALongPromptOfAnotherPass) {
+  ForwardBackwardRequest request;
+  request.groups = {LargeGroup(3, 100), {.prompt = std::vector<int32_t>(980, 7)}};
+  request.groups[1].samples = {{.tokens = {4, 4, 4}, .advantages = {1}}};
+  const auto metrics = RunWithinLess(request, 1000);
+  EXPECT_EQ(metrics.at("passes"), 2);
+  EXPECT_GT(metrics.at("micro_batches"), 2);
+  EXPECT_LE(metrics.at("recompute"), 1);
+}
+
+// Its response is longer than the parts that the other group is cut into.
+TEST(BranchTest, UsesAKeptPromptBesideAGroupThatIsCut) {
+  ModelConfig config = LongConfig(Architecture::kQwen3, true);
+  config.max_positions = 2048;
+  config.num_layers = 6;
+  ForwardBackwardRequest request;
+  request.groups = {{.prompt = std::vector<int32_t>(200, 9)}, LargeGroup(3, 100)};
+  request.groups[0].samples = {{.tokens = std::vector<int32_t>(300, 4), .advantages = {1}}};
+  TinyPolicy all(config, 1, {.max_rows = 1000});
+  const ForwardBackwardResult want = all.trainer().ForwardBackward(request).value();
+  for (const double fraction : {0.6, 0.5}) {
+    const auto budget = static_cast<int64_t>(fraction * want.metrics.at("activation_bytes"));
+    TinyPolicy some(config, 1, {.max_rows = 1000, .activation_bytes = budget});
+    request.groups[0].kept_prompt = Keep(some, request.groups[0].prompt, 64);
+    const ForwardBackwardResult got = some.trainer().ForwardBackward(request).value();
+    EXPECT_GT(got.metrics.at("micro_batches"), 2);
+    EXPECT_EQ(got.tokens.prompt_forward_skipped, 200) << fraction;
+    ExpectSameResults(got, want, "kept");
+    ExpectTensorsNear(config, some.Gradients(), ToDouble(all.Gradients()),
+                      tolerance::kTreeVersusFlat, "kept");
+  }
+}
+
 // Whole trees, cut groups and kept prompts take turns within one budget, which the device enforces.
 TEST(BranchTest, NeverHoldsMoreThanTheBudget) {
   const ModelConfig config = TinyConfig(Architecture::kQwen3, true);
