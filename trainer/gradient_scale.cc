@@ -27,6 +27,7 @@ void GradientScale::Fix(double largest_coefficient) {
 }
 
 bool GradientScale::Learn(bool finite) {
+  if (!on_) return finite;
   if (finite) {
     if (history_.exponent < 0 && ++history_.finite_norms == kFiniteNorms) {
       history_ = {.exponent = history_.exponent + 1};

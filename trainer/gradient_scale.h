@@ -36,11 +36,13 @@ class GradientScale {
   void Fix(double largest_coefficient);
   // The gradients are gone, consumed or not: the next request fixes S anew.
   void Forget() { fixed_ = false; }
-  // Gradients had a finite norm, or not. False if they had not and S was 1 already: what
-  // overflowed are not gradients.
+  // Gradients had a finite norm, or not. False if they had not and there was nothing to lower. What
+  // is off learns nothing.
   bool Learn(bool finite);
 
   double value() const { return fixed_ ? value_ : 1; }
+  // Whether coefficients, or that it is off, have chosen the value: zeros do not.
+  bool chosen() const { return fixed_ || !on_; }
   const History& history() const { return history_; }
   void set_history(const History& history) { history_ = history; }
 

@@ -176,6 +176,7 @@ class PolicyTrainer final : public Trainer {
   GradientArena gradients_;  // empty until the first ForwardBackward
   GradientScale scale_;      // of what it holds
   double logged_scale_ = 1;
+  bool finite_loss_ = true;  // of all requests whose gradients it holds
   bool pending_gradients_ = false;
   bool gradients_written_ = false;  // false: what the arena holds counts for nothing
   Retention logged_retention_;

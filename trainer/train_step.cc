@@ -25,6 +25,22 @@ double MeanEntropy(const SamplePath& path) {
   return sum / static_cast<double>(path.entropy.size());
 }
 
+absl::Status CheckFinite(const std::vector<TrainGroup>& groups,
+                         const std::vector<SampleResult>& results) {
+  size_t i = 0;
+  for (size_t g = 0; g < groups.size(); ++g) {
+    for (size_t s = 0; s < groups[g].samples.size(); ++s, ++i) {
+      for (const float logprob : results[i].logprobs) {
+        if (std::isfinite(logprob)) continue;
+        return absl::FailedPreconditionError(absl::StrCat(
+            "score: group ", g, " sample ", s, ": want finite log-probs, got ", logprob,
+            "; the weights are damaged, or its tokens leave the range of --compute_dtype=f16"));
+      }
+    }
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
@@ -55,12 +71,13 @@ absl::StatusOr<ForwardBackwardResult> PolicyTrainer::ForwardBackward(
   gradients_written_ = pending_gradients_ = true;
 
   result.loss = totals.loss.loss();
+  finite_loss_ &= std::isfinite(result.loss);
   result.metrics = totals.loss.Metrics();
   result.metrics["passes"] = static_cast<double>(plan.passes.size());
   result.metrics["micro_batches"] = static_cast<double>(totals.micro_batches);
   result.metrics["recompute"] =
       static_cast<double>(Retain::kAll) - static_cast<double>(totals.least_retained);
-  result.metrics["gradient_scale"] = scale_.value();
+  if (scale_.chosen()) result.metrics["gradient_scale"] = scale_.value();
   result.metrics["activation_bytes"] = static_cast<double>(pass_memory_.size_bytes());
   result.tokens = {.flat = NumFlatRows(plan),
                    .unique = totals.unique,
@@ -187,6 +204,7 @@ absl::StatusOr<std::vector<SampleResult>> PolicyTrainer::Score(
   for (size_t i = 0; i < plan.passes.size(); ++i) {
     RETURN_IF_ERROR(ScorePass(plan.passes[i], std::move(passes[i]), temperature, phases, results));
   }
+  RETURN_IF_ERROR(CheckFinite(groups, results));
   return results;
 }
 
@@ -221,21 +239,29 @@ void PolicyTrainer::FixGradientScale(const LossConfig& loss, const RequestPlan& 
                        LargestCoefficient(loss, plan.counts, *plan.samples[i], plan.advantages[i]));
   }
   scale_.Fix(largest);
-  if (scale_.value() == logged_scale_) return;
+  if (!scale_.chosen() || scale_.value() == logged_scale_) return;
   logged_scale_ = scale_.value();
   LOG(INFO) << "gradient_scale value=" << logged_scale_ << " largest_coefficient=" << largest;
 }
 
 std::string PolicyTrainer::LearnFrom(const Optimizer::Outcome& outcome) {
+  const bool f16 = ops_.Info().compute_dtype == DType::kF16;
+  const std::string reason = absl::StrCat("gradient norm is not finite: ", outcome.grad_norm);
+  if (!outcome.updated && !finite_loss_) {  // before any gradient: no scale would help
+    return absl::StrCat(reason, "; log-probs are not finite: ",
+                        f16 ? "activations exceed f16, use --compute_dtype=bf16, or " : "",
+                        "weights are damaged");
+  }
   const double scale = scale_.value();
   const bool lowered = scale_.Learn(outcome.updated);
   if (outcome.updated) return "";
-  const std::string reason = absl::StrCat("gradient norm is not finite: ", outcome.grad_norm);
-  if (ops_.Info().compute_dtype != DType::kF16) return reason;
+  if (!f16) return reason;
+  if (lowered) {
+    return absl::StrCat(reason, "; at most a quarter of gradient scale ", scale, " is next");
+  }
   return absl::StrCat(reason,
-                      lowered ? absl::StrCat("; a quarter of gradient scale ", scale, " is next")
-                              : "; not for the gradient scale, which is 1: activations may exceed "
-                                "f16, use --compute_dtype=bf16");
+                      "; gradients are not scaled, divide weights or denominator if coefficients "
+                      "exceed 64, or use --compute_dtype=bf16");
 }
 
 absl::Status PolicyTrainer::EnsureGradients() {
@@ -252,6 +278,7 @@ absl::Status PolicyTrainer::EnsureOptimizer() {
 
 absl::Status PolicyTrainer::DropGradients() {
   pending_gradients_ = gradients_written_ = false;  // the next pass writes over them
+  finite_loss_ = true;
   scale_.Forget();
   return absl::OkStatus();
 }

@@ -111,7 +111,8 @@ struct ForwardBackwardResult {
   // approx_kl (old - l), advantage_mean, ratio_{mean,min,max}, clip_{low,high,dual} (fractions),
   // importance_mean, logprob_gap_{mean,max}; reward_mean; passes, micro_batches, recompute (of the
   // layer with least: 0 nothing, 1 elementwise, 2 gate and up too, 3 all of it; a prompt of which
-  // only its state was kept is not counted), activation_bytes, gradient_scale (gradient_scale.h).
+  // only its state was kept is not counted), activation_bytes, gradient_scale (gradient_scale.h;
+  // absent where all coefficients are zero).
   // Absent where nothing supplies them.
   std::map<std::string, double> metrics;
   TokenStats tokens;

@@ -62,6 +62,7 @@ class Trainer {
   // Forgets pending gradients; the device's errors.
   virtual absl::Status DropGradients() = 0;
   // Log-probs of every response token, same code path as ForwardBackward's forward.
+  // FAILED_PRECONDITION with group and sample if one is not finite.
   virtual absl::StatusOr<std::vector<SampleResult>> Score(const std::vector<TrainGroup>& groups,
                                                           float temperature) = 0;
 

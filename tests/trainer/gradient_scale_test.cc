@@ -6,6 +6,7 @@
 #include <cmath>
 #include <filesystem>
 #include <limits>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "tests/trainer/trainer_fixture.h"
@@ -66,6 +67,27 @@ TEST(GradientScaleTest, FollowsWhatHappened) {
   EXPECT_EQ(Fixed(scale, 1), 64) << "no more than asked for";
 }
 
+TEST(GradientScaleTest, LearnsNothingWhileOff) {
+  const GradientScale::History history{.exponent = -6, .finite_norms = 7};
+  GradientScale off(false);
+  off.set_history(history);
+  for (int i = 0; i < 250; ++i) EXPECT_TRUE(off.Learn(true));
+  EXPECT_EQ(off.history(), history);
+  EXPECT_FALSE(off.Learn(false));
+  EXPECT_EQ(off.history(), history);
+}
+
+TEST(GradientScaleTest, ZerosChooseNone) {
+  GradientScale scale(true), off(false);
+  EXPECT_TRUE(off.chosen());
+  scale.Fix(0);
+  EXPECT_FALSE(scale.chosen());
+  scale.Fix(1);
+  EXPECT_TRUE(scale.chosen());
+  scale.Forget();
+  EXPECT_FALSE(scale.chosen());
+}
+
 ModelConfig ConfigOf(uint64_t seed) {
   const auto architecture = static_cast<Architecture>(seed % 3);
   return TinyConfig(architecture, architecture == Architecture::kQwen2);
@@ -85,7 +107,10 @@ TEST(GradientScaleTest, ScaledUpdatesHaveTheBitsOfUnscaledOnes) {
         const auto got = scaled.trainer().ForwardBackward(request).value();
         EXPECT_EQ(got.loss, want.loss);
         EXPECT_EQ(want.metrics.at("gradient_scale"), 1);
-        EXPECT_EQ(got.metrics.at("gradient_scale"), scaled.trainer().gradient_scale());
+        const auto used = got.metrics.find("gradient_scale");
+        if (used != got.metrics.end()) {
+          EXPECT_EQ(used->second, scaled.trainer().gradient_scale());
+        }
       }
       const double scale = scaled.trainer().gradient_scale();
       num_scaled += scale > 1;  // but where every token is masked
@@ -129,14 +154,57 @@ TEST(GradientScaleTest, ACheckpointHoldsWhatStepsHaveTaught) {
   const ForwardBackwardRequest request = RandomRequest(random, policy.config().vocab);
   ASSERT_TRUE(policy.trainer().ForwardBackward(request).ok());
   policy.DropGradients();  // by a norm that is not finite
+  const auto scale_of_step = [&](TinyPolicy& p) {
+    const double scale = p.trainer().ForwardBackward(request).value().metrics.at("gradient_scale");
+    EXPECT_FALSE(p.trainer().OptimStep({}).value().skipped);
+    return scale;
+  };
+  double scale = 0;
+  for (int i = 0; i < 60; ++i) scale = scale_of_step(policy);
   ASSERT_TRUE(policy.trainer().SaveCheckpoint(path).ok());
   TinyPolicy resumed(ConfigOf(0), 2, {.scale_gradients = true});
   ASSERT_TRUE(resumed.trainer().LoadCheckpoint(path).ok());
-  ASSERT_TRUE(policy.trainer().ForwardBackward(request).ok());
-  ASSERT_TRUE(resumed.trainer().ForwardBackward(request).ok());
-  EXPECT_GT(policy.trainer().gradient_scale(), 1);
-  EXPECT_EQ(resumed.trainer().gradient_scale(), policy.trainer().gradient_scale());
+  for (int i = 60; i < 100; ++i) EXPECT_EQ(scale_of_step(resumed), scale) << i;
+  EXPECT_EQ(scale_of_step(resumed), 2 * scale) << "after 100 finite norms";
+  EXPECT_GT(scale, 1);
   std::filesystem::remove_all(path);
+}
+
+TEST(GradientScaleTest, IsNotReportedWithoutAdvantages) {
+  TinyPolicy policy(ConfigOf(0), 1, {.scale_gradients = true});
+  ForwardBackwardRequest request;
+  request.groups = {{.prompt = {1, 2, 3}, .samples = {{.tokens = {4, 5}, .advantages = {0}}}}};
+  const auto run = [&](float advantage) {
+    request.groups[0].samples[0].advantages = {advantage};
+    return policy.trainer().ForwardBackward(request).value().metrics;
+  };
+  EXPECT_EQ(run(0).count("gradient_scale"), 0u);
+  const double scale = run(1).at("gradient_scale");
+  EXPECT_GT(scale, 1);
+  EXPECT_EQ(run(0).at("gradient_scale"), scale) << "the step has one";
+}
+
+// What activations spoil, no scale would mend.
+TEST(GradientScaleTest, StaysWhereLogprobsAreNotFinite) {
+  TinyPolicy policy(ConfigOf(0), 1, {.scale_gradients = true});
+  ForwardBackwardRequest request;
+  request.groups = {{.prompt = {1, 2, 3}, .samples = {{.tokens = {4, 5}, .advantages = {1}}}}};
+  float& weight = policy.model().params.embedding.f32()[3 * policy.config().hidden];
+  const float before = std::exchange(weight, std::numeric_limits<float>::quiet_NaN());
+  const double scale =
+      policy.trainer().ForwardBackward(request).value().metrics.at("gradient_scale");
+  EXPECT_GT(scale, 4);
+  const OptimStepResult update = policy.trainer().OptimStep({}).value();
+  EXPECT_TRUE(update.skipped);
+  EXPECT_NE(update.skip_reason.find("log-probs are not finite"), std::string::npos)
+      << update.skip_reason;
+  weight = before;
+  const auto scale_of_next = [&] {
+    return policy.trainer().ForwardBackward(request).value().metrics.at("gradient_scale");
+  };
+  EXPECT_EQ(scale_of_next(), scale);
+  policy.DropGradients();  // by a norm that is not finite, of a loss that is
+  EXPECT_EQ(scale_of_next(), scale / 4);
 }
 
 TEST(GradientScaleTest, ASkippedUpdateLowersTheNextScale) {
