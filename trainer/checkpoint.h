@@ -51,7 +51,8 @@ class CheckpointReader {
   const GradientScale::History& scale() const { return scale_; }
   bool has_optimizer() const { return optimizer_ != nullptr; }
   // `optimizer` (null if there is none) gets what 16-bit weights leave of their masters.
-  // INVALID_ARGUMENT, before anything is written, if a weight is larger than its type can say.
+  // INVALID_ARGUMENT, before anything is written, if a weight is larger than its type can say: in
+  // f16 all weights are read twice.
   absl::Status ReadWeights(const Parameters& params, const Optimizer* optimizer,
                            ops::Ops& ops) const;
   // REQUIRES: has_optimizer().

@@ -1,7 +1,7 @@
-// GradientArena: gradients of all parameters. The matrices of layers, nine tenths of a model and
-// what every row adds to at once, are f32, or bf16 to halve their memory and traffic: each tree
-// that runs then rounds its sum once more, a relative 2^-9 of what is there. Norms, biases,
-// embedding and head are f32 always: small, or summed in many pieces.
+// GradientArena: gradients of all parameters, times S of gradient_scale.h. The matrices of layers,
+// nine tenths of a model and what every row adds to at once, are f32, or bf16 to halve their memory
+// and traffic: each tree that runs then rounds its sum once more, a relative 2^-9 of what is there.
+// Norms, biases, embedding and head are f32 always: small, or summed in many pieces.
 //
 // Owner and thread: the trainer on the engine thread.
 #pragma once

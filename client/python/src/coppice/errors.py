@@ -38,7 +38,8 @@ class InvalidArgumentError(CoppiceError):
 
 
 class FailedPreconditionError(CoppiceError):
-    """The daemon's state does not allow it: stale policy version, no gradients, no tokenizer."""
+    """The daemon's state does not allow it: stale policy version, no gradients, no tokenizer, or
+    the model's numbers leave their type (the same call fails again)."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
 
