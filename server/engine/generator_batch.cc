@@ -2,7 +2,9 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/escaping.h"
 #include "kernels/base/check.h"
+#include "kernels/base/log.h"
 #include "kernels/base/status_macros.h"
 #include "server/engine/batch_builder.h"
 #include "server/engine/generator.h"
@@ -10,10 +12,13 @@
 namespace coppice {
 namespace {
 
-absl::Status NothingToDraw() {
-  return absl::FailedPreconditionError(
+// Ends it at the next turn, and says so once: nobody else can tell it from a client's abort.
+void FailForNothingToDraw(Group& group) {
+  group.failure = absl::FailedPreconditionError(
       "generate: want finite logits, got NaN or infinity; the weights are damaged, or this prompt "
       "leaves the range of --compute_dtype=f16");
+  LOG(WARNING) << "request_without_numbers request=\"" << absl::CHexEscape(group.request.request_id)
+               << "\" prompt_tokens=" << group.request.prompt.size();
 }
 
 }  // namespace
@@ -156,7 +161,7 @@ absl::Status Generator::Publish(const Batch& batch, const std::vector<DrawnToken
   for (size_t i = 0; i < drawn.size(); ++i) {
     if (batch.drawers[i].group == nullptr) continue;
     Group& group = *batch.drawers[i].group;
-    if (drawn[i].token < 0) group.failure = NothingToDraw();
+    if (drawn[i].token < 0 && group.failure.ok()) FailForNothingToDraw(group);
     if (group.failure.ok()) {
       Append(group, batch.drawers[i].sample, drawn[i]);
     } else {  // a row may be queued behind the token that did not come

@@ -109,8 +109,10 @@ Metrics::Metrics()
           AddCounter(*registry_, "coppice_generation_tokens_total", "Tokens sampled.")),
       samples_finished(AddByReason(*registry_, "coppice_samples_finished_total",
                                    "Samples finished, by reason.", kFinishReasonLabels)),
-      requests_aborted(AddCounter(*registry_, "coppice_requests_aborted_total",
-                                  "Requests that were cancelled, aborted or ran out of time.")),
+      requests_aborted(
+          AddCounter(*registry_, "coppice_requests_aborted_total",
+                     "Requests that were cancelled, aborted, ran out of time or had no numbers "
+                     "to draw from.")),
       requests_rejected(AddCounter(*registry_, "coppice_requests_rejected_total",
                                    "Requests refused because the queue was full.")),
       preemptions(AddCounter(*registry_, "coppice_preemptions_total",
@@ -132,8 +134,8 @@ Metrics::Metrics()
       train_tokens_flat(AddCounter(*registry_, "coppice_train_tokens_flat_total",
                                    "Tokens that training without sharing would have run.")),
       gradient_scale(AddGauge(*registry_, "coppice_gradient_scale",
-                              "Power of two that the last gradients were scaled by; 1 where the "
-                              "device does not compute in f16.")),
+                              "Power of two that the last gradients other than zero were scaled "
+                              "by; 1 where the device does not compute in f16.")),
       train_prompt_tokens_reused(
           AddCounter(*registry_, "coppice_train_prompt_tokens_reused_total",
                      "Prompt tokens of training whose forward pass was generation's.")),

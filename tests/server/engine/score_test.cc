@@ -78,6 +78,29 @@ TEST(ScoreTest, ReadsNothingOfAnotherTenantOrPolicy) {
   EXPECT_EQ(CachedSoFar(test), 0);
 }
 
+TEST(ScoreTest, LogprobsThatAreNoNumbersEndTheirRequestAlone) {
+  constexpr int32_t kSpoilt = 200;
+  TrainGroup spoilt = GroupOf(RandomPrompt(20, 5), 3, 9, 100), sound = spoilt;
+  for (TrainGroup* group : {&spoilt, &sound}) {
+    for (int32_t& token : group->prompt) token %= kSpoilt;
+    for (TrainSample& s : group->samples) {
+      for (int32_t& token : s.tokens) token %= kSpoilt;
+    }
+  }
+  EngineUnderTest test;
+  const std::vector<SampleResult> want = Score(test, sound);
+  test.SpoilToken(kSpoilt);
+  spoilt.samples[1].tokens[3] = kSpoilt;
+  Answer<std::pair<std::vector<SampleResult>, PolicyVersion>> answer;
+  test.engine().Score({spoilt}, 1, "", answer.reply());
+  test.RunAll();
+  const absl::Status status = answer.get().status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
+  EXPECT_NE(status.message().find("group 0 sample 1"), std::string::npos) << status;
+  ExpectNear(Score(test, sound), want);
+  test.ExpectNothingLeaked();
+}
+
 // What is not computed yet is run, not waited for.
 TEST(ScoreTest, ReadsOnlyWhatIsComputed) {
   EngineOptions options;
