@@ -46,6 +46,8 @@ TEST(PressureTest, ARequestWithNothingToDrawEndsAlone) {
   std::vector<std::shared_ptr<RecordingSink>> want, got;
   for (const uint64_t seed : {1, 2, 3}) want.push_back(alone.Generate(request(seed, -100)));
 
+  SetMinLogSeverity(LogSeverity::kWarning);
+  testing::internal::CaptureStderr();
   test.SpoilToken(kSpoilt);
   got.push_back(test.Submit(request(1, -100)));
   GenerateRequest unreadable = request(4, -100);
@@ -56,6 +58,14 @@ TEST(PressureTest, ARequestWithNothingToDrawEndsAlone) {
   const auto on_its_way = test.Submit(request(5, 100));
   got.push_back(test.Submit(request(3, -100)));
   test.RunAll();
+  const std::string log = testing::internal::GetCapturedStderr();
+  SetMinLogSeverity(LogSeverity::kError);
+  const std::string line = "request_without_numbers request=\"\" prompt_tokens=20";
+  const size_t first = log.find(line);
+  ASSERT_NE(first, std::string::npos) << log;
+  const size_t second = log.find(line, first + 1);
+  ASSERT_NE(second, std::string::npos) << "a line for each request: " << log;
+  EXPECT_EQ(log.find(line, second + 1), std::string::npos) << "not one for each sample: " << log;
   for (const auto& sink : {at_once, on_its_way}) {
     EXPECT_TRUE(sink->done);
     EXPECT_EQ(sink->status.code(), absl::StatusCode::kFailedPrecondition) << sink->status;
