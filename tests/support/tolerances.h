@@ -72,9 +72,8 @@ inline constexpr double kSumsInAttention = 1e-6;
 inline constexpr double kDeviceLogProb = 1e-2;
 // The same in f16: an eighth of what bf16 measured, emulated at 1.1e-3, and what other sums add.
 inline constexpr double kF16LogProb = 2e-3;
-// Two candidates whose log-probs may each be off by that.
+// Two candidates whose log-probs may each be off by kDeviceLogProb, whatever the type.
 inline constexpr double kNearTie = 2e-2;
-inline constexpr double kF16NearTie = 4e-3;
 // Entropy of a softmax over logits of deviation 1, against log(vocab): less by 1/2 on average, i.e.
 // by an eighth for a vocabulary of 64.
 inline constexpr double kRandomEntropy = 0.2;
