@@ -67,9 +67,10 @@ export -f has_hazard
 
 # tool test type part parts shard shards: one line of verdict, seconds, what ran, the tool's summary.
 run() {
-  local tool=$1 log begin=$SECONDS verdict=clean status
-  local name="$1 $2 $3 part $4 of $5$([ "$7" -eq 1 ] || echo " shard $6 of $7")"
-  local command=("$BIN/$2_test" "--gtest_filter=$([ "$3" = f16 ] && echo '*/2:*Masters*/1' || echo '*/1:*Masters*/0-*Masters*/1')") options=(--error-exitcode 3)
+  local tool=$1 name="$1 $2 $3 part $4 of $5" log begin=$SECONDS verdict=clean status filter='*/1:*Masters*/0-*Masters*/1'
+  [ "$7" -eq 1 ] || name+=" shard $6 of $7"
+  [ "$3" = f16 ] && filter='*/2:*Masters*/1'
+  local command=("$BIN/$2_test" "--gtest_filter=$filter") options=(--error-exitcode 3)
   [ "$2" = tree_attention ] && command=("$BIN/$2_test" tiny "$3" "part=$4/$5")
   [ "$tool" = memcheck ] && options+=(--report-api-errors no)
   [ "$tool" = racecheck ] && options=(--print-limit 0)
