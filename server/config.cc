@@ -70,7 +70,8 @@ const std::vector<Flag>& Flags() {
        .field = &Config::compute_dtype,
        .help = "Of weights, activations and KV blocks on cuda; cpu computes in f32 whatever this "
                "says. f16 rounds eight times finer but ends at 65504: a weight beyond is "
-               "refused, an activation beyond ends its request, gradients are scaled. Not with "
+               "refused, an activation beyond ends its request and perhaps others of its batch, "
+               "gradients are scaled. Not with "
                "--gradient_dtype=bf16.",
        .choices = {"bf16", "f16"}},
       {"Network", "host", &Config::host,

@@ -83,7 +83,11 @@ absl::StatusOr<bool> Generator::EndGivenUp() {
   RETURN_IF_ERROR(Land());
   for (Group* group : GivenUp(now)) {
     metrics_.requests_aborted.Increment();
+    const bool spoilt = !group->failure.ok();
+    const std::string tenant_salt = group->request.tenant_salt;
     EndWithStatus(*group, *ReasonToGiveUp(*group, now));
+    // Who meets its keys or values, or on a GPU shared a tile of them, would end like it.
+    if (spoilt) kv_->cache().Flush(&kv_->NamespaceOf(tenant_salt));
   }
   return true;
 }

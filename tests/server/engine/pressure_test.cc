@@ -80,6 +80,24 @@ TEST(PressureTest, ARequestWithNothingToDrawEndsAlone) {
   EXPECT_EQ(test.Generate(request(2, -100))->tokens, want[1]->tokens);
 }
 
+// What it has computed would end whoever finds it in the cache.
+TEST(PressureTest, ARequestWithNothingToDrawLeavesNothingInTheCache) {
+  constexpr int32_t kSpoilt = 200;
+  EngineUnderTest test;
+  test.SpoilToken(kSpoilt);
+  GenerateRequest request = Request(RandomPrompt(40, 1), 4);
+  for (int32_t& token : request.prompt) token %= kSpoilt;
+  request.sampling.logit_bias = {{kSpoilt, -100}};
+  EXPECT_TRUE(test.Generate(request)->status.ok());
+  EXPECT_GT(test.Status().cache.cached_only_blocks, 0);
+
+  SetMinLogSeverity(LogSeverity::kError);
+  request.prompt.back() = kSpoilt;
+  EXPECT_EQ(test.Generate(request)->status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(test.Status().cache.cached_only_blocks, 0);
+  test.ExpectNothingLeaked();
+}
+
 // One sample needs the whole pool.
 TEST(PressureTest, ARequestThatJustFitsRuns) {
   EngineOptions options;
