@@ -201,6 +201,8 @@ absl::Status PlanPasses(const RequestPlan& plan, const std::vector<GroupRange>& 
     absl::StatusOr<PlannedPass> pass = CutGroup(plan, group, limits);
     if (!pass.ok() && group.rows <= limits.max_rows) {
       pass = PlannedPass{.batches = {SamplesOf({group})}};
+    } else if (!pass.ok()) {
+      pass = CutGroup(plan, group, WithoutWishes(limits));
     }
     RETURN_IF_ERROR(pass.status());
     passes.push_back(*std::move(pass));

@@ -309,6 +309,18 @@ TEST(BranchTest, CutsBesideALongPromptOfAnotherPass) {
   EXPECT_LE(metrics.at("recompute"), 1);
 }
 
+// That one does not fit a pass, and its responses are longer than the other's parts.
+TEST(BranchTest, CutsBesideAGroupOfLongResponses) {
+  ForwardBackwardRequest request;
+  request.groups = {LargeGroup(3, 100), {.prompt = {7}}};
+  request.groups[1].samples = {{.tokens = std::vector<int32_t>(600, 4), .advantages = {1}},
+                               {.tokens = std::vector<int32_t>(600, 5), .advantages = {-1}}};
+  const auto metrics = RunWithinLess(request, 1000);
+  EXPECT_EQ(metrics.at("passes"), 2);
+  EXPECT_GT(metrics.at("micro_batches"), 3);
+  EXPECT_LE(metrics.at("recompute"), 1);
+}
+
 // Its response is longer than the parts that the other group is cut into.
 TEST(BranchTest, UsesAKeptPromptBesideAGroupThatIsCut) {
   ModelConfig config = LongConfig(Architecture::kQwen3, true);
