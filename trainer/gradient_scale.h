@@ -8,7 +8,8 @@
 // k in [0, 24]: 64 leaves a factor of 1,000 to the largest f16 for what layers add. The first
 // request of a step fixes S, since gradients of all its requests are added up; a later one with
 // larger coefficients has less room. e <= 0 follows what happened: 2 less after a norm that is not
-// finite, 1 more after 100 that are.
+// finite though the loss is, 1 more after 100 that are. (Rows that no wanted token sees may exceed
+// f16 and leave the loss finite: that, too, lowers it.)
 //
 // Pure arithmetic. Owner and thread: the trainer on the engine thread.
 #pragma once

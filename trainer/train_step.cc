@@ -257,7 +257,7 @@ std::string PolicyTrainer::LearnFrom(const Optimizer::Outcome& outcome) {
   if (outcome.updated) return "";
   if (!f16) return reason;
   if (lowered) {
-    return absl::StrCat(reason, "; at most a quarter of gradient scale ", scale, " is next");
+    return absl::StrCat(reason, "; gradient scale ", scale, " is lowered by up to 4");
   }
   return absl::StrCat(reason,
                       "; gradients are not scaled, divide weights or denominator if coefficients "

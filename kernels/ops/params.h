@@ -240,7 +240,7 @@ struct LogProbHeadBackwardParams {
   TensorView d_hidden;    // [head_rows, hidden] f
   TensorView d_weight;    // [vocab, hidden] f32, += or =
   bool accumulate_d_weight = true;
-  TensorView kept;  // as lent to forward, for the same rows; overwritten
+  TensorView kept;  // as lent to forward, for the same rows
 };
 
 // What decides one sampled token. Filters apply in the order logit_bias, temperature, top_k, top_p,
