@@ -58,6 +58,24 @@ struct HeadProblem {
                             .lse = lse.view(),
                             .kept = lent()});
   }
+  // Without `d_entropy`, of log-probs alone.
+  absl::Status Backward(ops::Ops& ops, float temperature, TensorView d_logprobs,
+                        TensorView d_entropy, TensorView d_hidden, TensorView d_weight,
+                        bool accumulate) {
+    return ops.LogProbHeadBackward({.hidden = hidden.view(),
+                                    .weight = weight.view(),
+                                    .target_indptr = Ints(indptr),
+                                    .targets = Ints(targets),
+                                    .temperature = temperature,
+                                    .lse = lse.view(),
+                                    .entropy = entropy.view(),
+                                    .d_logprobs = d_logprobs,
+                                    .d_entropy = d_entropy,
+                                    .d_hidden = d_hidden,
+                                    .d_weight = d_weight,
+                                    .accumulate_d_weight = accumulate,
+                                    .kept = lent()});
+  }
   // Lends both passes as much as a device can use that keeps 16 bits of each logit of some rows.
   void Lend(int64_t some) { kept.assign(some * (2 * (vocab + 8) + 4 * (vocab / 256 + 1)), 0); }
   TensorView lent() {
@@ -170,19 +188,10 @@ TEST_P(LogProbHeadTest, BackwardMatchesFiniteDifferences) {
         GuardedTensor d_hidden({s.rows, s.n}, 2), d_weight({s.vocab, s.n}, 3);
         for (GuardedTensor* t : {&d_logprobs, &d_entropy, &d_weight}) t->FillNormal(random);
         const Vector before = d_weight.ToDouble();
-        ASSERT_TRUE(
-            ops_->LogProbHeadBackward({.hidden = p.hidden.view(),
-                                       .weight = p.weight.view(),
-                                       .target_indptr = Ints(p.indptr),
-                                       .targets = Ints(p.targets),
-                                       .temperature = temperature,
-                                       .lse = p.lse.view(),
-                                       .entropy = p.entropy.view(),
-                                       .d_logprobs = d_logprobs.view(),
-                                       .d_entropy = with_entropy ? d_entropy.view() : TensorView{},
-                                       .d_hidden = d_hidden.view(),
-                                       .d_weight = d_weight.view()})
-                .ok());
+        ASSERT_TRUE(p.Backward(*ops_, temperature, d_logprobs.view(),
+                               with_entropy ? d_entropy.view() : TensorView{}, d_hidden.view(),
+                               d_weight.view(), /*accumulate=*/true)
+                        .ok());
         const auto loss = [&](const Vector& h, const Vector& w) {
           const reference::HeadResult r = p.Reference(h, w, temperature);
           return reference::Dot(r.logprobs, d_logprobs.ToDouble()) +
@@ -231,21 +240,9 @@ void ExpectBackwardMatches(HeadProblem& p, ops::Ops& ops, double tolerance,
     }
   }
   for (const bool accumulate : {true, false}) {
-    ASSERT_TRUE(ops.LogProbHeadBackward({.hidden = p.hidden.view(),
-                                         .weight = p.weight.view(),
-                                         .target_indptr = Ints(p.indptr),
-                                         .targets = Ints(p.targets),
-                                         .temperature = 1,
-                                         .lse = p.lse.view(),
-                                         .entropy = p.entropy.view(),
-                                         .d_logprobs = d_logprobs.view(),
-                                         .d_entropy = d_entropy.view(),
-                                         .d_hidden = d_hidden.view(),
-                                         .d_weight = d_weight.view(),
-                                         .accumulate_d_weight = accumulate,
-                                         .kept = p.lent()})
+    ASSERT_TRUE(p.Backward(ops, 1, d_logprobs.view(), d_entropy.view(), d_hidden.view(),
+                           d_weight.view(), accumulate)
                     .ok());
-    ASSERT_TRUE(p.Forward(ops, 1).ok());  // what it kept is used up
     EXPECT_LT(RelativeError(d_hidden, want_hidden), tolerance);
     EXPECT_LT(RelativeError(d_weight, want_weight), tolerance);
   }
@@ -313,19 +310,8 @@ TEST_P(LogProbHeadTest, WhatIsLentIsUsedAndChangesNoBit) {
   std::vector<std::vector<float>> first;
   GuardedTensor d_hidden({p.rows, p.n}), d_weight({p.vocab, p.n});
   const auto backward = [&] {
-    return ops_->LogProbHeadBackward({.hidden = p.hidden.view(),
-                                      .weight = p.weight.view(),
-                                      .target_indptr = Ints(p.indptr),
-                                      .targets = Ints(p.targets),
-                                      .temperature = 0.7f,
-                                      .lse = p.lse.view(),
-                                      .entropy = p.entropy.view(),
-                                      .d_logprobs = d_logprobs.view(),
-                                      .d_entropy = d_entropy.view(),
-                                      .d_hidden = d_hidden.view(),
-                                      .d_weight = d_weight.view(),
-                                      .accumulate_d_weight = false,
-                                      .kept = p.lent()});
+    return p.Backward(*ops_, 0.7f, d_logprobs.view(), d_entropy.view(), d_hidden.view(),
+                      d_weight.view(), /*accumulate=*/false);
   };
   // None, less than a tile of rows, one of two, all.
   for (const int64_t lent : {0, 200, 280, 300}) {
