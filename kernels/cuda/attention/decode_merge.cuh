@@ -16,15 +16,20 @@ struct BlockMerges {
   int parts[kCount][kParts];
 };
 
+// What a block works on: one of the slots of a KV head.
+struct DecodePlace {
+  int slot, slots, kv_head;
+};
+
 // Rows and query heads that a block merges: of its KV head, one after every so many. REQUIRES: no
 // more than BlockMerges::kCount.
 struct MergeShare {
-  int blocks, units;
+  int slot, slots, units;
 
   template <typename E>
-  __device__ explicit MergeShare(const ChunkParameters<E>& p)
-      : blocks(gridDim.x), units(p.schedule.num_merges * p.group_size) {}
-  __device__ __forceinline__ int Unit(int i) const { return i * blocks + blockIdx.x; }
+  __device__ MergeShare(const ChunkParameters<E>& p, const DecodePlace& at)
+      : slot(at.slot), slots(at.slots), units(p.schedule.num_merges * p.group_size) {}
+  __device__ __forceinline__ int Unit(int i) const { return i * slots + slot; }
   __device__ __forceinline__ bool Has(int i) const { return Unit(i) < units; }
 };
 
@@ -35,14 +40,15 @@ __device__ __forceinline__ int PartAt(const ChunkParameters<E>& p, int i, int he
 
 // One warp. The schedule alone is read.
 template <typename E>
-__device__ __forceinline__ void LookUp(const ChunkParameters<E>& p, BlockMerges& merges) {
-  const MergeShare share(p);
+__device__ __forceinline__ void LookUp(const ChunkParameters<E>& p, const DecodePlace& at,
+                                       BlockMerges& merges) {
+  const MergeShare share(p, at);
   const int lane = threadIdx.x % 32;
   int2 row = {}, ends = {};
   if (lane < BlockMerges::kCount && share.Has(lane)) {
     const int unit = share.Unit(lane);
     const MergeWork work = p.schedule.merges[unit / p.group_size];
-    row = {work.row, static_cast<int>(blockIdx.y) * p.group_size + unit % p.group_size};
+    row = {work.row, at.kv_head * p.group_size + unit % p.group_size};
     ends = {work.parts_begin, work.parts_end};
     merges.rows[lane] = row, merges.ends[lane] = ends;
   }
@@ -165,11 +171,12 @@ __device__ __forceinline__ void MergeRow(const ChunkParameters<E>& p, const Bloc
 // latency.
 template <int D, typename E>
 __device__ __forceinline__ void MergeWithAllBlocks(const ChunkParameters<E>& p,
+                                                   const DecodePlace& at,
                                                    const BlockMerges& merges) {
-  const MergeShare share(p);
+  const MergeShare share(p, at);
   WaitForPredecessor();
   __syncthreads();
-  if (threadIdx.x == 0) AwaitBlocks(p.schedule.arrivals + blockIdx.y * kArrivalWords, share.blocks);
+  if (threadIdx.x == 0) AwaitBlocks(p.schedule.arrivals + at.kv_head * kArrivalWords, share.slots);
   __syncthreads();
   const int warps = blockDim.x / 32;
   for (int i = threadIdx.x / 32; share.Has(i); i += warps) MergeRow<D>(p, merges, i);
