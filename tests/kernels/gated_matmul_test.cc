@@ -24,13 +24,15 @@ struct Shape {
 // Few rows and many; less than a tile of columns, ragged ends, several tiles; sums of less than a
 // step and of several.
 std::vector<Shape> Shapes() {
-  return Share<Shape>({{1, 8, 8},
-                       {130, 72, 40},
-                       {1024, 8, 64},
-                       {1025, 136, 72},
-                       {1100, 264, 8},
-                       {1283, 40, 200},
-                       {3100, 16, 24}});
+  return Share(Scaled<std::vector<Shape>>(
+      {{1, 8, 8},
+       {130, 72, 40},
+       {1024, 8, 64},
+       {1025, 136, 72},
+       {1100, 264, 8},
+       {1283, 40, 200},
+       {3100, 16, 24}},
+      {{1, 8, 8}, {1024, 8, 64}, {1025, 136, 72}, {1100, 264, 8}, {1283, 40, 200}}));
 }
 
 Vector SwiGluGradient(const Vector& gate_up, const Vector& d, int64_t rows, int64_t ffn) {

@@ -17,6 +17,8 @@ namespace {
 
 using reference::Vector;
 
+using Counts = std::vector<int64_t>;
+
 TensorView Ints(std::vector<int32_t>& v) {
   return View1D(v.data(), DType::kI32, static_cast<int64_t>(v.size()));
 }
@@ -98,8 +100,8 @@ INSTANTIATE_TEST_SUITE_P(Devices, LogProbHeadTest, testing::ValuesIn(kDevices));
 
 TEST_P(LogProbHeadTest, ForwardMatchesReferenceAroundTileSizes) {
   std::mt19937_64 random(1);
-  for (const int64_t rows : Share<int64_t>({0, 1, 5, 255, 256, 257})) {
-    for (const int64_t vocab : {1, 50, 4095, 4096, 4097}) {
+  for (const int64_t rows : Share(Scaled<Counts>({0, 1, 5, 255, 256, 257}, {0, 5, 257}))) {
+    for (const int64_t vocab : Scaled<Counts>({1, 50, 4095, 4096, 4097}, {1, 4097})) {
       if (rows > 100 && vocab > 100 && vocab != 4097) continue;
       SCOPED_TRACE(testing::Message() << rows << " rows, vocab " << vocab);
       HeadProblem p(rows, 5, vocab, random);
@@ -123,17 +125,19 @@ TEST_P(LogProbHeadTest, ForwardMatchesReferenceAtWholePieces) {
     int64_t rows, n, vocab;
   };
   std::mt19937_64 random(6);
-  for (const Size& s : Share<Size>({{1, 8, 1},
-                                    {1, 64, 255},
-                                    {127, 72, 256},
-                                    {128, 128, 257},
-                                    {129, 8, 600},
-                                    {256, 56, 511},
-                                    {257, 16, 512},
-                                    {3, 456, 700},
-                                    {300, 72, 9000},
-                                    {3200, 8, 300},
-                                    {33000, 8, 12}})) {
+  for (const Size& s : Share(Scaled<std::vector<Size>>(
+           {{1, 8, 1},
+            {1, 64, 255},
+            {127, 72, 256},
+            {128, 128, 257},
+            {129, 8, 600},
+            {256, 56, 511},
+            {257, 16, 512},
+            {3, 456, 700},
+            {300, 72, 9000},
+            {3200, 8, 300},
+            {33000, 8, 12}},
+           {{1, 8, 1}, {129, 8, 600}, {257, 16, 512}, {3, 456, 700}, {300, 72, 9000}}))) {
     SCOPED_TRACE(testing::Message() << s.rows << " rows of " << s.n << ", vocab " << s.vocab);
     HeadProblem p(s.rows, s.n, s.vocab, random);
     const absl::Status status = p.Forward(*ops_, 1.3f);
@@ -252,7 +256,8 @@ TEST_P(LogProbHeadTest, BackwardMatchesReferenceOverSeveralTiles) {
   std::mt19937_64 random(4);
   HeadProblem narrow(300, 3, 4500, random), pieces(300, 72, 1100, random),
       chunks(8300, 8, 40, random), odd_vocab(130, 136, 513, random);
-  for (HeadProblem* p : Share<HeadProblem*>({&narrow, &pieces, &chunks, &odd_vocab})) {
+  for (HeadProblem* p : Share(Scaled<std::vector<HeadProblem*>>(
+           {&narrow, &pieces, &chunks, &odd_vocab}, {&narrow, &pieces, &odd_vocab}))) {
     SCOPED_TRACE(testing::Message() << p->rows << " rows of " << p->n << ", vocab " << p->vocab);
     ExpectBackwardMatches(*p, *ops_, backward_tolerance(), random);
   }
@@ -263,15 +268,17 @@ TEST_P(LogProbHeadTest, BackwardMatchesReferenceWithWhatForwardKept) {
   struct Size {
     int64_t rows, lent, n, vocab;
   };
-  for (const auto& [rows, lent, n, vocab] : Share<Size>({{1, 1, 8, 2},
-                                                         {5, 5, 8, 40},
-                                                         {130, 130, 136, 513},
-                                                         {257, 257, 72, 1100},
-                                                         {300, 300, 3, 300},
-                                                         {600, 400, 72, 300},
-                                                         {8600, 300, 8, 12},
-                                                         {33000, 33000, 8, 12},
-                                                         {33400, 27246, 8, 12}})) {
+  for (const auto& [rows, lent, n, vocab] : Share(Scaled<std::vector<Size>>(
+           {{1, 1, 8, 2},
+            {5, 5, 8, 40},
+            {130, 130, 136, 513},
+            {257, 257, 72, 1100},
+            {300, 300, 3, 300},
+            {600, 400, 72, 300},
+            {8600, 300, 8, 12},
+            {33000, 33000, 8, 12},
+            {33400, 27246, 8, 12}},
+           {{5, 5, 8, 40}, {130, 130, 136, 513}, {300, 300, 3, 300}, {600, 400, 72, 300}}))) {
     SCOPED_TRACE(testing::Message()
                  << lent << " of " << rows << " rows of " << n << ", vocab " << vocab);
     HeadProblem p(rows, n, vocab, random);

@@ -90,7 +90,7 @@ TEST_P(MatMulDeviceTest, SumsWeightGradientsInBf16UnlessItComputesInF16) {
 
 TEST_P(MatMulDeviceTest, MatchesReferenceForEveryTransposeAndExtra) {
   std::mt19937_64 random(1);
-  for (const int64_t m : Share<int64_t>({0, 1, 2, 7, 33})) {
+  for (const int64_t m : Share(Scaled<std::vector<int64_t>>({0, 1, 2, 7, 33}, {0, 1, 33}))) {
     for (const auto& [n, k] : {std::pair{1, 1}, {5, 0}, {0, 5}, {17, 31}, {64, 64}, {130, 65}}) {
       for (const Extras& extras : kAllExtras) {
         if (on_cuda() && k == 0) continue;  // refused there: no product has it
@@ -109,7 +109,7 @@ TEST_P(MatMulDeviceTest, MatchesReferenceForFewRows) {
   std::mt19937_64 random(2);
   std::vector<int64_t> all_rows(40);
   std::iota(all_rows.begin(), all_rows.end(), 1);
-  for (const int64_t m : Share(all_rows)) {
+  for (const int64_t m : Share(Scaled(all_rows, {1, 8, 9, 16, 17, 40}))) {
     for (const auto& [n, k] : {std::pair{192, 576}, {77, 129}, {3, 1000}}) {
       ExpectMatMul(*ops_, random, m, n, k, false, true, kAllExtras[m % 6],
                    Tolerance(kAllExtras[m % 6]));

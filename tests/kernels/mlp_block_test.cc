@@ -19,6 +19,8 @@ namespace {
 
 using reference::Vector;
 
+using Counts = std::vector<int64_t>;
+
 constexpr float kEps = 1e-5f;
 
 struct Shape {
@@ -34,7 +36,14 @@ std::vector<Shape> Shapes() {
   }
   shapes.push_back({5, 320, 1096, 1000, 776});
   shapes.push_back({40, 448, 320, 1352, 264});
-  return Share(shapes);
+  return Share(Scaled(shapes, {{1, 136, 200, 72, 328},
+                               {8, 64, 64, 8, 64},
+                               {9, 136, 200, 72, 328},
+                               {17, 136, 200, 72, 328},
+                               {32, 64, 64, 8, 64},
+                               {33, 136, 200, 72, 328},
+                               {65, 64, 64, 8, 64},
+                               {5, 320, 1096, 1000, 776}}));
 }
 
 // One layer's tensors, filled at random.
@@ -136,7 +145,7 @@ TEST_P(MlpBlockTest, MatchesReference) {
 
 // Rows and norms so large that a 16-bit type may hold the normed rows, but not x * norm.
 TEST_P(MlpBlockTest, LargeRowsAreNormed) {
-  for (const int64_t rows : Share<int64_t>({1, 8, 16, 32, 64})) {
+  for (const int64_t rows : Share(Scaled<Counts>({1, 8, 16, 32, 64}, {1, 64}))) {
     SCOPED_TRACE(testing::Message() << rows << " rows");
     const Shape shape = {rows, 136, 200, 72, 328};
     Block block(shape, random_);
@@ -227,9 +236,10 @@ struct Heads {
 };
 
 TEST_P(MlpBlockTest, RotatesHeadsAndStoresKeysAndValues) {
-  for (const int64_t rows : Share<int64_t>({1, 8, 9, 31, 64, 65})) {
-    for (const auto& [q_heads, kv_heads, dim] :
-         {std::tuple{3, 2, 64}, {4, 2, 128}, {3, 1, 128}, {5, 5, 64}, {2, 2, 32}}) {
+  for (const int64_t rows : Share(Scaled<Counts>({1, 8, 9, 31, 64, 65}, {8, 9, 31, 65}))) {
+    for (const auto& [q_heads, kv_heads, dim] : Scaled<std::vector<std::tuple<int, int, int>>>(
+             {{3, 2, 64}, {4, 2, 128}, {3, 1, 128}, {5, 5, 64}, {2, 2, 32}},
+             {{3, 2, 64}, {3, 1, 128}, {2, 2, 32}})) {
       for (const auto& [norms, stores] : {std::pair{false, true}, {true, true}, {true, false}}) {
         SCOPED_TRACE(testing::Message() << rows << " rows, " << q_heads << "/" << kv_heads << " x "
                                         << dim << " norms " << norms << " stores " << stores);
@@ -250,7 +260,7 @@ TEST_P(MlpBlockTest, RotatesHeadsAndStoresKeysAndValues) {
 }
 
 TEST_P(MlpBlockTest, EqualInputsGiveEqualBits) {
-  for (const int64_t rows : Share<int64_t>({2, 12, 24, 64})) {
+  for (const int64_t rows : Share(Scaled<Counts>({2, 12, 24, 64}, {2, 12, 24}))) {
     SCOPED_TRACE(testing::Message() << rows << " rows");
     const Shape shape = {rows, 256, 384, 640, 512};
     Block block(shape, random_);

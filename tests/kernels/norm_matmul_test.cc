@@ -17,6 +17,8 @@ namespace {
 
 using reference::Vector;
 
+using Counts = std::vector<int64_t>;
+
 constexpr float kEps = 1e-5f;
 
 struct Shape {
@@ -33,7 +35,16 @@ std::vector<Shape> Shapes() {
   }
   shapes.push_back({3, 9000, 136});
   shapes.push_back({64, 9000, 136});
-  return Share(shapes);
+  return Share(Scaled(shapes, {{1, 2, 8},
+                               {4, 50, 2000},
+                               {8, 130, 72},
+                               {9, 130, 72},
+                               {16, 50, 2000},
+                               {17, 130, 72},
+                               {33, 2, 8},
+                               {33, 130, 72},
+                               {64, 50, 2000},
+                               {65, 130, 72}}));
 }
 
 class NormMatMulTest : public DeviceTest {
@@ -212,7 +223,8 @@ double RelativeError(DeviceTensor& got, const Vector& want) {
 TEST_P(NormMatMulTest, NormReadsF32Rows) {
   const auto ops = std::move(CreateTestOps(GetParam(), 2)).value();
   const DType f = ops->Info().compute_dtype;
-  for (const int64_t rows : Share<int64_t>({1, 4, 5, 8, 9, 16, 17, 32, 33, 64})) {
+  for (const int64_t rows :
+       Share(Scaled<Counts>({1, 4, 5, 8, 9, 16, 17, 32, 33, 64}, {1, 4, 5, 33}))) {
     for (const auto& [n, k] : {std::pair{2, 8}, {130, 72}, {192, 2560}}) {
       SCOPED_TRACE(testing::Message() << rows << " x " << n << " x " << k);
       GuardedTensor x({rows, k}), weight({1, k}), b({2 * n, k}), out({rows, 2 * n});
@@ -261,7 +273,7 @@ TEST_P(NormMatMulTest, ChainsOfProductsGiveEqualBitsAndLogitsInF32) {
   square.FillNormal(random_, 1 / std::sqrt(static_cast<float>(k)));
   head.FillNormal(random_);
   DeviceTensor w(*ops, square, f), weights(*ops, head, f);
-  for (const int64_t rows : Share<int64_t>({8, 16, 32, 64})) {
+  for (const int64_t rows : Share(Scaled<Counts>({8, 16, 32, 64}, {8, 64}))) {
     SCOPED_TRACE(testing::Message() << rows << " rows");
     GuardedTensor x({rows, k}), zeros({rows, n});
     x.FillNormal(random_);

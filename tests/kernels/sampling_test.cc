@@ -67,11 +67,21 @@ class SamplingTest : public DeviceTest {
     EXPECT_TRUE(r.ok()) << r.status();
     return r.ok() ? *r : Result{std::vector<int32_t>(rows.size())};
   }
-  // n draws that differ in their position only.
-  std::vector<int32_t> Draws(const std::vector<float>& logits, SamplingRow row, int n) {
-    std::vector<SamplingRow> rows(n, row);
-    for (int i = 0; i < n; ++i) rows[i].position = i;
-    return Sample(logits, Share(rows)).tokens;
+  // Draws by kind that differ in their position only: n of each kind, all in one batch.
+  std::vector<std::vector<int32_t>> Draws(const std::vector<float>& logits,
+                                          const std::vector<SamplingRow>& kinds, int n,
+                                          std::vector<std::pair<int32_t, float>> biases = {}) {
+    const auto each = static_cast<size_t>(Scaled(n, 3));
+    std::vector<SamplingRow> rows;
+    for (const SamplingRow& kind : kinds) {
+      rows.insert(rows.end(), each, kind);
+      for (size_t i = 0; i < each; ++i) rows[rows.size() - each + i].position = i;
+    }
+    const std::vector<int32_t> tokens = Sample(logits, rows, 0, std::move(biases)).tokens;
+    std::vector<std::vector<int32_t>> draws;
+    for (size_t i = 0; i < tokens.size(); i += each)
+      draws.emplace_back(tokens.begin() + i, tokens.begin() + i + each);
+    return draws;
   }
 };
 INSTANTIATE_TEST_SUITE_P(Devices, SamplingTest, testing::ValuesIn(kDevices));
@@ -100,8 +110,8 @@ double ChiSquareTail(double x, double k) {
   return 0.5 * std::erfc(z / std::sqrt(2.0));
 }
 
-// Tokens too rare to be counted alone are one cell. Of a few draws, as shares of them can be, only
-// what is impossible is checked.
+// Tokens too rare to be counted alone are one cell. At small scale only what is impossible is
+// checked.
 void ExpectDistribution(const std::vector<int32_t>& draws, const Vector& probability) {
   constexpr double kFew = 5;
   Vector count(probability.size());
@@ -123,7 +133,7 @@ void ExpectDistribution(const std::vector<int32_t>& draws, const Vector& probabi
     }
   }
   if (rare_expected > kFew) add_cell(rare, rare_expected);
-  if (ThisPart().count == 1) {
+  if (!SmallScale()) {
     EXPECT_GE(cells, 1) << "too few draws to check anything";
   }
   const double tail = cells > 1 ? ChiSquareTail(statistic, cells - 1) : 1.0;
@@ -152,7 +162,7 @@ Vector Filtered(Vector p, const SamplingRow& row) {
 
 TEST_P(SamplingTest, DrawsFollowTheDistribution) {
   const std::vector<float> logits = RandomLogits(1, 20, 1);
-  const SamplingRow rows[] = {
+  std::vector<SamplingRow> kinds = {
       {.temperature = 1},
       {.temperature = 0.7f},
       {.temperature = 1.5f},
@@ -163,21 +173,26 @@ TEST_P(SamplingTest, DrawsFollowTheDistribution) {
       {.temperature = 1, .top_k = 1},
       {.temperature = 1, .top_p = 1e-6f},
   };
-  for (SamplingRow row : rows) {
-    row.seed = 77;
+  for (SamplingRow& row : kinds) row.seed = 77;
+  const auto draws = Draws(logits, kinds, 20000);
+  for (size_t i = 0; i < kinds.size(); ++i) {
+    const SamplingRow& row = kinds[i];
     SCOPED_TRACE(testing::Message() << "temperature " << row.temperature << " top_k " << row.top_k
                                     << " top_p " << row.top_p << " min_p " << row.min_p);
-    ExpectDistribution(Draws(logits, row, 20000), Filtered(Softmax(logits, row.temperature), row));
+    ExpectDistribution(draws[i], Filtered(Softmax(logits, row.temperature), row));
   }
 }
 
 TEST_P(SamplingTest, LogProbsAreThoseOfRawTemperedAndFilteredDistributions) {
   const std::vector<float> logits = RandomLogits(2, 300, 2);
   std::vector<SamplingRow> rows;
-  for (uint32_t i = 0; i < 50; ++i) {
-    rows.push_back({.temperature = 0.8f, .top_k = 40, .top_p = 0.9f, .seed = 3, .position = i});
+  for (int i = 0; i < Repeats(50); ++i) {
+    rows.push_back({.temperature = 0.8f,
+                    .top_k = 40,
+                    .top_p = 0.9f,
+                    .seed = 3,
+                    .position = static_cast<uint32_t>(i)});
   }
-  rows = Share(rows);
   const Result r = Sample(logits, rows);
   const Vector raw = Softmax(logits, 1), tempered = Softmax(logits, 0.8f);
   const Vector filtered = Filtered(tempered, rows[0]);
@@ -192,31 +207,33 @@ TEST_P(SamplingTest, LogProbsAreThoseOfRawTemperedAndFilteredDistributions) {
 TEST_P(SamplingTest, LargeNucleusHasTheRightProbabilities) {
   const std::vector<float> logits = RandomLogits(5, 5000, 0.3f);
   const Vector p = Softmax(logits, 1);
+  const int each = Repeats(200);
+  std::vector<SamplingRow> rows;
   for (const float top_p : {0.01f, 0.1f, 0.5f, 0.95f}) {
-    SamplingRow row = {.temperature = 1, .top_p = top_p, .seed = 8};
-    const Vector filtered = Filtered(p, row);
-    std::vector<SamplingRow> rows(200, row);
-    for (uint32_t i = 0; i < rows.size(); ++i) rows[i].position = i;
-    rows = Share(rows);
-    const Result r = Sample(logits, rows);
-    for (size_t i = 0; i < rows.size(); ++i) {
-      EXPECT_NEAR(r.sampled[i], std::log(filtered[r.tokens[i]]), tolerance::kLogProb)
-          << "top_p " << top_p;
+    for (int i = 0; i < each; ++i) {
+      rows.push_back(
+          {.temperature = 1, .top_p = top_p, .seed = 8, .position = static_cast<uint32_t>(i)});
     }
+  }
+  const Result r = Sample(logits, rows);
+  Vector filtered;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (i % each == 0) filtered = Filtered(p, rows[i]);
+    EXPECT_NEAR(r.sampled[i], std::log(filtered[r.tokens[i]]), tolerance::kLogProb)
+        << "top_p " << rows[i].top_p;
   }
 }
 
 TEST_P(SamplingTest, TheSameCounterGivesTheSameTokenInAnyBatch) {
   const std::vector<float> logits = RandomLogits(4, 1000, 1);
   std::vector<SamplingRow> rows;
-  for (uint32_t i = 0; i < 40; ++i) {
+  for (uint32_t i = 0; i < static_cast<uint32_t>(Repeats(40)); ++i) {
     rows.push_back({.temperature = 1,
                     .top_p = i % 2 ? 0.9f : 1.0f,
                     .seed = 9,
                     .sample = i % 5,
                     .position = i});
   }
-  rows = Share(rows);
   const Result batch = Sample(logits, rows);
   for (size_t i = 0; i < rows.size(); ++i) {
     const Result alone = Sample(logits, {rows[i]});
@@ -244,19 +261,22 @@ TEST_P(SamplingTest, GreedyTakesTheLowestIdOfTheLargest) {
 
 TEST_P(SamplingTest, TinyTemperatureIsGreedyAndSplitsTies) {
   const std::vector<float> logits = {0, 3, 1, 3, 2.9f};
-  for (const float temperature : {1e-3f, 1e-10f, 1e-38f, 1e-42f}) {
-    ExpectDistribution(Draws(logits, {.temperature = temperature, .seed = 5}, 2000),
-                       {0, 0.5, 0, 0.5, 0});
-  }
+  const std::vector<SamplingRow> kinds = {{.temperature = 1e-3f, .seed = 5},
+                                          {.temperature = 1e-10f, .seed = 5},
+                                          {.temperature = 1e-38f, .seed = 5},
+                                          {.temperature = 1e-42f, .seed = 5}};
+  for (const auto& draws : Draws(logits, kinds, 2000))
+    ExpectDistribution(draws, {0, 0.5, 0, 0.5, 0});
 }
 
 TEST_P(SamplingTest, MinusInfinityIsNeverDrawn) {
   const std::vector<float> logits = {kMinusInf, 1, kMinusInf, 1, kMinusInf};
-  for (const SamplingRow& row : {SamplingRow{.temperature = 1}, SamplingRow{.temperature = 100},
-                                 SamplingRow{.temperature = 1, .top_k = 4},
-                                 SamplingRow{.temperature = 1, .top_p = 0.999f}}) {
-    ExpectDistribution(Draws(logits, row, 2000), {0, 0.5, 0, 0.5, 0});
-  }
+  const std::vector<SamplingRow> kinds = {{.temperature = 1},
+                                          {.temperature = 100},
+                                          {.temperature = 1, .top_k = 4},
+                                          {.temperature = 1, .top_p = 0.999f}};
+  for (const auto& draws : Draws(logits, kinds, 2000))
+    ExpectDistribution(draws, {0, 0.5, 0, 0.5, 0});
 }
 
 TEST_P(SamplingTest, BiasMovesTheDrawButNotTheRawLogProb) {
@@ -271,22 +291,19 @@ TEST_P(SamplingTest, BiasMovesTheDrawButNotTheRawLogProb) {
   greedy.temperature = 0;
   EXPECT_EQ(Sample(logits, {greedy}, 0, {{7, 50.0f}, {7, 50.0f}}).tokens[0], 7);
   // The order is bias, then temperature: a bias of log 3 at temperature 1 triples the odds.
-  ExpectDistribution(
-      [&] {
-        std::vector<SamplingRow> rows(5000, {.temperature = 1, .seed = 1, .bias_end = 1});
-        for (uint32_t i = 0; i < rows.size(); ++i) rows[i].position = i;
-        return Sample({0, 0}, Share(rows), 0, {{1, std::log(3.0f)}}).tokens;
-      }(),
-      {0.25, 0.75});
+  const auto draws =
+      Draws({0, 0}, {{.temperature = 1, .seed = 1, .bias_end = 1}}, 5000, {{1, std::log(3.0f)}});
+  ExpectDistribution(draws[0], {0.25, 0.75});
 }
 
 TEST_P(SamplingTest, TopLogprobsAreSortedAndComplete) {
   const std::vector<float> logits = RandomLogits(8, 5, 1);
-  const Result r = Sample(logits, {{.temperature = 1}}, 20);
+  const int top = Scaled(20, 6);
+  const Result r = Sample(logits, {{.temperature = 1}}, top);
   const Vector p = Softmax(logits, 1);
   for (int i = 0; i < 5; ++i)
     EXPECT_NEAR(r.top_values[i], std::log(p[r.top_ids[i]]), tolerance::kLogProb);
-  EXPECT_TRUE(std::is_sorted(r.top_values.rbegin() + 15, r.top_values.rend()));
+  EXPECT_TRUE(std::is_sorted(r.top_values.rbegin() + (top - 5), r.top_values.rend()));
   EXPECT_EQ(r.top_ids[5], -1);
 }
 

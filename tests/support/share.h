@@ -1,8 +1,10 @@
-// Cases shared out among processes, for tools that slow kernels down a hundredfold (racecheck).
+// Cases shared out among processes, and fewer of them, for tools that slow kernels down a
+// hundredfold (tests/sanitize.sh).
 #pragma once
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <vector>
 
 namespace coppice {
@@ -27,8 +29,19 @@ std::vector<T> Share(const std::vector<T>& all) {
   return share;
 }
 
-// Times to repeat the same, to see that it gives equal bits or to see what is rare: `times` where
-// the process has all cases to itself.
-inline int Repeats(int times) { return ThisPart().count == 1 ? times : 2; }
+// COPPICE_TEST_SCALE=small: each kernel and each branch once.
+inline bool SmallScale() {
+  const char* scale = std::getenv("COPPICE_TEST_SCALE");
+  return scale != nullptr && std::strcmp(scale, "small") == 0;
+}
+
+// `few`, cases or their number, must leave no kernel and no branch out that `all` reaches.
+template <typename T>
+T Scaled(T all, T few) {
+  return SmallScale() ? few : all;
+}
+
+// Times to repeat the same, to see that it gives equal bits or to see what is rare.
+inline int Repeats(int times) { return Scaled(times, 2); }
 
 }  // namespace coppice
