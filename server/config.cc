@@ -69,11 +69,12 @@ const std::vector<Flag>& Flags() {
        .name = "compute_dtype",
        .field = &Config::compute_dtype,
        .help = "Of weights, activations and KV blocks on cuda; cpu computes in f32 whatever this "
-               "says. f16 rounds eight times finer but ends at 65504: a weight beyond is "
-               "refused, an activation beyond ends its request and perhaps others of its batch, "
-               "gradients are scaled. Not with "
+               "says. auto: bf16 if the checkpoint or its config.json is in bf16, f16 if it is in "
+               "f16, f32 or quantised, bf16 for --model_geometry. f16 rounds eight times finer but "
+               "ends at 65504: a weight beyond is refused, an activation beyond ends its request "
+               "and perhaps others of its batch, gradients are scaled. f16 goes not with "
                "--gradient_dtype=bf16.",
-       .choices = {"bf16", "f16"}},
+       .choices = {"auto", "bf16", "f16"}},
       {"Network", "host", &Config::host,
        "Address to listen on, gRPC and HTTP. There is no authentication: beyond loopback put a "
        "proxy in front."},

@@ -27,7 +27,7 @@ struct Config {
   std::string device = "cpu";
   int64_t threads = 0;
   bool deterministic = false;
-  std::string compute_dtype = "bf16";
+  std::string compute_dtype = "auto";
   // Network
   std::string host = "127.0.0.1";
   int64_t port = 7700;
@@ -73,7 +73,6 @@ struct Config {
   bool help = false;
   bool version = false;
 
-  DType ComputeDType() const { return compute_dtype == "f16" ? DType::kF16 : DType::kBF16; }
   DType GradientDType() const { return gradient_dtype == "bf16" ? DType::kBF16 : DType::kF32; }
   // What `overlap` means for this device.
   bool OverlapsSteps() const { return overlap == "auto" ? device == "cuda" : overlap == "true"; }

@@ -9,6 +9,7 @@
 #include "kernels/base/log.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/model/row_equality.h"
+#include "server/compute_type.h"
 #include "server/engine/runner.h"
 #include "server/port_file.h"
 #include "server/rpc/services.h"
@@ -54,7 +55,12 @@ Daemon::~Daemon() {
 ExitCode Daemon::Run() {
   LOG(INFO) << "start " << ToString(config_);
   if (absl::Status s = StartHttp(); !s.ok()) return Fail(ExitCode::kPortTaken, "start_failed", s);
-  if (absl::Status s = Load(); !s.ok()) {
+  const absl::StatusOr<ComputeType> compute = ChooseComputeType(config_);
+  if (!compute.ok()) return Fail(ExitCode::kModelError, "load_failed", compute.status());
+  if (absl::Status s = CheckGradientType(config_, *compute); !s.ok()) {
+    return Fail(ExitCode::kBadFlags, "start_failed", s);
+  }
+  if (absl::Status s = Load(*compute); !s.ok()) {
     return Fail(absl::IsInternal(s) ? ExitCode::kDeviceError : ExitCode::kModelError, "load_failed",
                 s);
   }
@@ -88,15 +94,17 @@ absl::Status Daemon::StartHttp() {
   return absl::OkStatus();
 }
 
-absl::Status Daemon::Load() {
-  ASSIGN_OR_RETURN(ops_, make_ops_(config_));
+absl::Status Daemon::Load(const ComputeType& compute) {
+  ASSIGN_OR_RETURN(ops_, make_ops_(config_, compute.dtype));
   const ops::DeviceInfo device = ops_->Info();  // with nothing of ours on it
   ASSIGN_OR_RETURN(model_, LoadOrMakeModel(config_, *ops_));
   LOG(INFO) << "model_loaded device=\"" << device.name
-            << "\" compute_dtype=" << Name(device.compute_dtype) << ' ' << model_.config.ToString()
+            << "\" compute_dtype=" << Name(device.compute_dtype) << " because=\"" << compute.because
+            << "\" " << model_.config.ToString()
             << " tokenizer=" << (model_.tokenizer != nullptr ? "yes" : "no");
-  if (device.kind == DeviceKind::kCpu && config_.ComputeDType() == DType::kF16) {
-    LOG(WARNING) << "compute_dtype_ignored want=f16 got=f32 note=\"the cpu computes in f32\"";
+  if (device.kind == DeviceKind::kCpu && config_.compute_dtype != "auto") {
+    LOG(WARNING) << "compute_dtype_ignored want=" << config_.compute_dtype
+                 << " got=f32 note=\"the cpu computes in f32\"";
   }
   ASSIGN_OR_RETURN(decoder_, Decoder::Create(model_.config, *ops_));
   const int64_t workspace_bytes =

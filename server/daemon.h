@@ -33,8 +33,8 @@ namespace coppice {
 
 class Daemon {
  public:
-  // `make_ops` opens the device that the flags name.
-  using MakeOps = std::function<absl::StatusOr<std::unique_ptr<ops::Ops>>(const Config&)>;
+  // `make_ops` opens the device that the flags name, to compute in the given type.
+  using MakeOps = std::function<absl::StatusOr<std::unique_ptr<ops::Ops>>(const Config&, DType)>;
   Daemon(Config config, MakeOps make_ops)
       : config_(std::move(config)), make_ops_(std::move(make_ops)) {}
   ~Daemon();
@@ -46,7 +46,7 @@ class Daemon {
 
  private:
   absl::Status StartHttp();
-  absl::Status Load();  // Ops, Model, Decoder, memory plan, Engine
+  absl::Status Load(const ComputeType& compute);  // Ops, Model, Decoder, memory plan, Engine
   absl::Status StartRpc();
   absl::Status AnnounceReady();
   // Blocks until everything is over.

@@ -26,9 +26,9 @@ LogSeverity Severity(const std::string& level) {
   return level == "warning" ? LogSeverity::kWarning : LogSeverity::kInfo;
 }
 
-absl::StatusOr<std::unique_ptr<ops::Ops>> OpenDevice(const Config& config) {
+absl::StatusOr<std::unique_ptr<ops::Ops>> OpenDevice(const Config& config, DType compute_dtype) {
   return ops::CreateOps(config.device, static_cast<int>(config.threads), config.deterministic,
-                        config.ComputeDType());
+                        compute_dtype);
 }
 
 ExitCode Main(const std::vector<std::string>& args) {

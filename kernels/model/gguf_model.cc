@@ -170,6 +170,11 @@ class GgufTensorSource final : public TensorSource {
     return entry->tensor->shape;
   }
 
+  absl::StatusOr<StoredType> Type(absl::string_view name) const override {
+    ASSIGN_OR_RETURN(const Entry* entry, Find(name));
+    return entry->tensor->type;
+  }
+
   absl::Status ReadRows(absl::string_view name, int64_t row_begin, int64_t row_end,
                         float* out) const override {
     ASSIGN_OR_RETURN(const Entry* entry, Find(name));

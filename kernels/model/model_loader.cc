@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <set>
 #include <utility>
 
 #include "absl/container/flat_hash_map.h"
@@ -78,6 +79,48 @@ absl::Status LoadWeights(const TensorSource& source, ops::Ops& ops, Model& model
                      "again"));
   };
   return FillTensors(tensors, read, ops);
+}
+
+// Of matrices: norms are stored in f32 whatever the rest has.
+absl::StatusOr<std::set<StoredType>> StoredTypes(const TensorSource& source) {
+  std::set<StoredType> types;
+  for (const std::string& name : source.Names()) {
+    ASSIGN_OR_RETURN(const std::vector<int64_t> shape, source.Shape(name));
+    ASSIGN_OR_RETURN(const StoredType type, source.Type(name));
+    if (shape.size() > 1) types.insert(type);
+  }
+  return types;
+}
+
+absl::StatusOr<ComputeType> ComputeTypeOf(const TensorSource& source) {
+  ASSIGN_OR_RETURN(const std::set<StoredType> types, StoredTypes(source));
+  const auto name = [](std::string* out, StoredType t) { absl::StrAppend(out, Name(t)); };
+  return ComputeType{
+      .dtype = types.count(StoredType::kBF16) > 0 ? DType::kBF16 : DType::kF16,
+      .because = absl::StrCat("weights stored as ", absl::StrJoin(types, ", ", name))};
+}
+
+absl::StatusOr<ComputeType> ComputeTypeOfGguf(const std::string& path) {
+  ASSIGN_OR_RETURN(const std::unique_ptr<GgufFile> file, GgufFile::Open(path));
+  ASSIGN_OR_RETURN(const ModelConfig config, ParseGgufConfig(*file));
+  ASSIGN_OR_RETURN(const std::unique_ptr<TensorSource> source, MakeGgufTensorSource(*file, config));
+  return ComputeTypeOf(*source);
+}
+
+// transformers 5 writes "dtype", before it "torch_dtype".
+absl::StatusOr<ComputeType> ComputeTypeOfHfDirectory(const std::string& directory) {
+  const std::string path = directory + "/config.json";
+  ASSIGN_OR_RETURN(const std::string text, ReadTextFile(path, kMaxConfigBytes));
+  ASSIGN_OR_RETURN(const nlohmann::json root, ParseJsonObject(text, path));
+  for (const char* key : {"dtype", "torch_dtype"}) {
+    std::string dtype;
+    RETURN_IF_ERROR(ReadString(root, key, dtype));
+    if (dtype == "bfloat16") {
+      return ComputeType{DType::kBF16, absl::StrCat(key, " bfloat16 in config.json")};
+    }
+  }
+  ASSIGN_OR_RETURN(const std::unique_ptr<TensorSource> source, OpenSafetensorsDirectory(directory));
+  return ComputeTypeOf(*source);
 }
 
 absl::StatusOr<Model> LoadGguf(const std::string& path, ops::Ops& ops) {
@@ -159,15 +202,27 @@ absl::StatusOr<Model> LoadHfDirectory(const std::string& directory, ops::Ops& op
   return model;
 }
 
-}  // namespace
-
-absl::StatusOr<Model> LoadModel(absl::string_view path, ops::Ops& ops) {
+// NOT_FOUND if there is nothing.
+absl::StatusOr<bool> IsDirectory(absl::string_view path) {
   const std::string text(path);
   std::error_code ignored;
-  if (fs::is_directory(text, ignored)) return LoadHfDirectory(text, ops);
-  if (fs::exists(text, ignored)) return LoadGguf(text, ops);
+  if (fs::is_directory(text, ignored)) return true;
+  if (fs::exists(text, ignored)) return false;
   return absl::NotFoundError(absl::StrCat(
       "model ", text, " does not exist; give a GGUF file or a Hugging Face directory"));
+}
+
+}  // namespace
+
+absl::StatusOr<ComputeType> ComputeTypeOf(absl::string_view path) {
+  ASSIGN_OR_RETURN(const bool directory, IsDirectory(path));
+  return directory ? ComputeTypeOfHfDirectory(std::string(path))
+                   : ComputeTypeOfGguf(std::string(path));
+}
+
+absl::StatusOr<Model> LoadModel(absl::string_view path, ops::Ops& ops) {
+  ASSIGN_OR_RETURN(const bool directory, IsDirectory(path));
+  return directory ? LoadHfDirectory(std::string(path), ops) : LoadGguf(std::string(path), ops);
 }
 
 }  // namespace coppice

@@ -8,6 +8,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "kernels/base/device.h"
+#include "kernels/base/dtype.h"
 #include "kernels/model/model_config.h"
 #include "kernels/model/parameters.h"
 #include "kernels/model/tokenizer.h"
@@ -28,6 +29,18 @@ struct Model {
 // tokenizer_config.json]). NOT_FOUND, DATA_LOSS, UNIMPLEMENTED (architecture) and INVALID_ARGUMENT
 // (shape: tensor, want, got).
 absl::StatusOr<Model> LoadModel(absl::string_view path, ops::Ops& ops);
+
+// A type to compute in, and why: "weights stored as q4_1, q8_0".
+struct ComputeType {
+  DType dtype = DType::kBF16;
+  std::string because;
+};
+
+// The 16-bit type that is a checkpoint's own. bf16 if one of its matrices, or its config.json, is
+// in bf16: what it was trained in, so that its activations may leave the range of f16. Else f16:
+// weights that were f16, f32 or quantised keep 11 bits in it where bf16 keeps 8. Reads the header
+// only. Errors as LoadModel.
+absl::StatusOr<ComputeType> ComputeTypeOf(absl::string_view path);
 
 // Random weights, normal(0, 0.02), norms 1, seeded. For benchmarks and tests; no tokenizer.
 absl::StatusOr<Model> RandomModel(const ModelConfig& config, uint64_t seed, ops::Ops& ops);

@@ -111,6 +111,11 @@ class SafetensorsFile final : public TensorSource {
     return tensor->shape;
   }
 
+  absl::StatusOr<StoredType> Type(absl::string_view name) const override {
+    ASSIGN_OR_RETURN(const StoredTensor* tensor, Find(name));
+    return tensor->type;
+  }
+
   absl::Status ReadRows(absl::string_view name, int64_t row_begin, int64_t row_end,
                         float* out) const override {
     ASSIGN_OR_RETURN(const StoredTensor* tensor, Find(name));
@@ -209,6 +214,11 @@ class ShardedSafetensors final : public TensorSource {
   absl::StatusOr<std::vector<int64_t>> Shape(absl::string_view name) const override {
     ASSIGN_OR_RETURN(const TensorSource* shard, Find(name));
     return shard->Shape(name);
+  }
+
+  absl::StatusOr<StoredType> Type(absl::string_view name) const override {
+    ASSIGN_OR_RETURN(const TensorSource* shard, Find(name));
+    return shard->Type(name);
   }
 
   absl::Status ReadRows(absl::string_view name, int64_t row_begin, int64_t row_end,

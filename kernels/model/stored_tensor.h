@@ -14,6 +14,24 @@ namespace coppice {
 
 enum class StoredType { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_1 };
 
+constexpr const char* Name(StoredType t) {
+  switch (t) {
+    case StoredType::kF32:
+      return "f32";
+    case StoredType::kF16:
+      return "f16";
+    case StoredType::kBF16:
+      return "bf16";
+    case StoredType::kQ8_0:
+      return "q8_0";
+    case StoredType::kQ4_0:
+      return "q4_0";
+    case StoredType::kQ4_1:
+      return "q4_1";
+  }
+  return "?";
+}
+
 constexpr int64_t kQuantBlock = 32;
 
 constexpr int64_t BlockElements(StoredType t) {

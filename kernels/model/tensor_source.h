@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "kernels/model/stored_tensor.h"
 
 namespace coppice {
 
@@ -22,6 +23,8 @@ class TensorSource {
   virtual std::vector<std::string> Names() const = 0;
   // Row-major, outermost first. NOT_FOUND if there is no such tensor.
   virtual absl::StatusOr<std::vector<int64_t>> Shape(absl::string_view name) const = 0;
+  // NOT_FOUND if there is no such tensor.
+  virtual absl::StatusOr<StoredType> Type(absl::string_view name) const = 0;
   // Dequantises / widens rows [row_begin, row_end) (of a matrix; elements of a vector) to f32.
   // Thread-safe.
   virtual absl::Status ReadRows(absl::string_view name, int64_t row_begin, int64_t row_end,

@@ -16,7 +16,7 @@ namespace {
 void FailForNothingToDraw(Group& group) {
   group.failure = absl::FailedPreconditionError(
       "generate: want finite logits, got NaN or infinity; the weights are damaged, or this prompt "
-      "leaves the range of --compute_dtype=f16");
+      "leaves the range of f16: use --compute_dtype=bf16");
   LOG(WARNING) << "request_without_numbers request=\"" << absl::CHexEscape(group.request.request_id)
                << "\" prompt_tokens=" << group.request.prompt.size();
 }

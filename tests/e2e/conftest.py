@@ -16,7 +16,7 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 READY_TIMEOUT_S = 120
 # Two ways of computing one log-prob, batched decode and the trainer's forward: in fp32, or with
-# activations in bf16. COPPICE_DEVICE is the daemon's own flag: it runs these tests on a GPU.
+# activations in 16 bits, at worst bf16. COPPICE_DEVICE is the daemon's own flag: it runs these tests on a GPU.
 LOGPROB_TOLERANCE = 0.1 if os.environ.get("COPPICE_DEVICE") == "cuda" else 1e-3
 
 

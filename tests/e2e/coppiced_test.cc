@@ -176,7 +176,8 @@ TEST_F(CoppicedTest, ServesAndTrainsWithF16) {
   const bool cuda = device != nullptr && device == std::string("cuda");
   const auto daemon = Serve({"--compute_dtype=f16"});
   const std::string loaded = daemon->AwaitLine("model_loaded");
-  EXPECT_THAT(loaded, HasSubstr(cuda ? "compute_dtype=f16" : "compute_dtype=f32"));
+  EXPECT_THAT(loaded, HasSubstr(cuda ? "compute_dtype=f16 because=\"--compute_dtype\""
+                                     : "compute_dtype=f32 because=\"device cpu\""));
   ASSERT_TRUE(daemon->AwaitReady());
   EXPECT_EQ(daemon->log().find("compute_dtype_ignored want=f16") == std::string::npos, cuda);
   EXPECT_EQ(Generate(*daemon, 8).size(), 8u);

@@ -65,9 +65,15 @@ class CorruptInputTest : public testing::Test {
   }
 
   absl::Status LoadGguf(const std::string& bytes) {
-    return LoadModel(directory_.Write("m.gguf", bytes), *ops_).status();
+    return Load(directory_.Write("m.gguf", bytes));
   }
-  absl::Status LoadDirectory() { return LoadModel(directory_.path(), *ops_).status(); }
+  absl::Status LoadDirectory() { return Load(directory_.path()); }
+  absl::Status Load(const std::string& path) {
+    const absl::Status type = ComputeTypeOf(path).status();
+    const absl::Status model = LoadModel(path, *ops_).status();
+    EXPECT_TRUE(type.ok() || !model.ok()) << type;
+    return model;
+  }
   void WriteDirectory(const char* type) {
     directory_.Write("config.json", SmallConfigJson(type));
     directory_.Write("model.safetensors",

@@ -140,7 +140,7 @@ std::string SmallConfigJson(absl::string_view model_type) {
       model_type);
 }
 
-GgufBuilder SmallLlamaGguf() {
+GgufBuilder SmallLlamaGguf(bool with_bf16) {
   GgufBuilder b;
   b.String("general.architecture", "llama").String("general.name", "small");
   b.Uint32("llama.block_count", 1).Uint32("llama.embedding_length", 32);
@@ -158,12 +158,12 @@ GgufBuilder SmallLlamaGguf() {
               .shape = std::move(shape),
               .data = std::string(bytes, '\1')});
   };
-  add("token_embd.weight", 8, {4, 32}, 4 * 34);            // Q8_0
-  add("blk.0.attn_norm.weight", 0, {32}, 32 * 4);          // F32
-  add("blk.0.attn_q.weight", 3, {32, 32}, 32 * 20);        // Q4_1
-  add("blk.0.attn_k.weight", 2, {16, 32}, 16 * 18);        // Q4_0
-  add("blk.0.attn_v.weight", 1, {16, 32}, 16 * 64);        // F16
-  add("blk.0.attn_output.weight", 30, {32, 32}, 32 * 64);  // BF16
+  add("token_embd.weight", 8, {4, 32}, 4 * 34);                            // Q8_0
+  add("blk.0.attn_norm.weight", 0, {32}, 32 * 4);                          // F32
+  add("blk.0.attn_q.weight", 3, {32, 32}, 32 * 20);                        // Q4_1
+  add("blk.0.attn_k.weight", 2, {16, 32}, 16 * 18);                        // Q4_0
+  add("blk.0.attn_v.weight", 1, {16, 32}, 16 * 64);                        // F16
+  add("blk.0.attn_output.weight", with_bf16 ? 30 : 1, {32, 32}, 32 * 64);  // BF16
   add("blk.0.ffn_norm.weight", 0, {32}, 32 * 4);
   add("blk.0.ffn_gate.weight", 3, {32, 32}, 32 * 20);
   add("blk.0.ffn_up.weight", 3, {32, 32}, 32 * 20);

@@ -69,8 +69,9 @@ std::string SafetensorsBytes(const std::vector<TestTensor>& tensors);
 
 // All tensors of a model in F32 under Hugging Face's names, element i of each being i / 1000.
 std::vector<TestTensor> HfTestTensors(const ModelConfig& config);
-// A whole small Llama in GGUF: metadata, weights of every stored type, tokenizer of a few tokens.
-GgufBuilder SmallLlamaGguf();
+// A whole small Llama in GGUF: metadata, weights of every stored type (bf16 if wanted), tokenizer
+// of a few tokens.
+GgufBuilder SmallLlamaGguf(bool with_bf16 = true);
 // config.json of a two-layer model of this type that the HfTestTensors of ParseHfConfig's result
 // fit.
 std::string SmallConfigJson(absl::string_view model_type);

@@ -83,6 +83,45 @@ TEST_F(ModelLoaderTest, WeightsBeyondF16AreRefusedByName) {
   }
 }
 
+TEST_F(ModelLoaderTest, ComputesInTheTypeOfACheckpointsMatrices) {
+  const auto write = [&](const char* config, const char* matrix, const char* vector) {
+    const auto tensor = [](const char* name, const char* type, std::vector<int64_t> shape) {
+      const size_t bytes = type[0] == 'F' && type[1] == '3' ? 64 : 32;
+      return TestTensor{
+          .name = name, .type = type, .shape = std::move(shape), .data = std::string(bytes, '\0')};
+    };
+    directory_.Write("config.json", config);
+    directory_.Write("model.safetensors",
+                     SafetensorsBytes({tensor("a", "F32", {4, 4}), tensor("b", matrix, {4, 4}),
+                                       tensor("c", vector, {16})}));
+    return *ComputeTypeOf(directory_.path());
+  };
+  EXPECT_EQ(write("{}", "F32", "BF16").dtype, DType::kF16);
+  EXPECT_EQ(write("{}", "F32", "BF16").because, "weights stored as f32");
+  EXPECT_EQ(write("{}", "F16", "F32").dtype, DType::kF16);
+  EXPECT_EQ(write("{}", "F16", "F32").because, "weights stored as f32, f16");
+  EXPECT_EQ(write("{}", "BF16", "F32").dtype, DType::kBF16);
+  EXPECT_EQ(write(R"({"dtype": "float32"})", "F16", "F32").dtype, DType::kF16);
+  for (const char* config : {R"({"dtype": "bfloat16"})", R"({"torch_dtype": "bfloat16"})"}) {
+    const ComputeType type = write(config, "F32", "F32");
+    EXPECT_EQ(type.dtype, DType::kBF16);
+    EXPECT_THAT(type.because, HasSubstr("dtype bfloat16 in config.json"));
+  }
+  directory_.Write("config.json", R"({"dtype": 16})");
+  EXPECT_EQ(ComputeTypeOf(directory_.path()).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(ComputeTypeOf("/no/such/model").status().code(), absl::StatusCode::kNotFound);
+}
+
+TEST_F(ModelLoaderTest, ComputesAQuantisedGgufInF16AndOneWithBf16InBf16) {
+  for (const bool bf16 : {false, true}) {
+    const ComputeType type =
+        *ComputeTypeOf(directory_.Write("m.gguf", SmallLlamaGguf(bf16).Build()));
+    EXPECT_EQ(type.dtype, bf16 ? DType::kBF16 : DType::kF16);
+    EXPECT_EQ(type.because, bf16 ? "weights stored as f16, bf16, q8_0, q4_0, q4_1"
+                                 : "weights stored as f16, q8_0, q4_0, q4_1");
+  }
+}
+
 TEST_F(ModelLoaderTest, ReadsStopTokensAndChatTemplateBesideTheWeights) {
   directory_.Write("generation_config.json", R"({"eos_token_id": [3, 5]})");
   directory_.Write("tokenizer_config.json", R"({"chat_template": [{"name": "tool", "template": "T"},

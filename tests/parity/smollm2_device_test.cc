@@ -1,4 +1,5 @@
-// SmolLM2 on a GPU, in bf16 and in f16, against the CPU: greedy tokens and log-probs of 20 prompts.
+// SmolLM2 on a GPU against the CPU: greedy tokens and log-probs of 20 prompts. In f16, which is
+// what a daemon takes for it by itself, and in bf16, where it parts more often than it should.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -43,6 +44,12 @@ std::vector<double> LogProbs(ModelRun& run, const Tokens& prompt, const Tokens& 
     result.push_back(LogProb(row, vocab, continuation[i]));
   }
   return result;
+}
+
+TEST(SmolLm2ComputeTypeTest, IsF16) {
+  const auto type = ComputeTypeOf(SmolLm2Path());
+  ASSERT_TRUE(type.ok()) << type.status();
+  EXPECT_EQ(type->dtype, DType::kF16) << type->because;
 }
 
 class SmolLm2DeviceTest : public testing::TestWithParam<const char*> {

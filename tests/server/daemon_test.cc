@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -29,7 +30,8 @@ class DaemonTest : public testing::Test {
     config.threads = 1;
     config.port = config.http_port = 0;
     config.port_file = port_file_;
-    const auto make_ops = [this](const Config& c) -> absl::StatusOr<std::unique_ptr<ops::Ops>> {
+    const auto make_ops = [this](const Config& c,
+                                 DType) -> absl::StatusOr<std::unique_ptr<ops::Ops>> {
       auto ops = ops::CreateOps(c.device, static_cast<int>(c.threads));
       if (!ops.ok()) return ops.status();
       auto device = std::make_unique<FailingOps>(*std::move(ops));
@@ -81,6 +83,31 @@ TEST_F(DaemonTest, ADeviceErrorEndsEveryStreamAndTheProcess) {
   thread_.join();
   EXPECT_EQ(exit_, ExitCode::kDeviceError);
   EXPECT_EQ(static_cast<int>(exit_), 6);
+}
+
+TEST(DaemonStartTest, OpensTheDeviceInTheTypeOfTheCheckpoint) {
+  std::optional<DType> asked;
+  const auto run = [&asked](const std::string& model, const std::string& gradient_dtype) {
+    Config config;
+    config.model = std::string(COPPICE_SOURCE_DIR "/tests/parity/golden/tiny/") + model;
+    config.device = "cuda";
+    config.gradient_dtype = gradient_dtype;
+    config.port = config.http_port = 0;
+    asked.reset();
+    const auto no_device = [&asked](const Config&, DType dtype) {
+      asked = dtype;
+      return absl::StatusOr<std::unique_ptr<ops::Ops>>(absl::UnimplementedError("no device"));
+    };
+    return Daemon(config, no_device).Run();
+  };
+  EXPECT_EQ(run("llama_linear_tied", "bf16"), ExitCode::kModelError);
+  EXPECT_EQ(asked, DType::kBF16);
+  EXPECT_EQ(run("qwen3_tied", "f32"), ExitCode::kModelError);
+  EXPECT_EQ(asked, DType::kF16);
+  EXPECT_EQ(run("qwen3_tied", "bf16"), ExitCode::kBadFlags);
+  EXPECT_EQ(asked, std::nullopt);
+  EXPECT_EQ(run("absent", "f32"), ExitCode::kModelError);
+  EXPECT_EQ(asked, std::nullopt);
 }
 
 }  // namespace
