@@ -4,9 +4,7 @@
 // is lent must stay, gate and up that nobody keeps are spoilt. Rows are counted.
 #pragma once
 
-#include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <limits>
 #include <memory>
 #include <utility>
@@ -100,21 +98,24 @@ class FailingOps : public ops::Ops {
   COPPICE_FORWARD(CopyBlocks)
   COPPICE_FORWARD(AdamW)
 #undef COPPICE_FORWARD
-  static constexpr int kNan = 0xff;    // of every byte of what is spoilt
-  static constexpr char kKept = 0x6b;  // of every byte that the head is lent
+  static constexpr uint8_t kNan = 0xff;   // of every byte of what is spoilt
+  static constexpr uint8_t kKept = 0x6b;  // of every byte that the head is lent
   absl::Status LogProbHead(const ops::LogProbHeadParams& p) override {
     lent_ = p.kept;
     lent_bytes_ += lent_.num_elements();
-    if (lent_.num_elements() > 0) std::memset(lent_.data, kKept, lent_.num_bytes());
-    return inner_->LogProbHead(p);
+    RETURN_IF_ERROR(FillBytes(lent_, kKept));
+    RETURN_IF_ERROR(inner_->LogProbHead(p));
+    return ReadBytes(lent_, kept_);
   }
   absl::Status LogProbHeadBackward(const ops::LogProbHeadBackwardParams& p) override {
-    const auto* const kept = static_cast<const char*>(p.kept.data);
     const bool same = lent_.num_elements() == p.kept.num_elements() &&
                       (p.kept.num_elements() == 0 || lent_.data == p.kept.data);
     if (!same) return absl::InternalError("the head is not given what it was lent");
     lent_ = {};
-    if (std::any_of(kept, kept + p.kept.num_elements(), [](char c) { return c != kKept; }))
+    const std::vector<uint8_t> left = std::exchange(kept_, {});
+    std::vector<uint8_t> kept;
+    RETURN_IF_ERROR(ReadBytes(p.kept, kept));
+    if (kept != left)
       return absl::InternalError("the head's memory was touched between its passes");
     return inner_->LogProbHeadBackward(p);
   }
@@ -125,10 +126,7 @@ class FailingOps : public ops::Ops {
       return absl::OkStatus();
     }
     for (int64_t row = 0; row < p.gate_up.dim(0); ++row) {
-      const TensorView spoilt = p.gate_up.Rows(row, row + 1);
-      const std::vector<uint8_t> nans(spoilt.num_bytes(), kNan);
-      RETURN_IF_ERROR(inner_->Upload(nans.data(), spoilt));  // it may be a GPU's memory
-      RETURN_IF_ERROR(inner_->Synchronize());
+      RETURN_IF_ERROR(FillBytes(p.gate_up.Rows(row, row + 1), kNan));
     }
     return absl::OkStatus();
   }
@@ -140,12 +138,23 @@ class FailingOps : public ops::Ops {
   }
   int64_t attended_rows() const { return attended_rows_; }  // of every call so far
   absl::Status TreeAttentionBackward(const ops::TreeAttentionBackwardParams& p) override {
-    if (p.workspace.num_elements() > 0)
-      std::memset(p.workspace.data, kNan, p.workspace.num_bytes());
+    RETURN_IF_ERROR(FillBytes(p.workspace, kNan));
     return inner_->TreeAttentionBackward(p);
   }
 
  private:
+  // Of what may be a GPU's memory.
+  absl::Status FillBytes(const TensorView& t, uint8_t byte) {
+    if (t.num_elements() == 0) return absl::OkStatus();
+    const std::vector<uint8_t> bytes(t.num_bytes(), byte);
+    RETURN_IF_ERROR(inner_->Upload(bytes.data(), t));
+    return inner_->Synchronize();
+  }
+  absl::Status ReadBytes(const TensorView& t, std::vector<uint8_t>& bytes) {
+    bytes.resize(t.num_bytes());
+    return bytes.empty() ? absl::OkStatus() : inner_->Download(t, bytes.data());
+  }
+
   std::unique_ptr<ops::Ops> inner_;
   std::atomic<bool> failing_{false};
   bool out_of_memory_ = false;
@@ -153,7 +162,8 @@ class FailingOps : public ops::Ops {
   std::shared_ptr<std::atomic<int64_t>> held_bytes_ = std::make_shared<std::atomic<int64_t>>(0);
   int64_t limit_bytes_ = std::numeric_limits<int64_t>::max();
   int64_t score_bytes_ = 0, scores_head_dim_ = 0;
-  TensorView lent_;  // to the head's forward, until its backward
+  TensorView lent_;            // to the head's forward, until its backward
+  std::vector<uint8_t> kept_;  // what forward left there
   int64_t attended_rows_ = 0, kept_gate_ups_ = 0, lent_bytes_ = 0;
   int64_t uploads_left_ = std::numeric_limits<int64_t>::max();
 };
