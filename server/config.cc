@@ -8,6 +8,7 @@
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
 #include "kernels/base/status_macros.h"
@@ -72,7 +73,7 @@ const std::vector<Flag>& Flags() {
                "says. auto: bf16 if the checkpoint or its config.json is in bf16, f16 if it is in "
                "f16, f32 or quantised, bf16 for --model_geometry. f16 rounds eight times finer but "
                "ends at 65504: a weight beyond is refused, an activation beyond ends its request "
-               "and perhaps others of its batch, gradients are scaled. f16 goes not with "
+               "and perhaps others of its batch, gradients are scaled. f16 excludes "
                "--gradient_dtype=bf16.",
        .choices = {"auto", "bf16", "f16"}},
       {"Network", "host", &Config::host,
@@ -312,7 +313,8 @@ absl::Status ReadArgs(const std::vector<std::string>& args, Config& config) {
     if (equals != absl::string_view::npos) {
       text = std::string(arg.substr(equals + 1));
     } else if (std::holds_alternative<bool Config::*>(flag->field)) {
-      text = "true";
+      const bool given = i + 1 < args.size() && (args[i + 1] == "true" || args[i + 1] == "false");
+      text = given ? args[++i] : "true";
     } else if (i + 1 < args.size()) {
       text = args[++i];
     } else {
@@ -372,10 +374,37 @@ struct Printer {
   std::string operator()(bool Config::*field) const { return config.*field ? "true" : "false"; }
 };
 
+// "256MiB", as ParseBytes reads it.
+std::string BytesText(int64_t bytes) {
+  static constexpr const char* kUnits[] = {"", "KiB", "MiB", "GiB"};
+  int unit = 0;
+  for (; unit < 3 && bytes > 0 && bytes % 1024 == 0; ++unit) bytes /= 1024;
+  return absl::StrCat(bytes, kUnits[unit]);
+}
+
+// Words in lines of at most 100 columns, each behind `indent` spaces.
+std::string Wrapped(absl::string_view text, size_t indent) {
+  constexpr size_t kColumns = 100;
+  std::string lines;
+  size_t column = kColumns;
+  for (const absl::string_view word : absl::StrSplit(text, ' ')) {
+    if (column + 1 + word.size() > kColumns) {
+      absl::StrAppend(&lines, lines.empty() ? "" : "\n", std::string(indent, ' '), word);
+      column = indent + word.size();
+    } else {
+      absl::StrAppend(&lines, " ", word);
+      column += 1 + word.size();
+    }
+  }
+  return lines;
+}
+
 // "integer in [0, 65535], default 7700".
 std::string Domain(const Flag& flag) {
   const Config defaults;
-  const std::string value = std::visit(Printer{defaults}, flag.field);
+  const std::string value = flag.unit == Unit::kBytes
+                                ? BytesText(defaults.*std::get<int64_t Config::*>(flag.field))
+                                : std::visit(Printer{defaults}, flag.field);
   const std::string type =
       std::holds_alternative<bool Config::*>(flag.field)       ? "true or false"
       : std::holds_alternative<uint64_t Config::*>(flag.field) ? "integer >= 0"
@@ -409,13 +438,14 @@ std::string HelpText() {
       "wins.\n"
       "Exit codes: 0 drained, 1 system error, 2 bad flags, 3 model not loaded, 4 port "
       "taken,\n"
-      "5 stopped while requests were open (second signal, or --drain_timeout_s over), 6 device "
-      "failed.\n";
+      "5 stopped while requests were open (second signal, or --drain_timeout_s over), 6 no device, "
+      "or it\nfailed.\n";
   absl::string_view group;
   for (const Flag& flag : Flags()) {
     if (group != flag.group) absl::StrAppend(&text, "\n", flag.group, "\n");
     group = flag.group;
-    absl::StrAppend(&text, "  --", flag.name, "  (", Domain(flag), ")\n      ", flag.help, "\n");
+    absl::StrAppend(&text, "  --", flag.name, "  (", Domain(flag), ")\n", Wrapped(flag.help, 6),
+                    "\n");
   }
   return text;
 }

@@ -1,7 +1,7 @@
 // Config: every flag of coppiced, once. Defaults are here; names, ranges and help texts are the
 // table in config.cc.
 //
-// Sources, strongest first: `--name=value` or `--name value` (booleans also `--name`), the
+// Sources, strongest first: `--name=value` or `--name value` (true also `--name`), the
 // environment variable COPPICE_<NAME>, the default. A bad flag is INVALID_ARGUMENT naming flag,
 // want and got.
 #pragma once

@@ -60,6 +60,9 @@ ExitCode Daemon::Run() {
   if (absl::Status s = CheckGradientType(config_, *compute); !s.ok()) {
     return Fail(ExitCode::kBadFlags, "start_failed", s);
   }
+  if (absl::Status s = OpenDevice(*compute); !s.ok()) {
+    return Fail(ExitCode::kDeviceError, "start_failed", s);
+  }
   if (absl::Status s = Load(*compute); !s.ok()) {
     return Fail(absl::IsInternal(s) ? ExitCode::kDeviceError : ExitCode::kModelError, "load_failed",
                 s);
@@ -94,8 +97,12 @@ absl::Status Daemon::StartHttp() {
   return absl::OkStatus();
 }
 
-absl::Status Daemon::Load(const ComputeType& compute) {
+absl::Status Daemon::OpenDevice(const ComputeType& compute) {
   ASSIGN_OR_RETURN(ops_, make_ops_(config_, compute.dtype));
+  return absl::OkStatus();
+}
+
+absl::Status Daemon::Load(const ComputeType& compute) {
   const ops::DeviceInfo device = ops_->Info();  // with nothing of ours on it
   ASSIGN_OR_RETURN(model_, LoadOrMakeModel(config_, *ops_));
   LOG(INFO) << "model_loaded device=\"" << device.name

@@ -46,7 +46,8 @@ class Daemon {
 
  private:
   absl::Status StartHttp();
-  absl::Status Load(const ComputeType& compute);  // Ops, Model, Decoder, memory plan, Engine
+  absl::Status OpenDevice(const ComputeType& compute);
+  absl::Status Load(const ComputeType& compute);  // Model, Decoder, memory plan, Engine
   absl::Status StartRpc();
   absl::Status AnnounceReady();
   // Blocks until everything is over.

@@ -10,7 +10,7 @@ enum class ExitCode {
   kModelError = 3,    // model missing, corrupt or too large for the memory
   kPortTaken = 4,     // another process listens there
   kNotDrained = 5,    // stopped while requests were open: second signal or drain timeout
-  kDeviceError = 6,   // the device failed: restart, elsewhere if it happens again
+  kDeviceError = 6,   // no device, or it failed: restart, elsewhere if it happens again
 };
 
 }  // namespace coppice

@@ -2,12 +2,24 @@
 
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdio>
 #include <fstream>
+#include <system_error>
 
 #include "absl/strings/str_cat.h"
 
 namespace coppice {
+namespace {
+
+// By errno.
+absl::Status NotWritten(const std::string& path, const char* want) {
+  const std::string got = std::generic_category().message(errno);
+  return absl::UnavailableError(absl::StrCat("port file not written: want ", path, " ", want,
+                                             ", got ", got, "; change --port_file"));
+}
+
+}  // namespace
 
 absl::Status WritePortFile(const std::string& path, int grpc_port, int http_port) {
   if (path.empty()) return absl::OkStatus();
@@ -17,13 +29,11 @@ absl::Status WritePortFile(const std::string& path, int grpc_port, int http_port
     file << "{\"grpc\": " << grpc_port << ", \"http\": " << http_port << ", \"pid\": " << getpid()
          << "}\n";
     if (!file.flush()) {
-      return absl::UnavailableError(absl::StrCat("port file not written: want ", temporary,
-                                                 " writable, got an error; change --port_file"));
+      return NotWritten(temporary, "writable");
     }
   }
   if (std::rename(temporary.c_str(), path.c_str()) == 0) return absl::OkStatus();
-  return absl::UnavailableError(absl::StrCat("port file not written: want ", path,
-                                             " replaceable, got an error; change --port_file"));
+  return NotWritten(path, "replaceable");
 }
 
 }  // namespace coppice

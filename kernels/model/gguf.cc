@@ -115,7 +115,12 @@ class GgufFile::Parser {
     num_tensors_ = Take<uint64_t>();
     num_metadata_ = Take<uint64_t>();
     if (failed_) return Truncated("header");
-    if (magic != kMagic) return Corrupt("header: want magic GGUF");
+    if (magic != kMagic) {
+      return absl::DataLossError(
+          absl::StrCat("gguf ", out_.path(),
+                       ": header: want magic GGUF, got another format; give a GGUF file, "
+                       "or the directory of config.json and *.safetensors"));
+    }
     if (version != 2 && version != 3) {
       return absl::UnimplementedError(absl::StrCat("gguf ", out_.path(), ": version ", version,
                                                    ": want 2 or 3, little endian"));

@@ -43,9 +43,10 @@ class HttplibServer final : public HttpServer {
       port_ = options_.port;
     }
     if (port_ <= 0) {
-      return absl::UnavailableError(absl::StrCat(
-          "http server did not start: want to listen on ", options_.host, ":", options_.port,
-          ", got port taken or no such address; stop the other process or change --http_port"));
+      return absl::UnavailableError(absl::StrCat("http server did not start: want to listen on ",
+                                                 options_.host, ":", options_.port,
+                                                 ", got port taken or no such address; stop the "
+                                                 "other process or change --http_port or --host"));
     }
     thread_ = std::thread([this] { server_.listen_after_bind(); });
     return absl::OkStatus();

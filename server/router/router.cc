@@ -49,9 +49,10 @@ class GrpcRouter final : public Router, public grpc::CallbackGenericService {
     builder.RegisterCallbackGenericService(this);
     server_ = builder.BuildAndStart();
     if (server_ == nullptr || port_ <= 0) {
-      return absl::AlreadyExistsError(absl::StrCat(
-          "router did not start: want to listen on ", address,
-          ", got port taken or no such address; stop the other process or change --port"));
+      return absl::AlreadyExistsError(absl::StrCat("router did not start: want to listen on ",
+                                                   address,
+                                                   ", got port taken or no such address; stop the "
+                                                   "other process or change --port or --host"));
     }
     ShowHealth();
     return absl::OkStatus();

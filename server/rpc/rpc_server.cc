@@ -50,7 +50,7 @@ class GrpcServer final : public RpcServer {
     }
     return absl::UnavailableError(absl::StrCat(
         "rpc server did not start: want to listen on ", address,
-        ", got port taken or no such address; stop the other process or change --port"));
+        ", got port taken or no such address; stop the other process or change --port or --host"));
   }
 
   int port() const override { return port_; }

@@ -2,6 +2,7 @@
 
 #include <map>
 
+#include "absl/strings/str_split.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 
@@ -34,6 +35,13 @@ TEST(ConfigTest, TakesBothFormsAndBooleans) {
   EXPECT_EQ(config->kv_bytes, int64_t{2} << 30);
   EXPECT_EQ(config->seed, UINT64_MAX);
   EXPECT_EQ(config->host, "127.0.0.1");
+}
+
+TEST(ConfigTest, ABooleanTakesTheWordBehindItIfThatIsOne) {
+  EXPECT_FALSE(Parse({"--deterministic", "false", "--model=m"})->deterministic);
+  EXPECT_TRUE(Parse({"--deterministic", "true", "--model=m"})->deterministic);
+  EXPECT_EQ(Parse({"--deterministic", "--model", "true"})->model, "true");
+  ExpectBad({"--deterministic", "no", "--model=m"}, "want --name=value, got \"no\"");
 }
 
 TEST(ConfigTest, CommandLineWinsOverEnvironment) {
@@ -110,6 +118,9 @@ TEST(ConfigTest, HelpListsEveryFlagOfTheStartLine) {
     begin = space == std::string::npos ? line.size() : space + 1;
   }
   EXPECT_GT(flags, 25);
+  for (const absl::string_view text : absl::StrSplit(help, '\n')) EXPECT_LE(text.size(), 100u);
+  EXPECT_THAT(help, HasSubstr("--max_message_bytes  (bytes, KiB, MiB or GiB, in [4096, 2147483647],"
+                              " default 256MiB)"));
 }
 
 }  // namespace

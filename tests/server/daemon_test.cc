@@ -100,9 +100,9 @@ TEST(DaemonStartTest, OpensTheDeviceInTheTypeOfTheCheckpoint) {
     };
     return Daemon(config, no_device).Run();
   };
-  EXPECT_EQ(run("llama_linear_tied", "bf16"), ExitCode::kModelError);
+  EXPECT_EQ(run("llama_linear_tied", "bf16"), ExitCode::kDeviceError);
   EXPECT_EQ(asked, DType::kBF16);
-  EXPECT_EQ(run("qwen3_tied", "f32"), ExitCode::kModelError);
+  EXPECT_EQ(run("qwen3_tied", "f32"), ExitCode::kDeviceError);
   EXPECT_EQ(asked, DType::kF16);
   EXPECT_EQ(run("qwen3_tied", "bf16"), ExitCode::kBadFlags);
   EXPECT_EQ(asked, std::nullopt);
