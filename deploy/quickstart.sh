@@ -5,6 +5,7 @@
 # Usage: deploy/quickstart.sh [--seed N] [--steps N]      as root, or as a user who may sudo
 #   --seed N    of questions and samples (default 0)
 #   --steps N   policy updates (default: what `coppice train-demo` takes)
+# Flags of coppiced are read from the environment: COPPICE_DEVICE=cuda trains on a GPU, where nvcc is installed.
 #
 # Idempotent; everything it writes is under build/. The last line is
 #   quickstart: ok reward_first=.. reward_last=.. cached_tokens=.. hit_rate=.. dedup=..
