@@ -251,7 +251,7 @@ TEST_P(NormMatMulTest, NormReadsF32Rows) {
 // f32.
 std::vector<float> RunChain(ops::Ops& ops, DeviceTensor& a, DeviceTensor& b, TensorView w,
                             TensorView head, DeviceTensor& logits) {
-  for (int layer = 0; layer < 8; ++layer) {
+  for (int layer = 0; layer < Scaled(8, 2); ++layer) {
     ops::MatMulParams p = {.a = a.view(), .b = w, .trans_b = true, .c = b.view()};
     p.b_is_parameter = true;
     EXPECT_TRUE(ops.MatMul(p).ok());
@@ -268,7 +268,7 @@ std::vector<float> RunChain(ops::Ops& ops, DeviceTensor& a, DeviceTensor& b, Ten
 TEST_P(NormMatMulTest, ChainsOfProductsGiveEqualBitsAndLogitsInF32) {
   const auto ops = std::move(CreateTestOps(GetParam(), 2)).value();
   const DType f = ops->Info().compute_dtype;
-  const int64_t k = 512, n = 3000;
+  const int64_t k = 512, n = Scaled(3000, 300);
   GuardedTensor square({k, k}), head({n, k});
   square.FillNormal(random_, 1 / std::sqrt(static_cast<float>(k)));
   head.FillNormal(random_);

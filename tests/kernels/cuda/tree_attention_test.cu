@@ -1,9 +1,10 @@
 // Tree attention on a GPU against the fp32 reference: small batches (every row), the benchmark's
 // shapes (sampled rows), then timings.
-//   tree_attention_test [bf16] [f16] [check] [tiny] [trees] [time] [dualkv] [train] [decode]
-//                       [part=I/N] [only=REGEX]
-//   default: check, both types. tiny: a subset for the sanitizers; trees: leaves context out; part:
-//   a share of the cases; only: timings like "causal 16384 d128 forward", "... backward stored"
+//   tree_attention_test [bf16] [f16] [check] [tiny] [trees] [sanitizer] [time] [dualkv] [train]
+//                       [decode] [part=I/N] [only=REGEX]
+//   default: check, both types. tiny: a subset; trees: leaves context out; sanitizer: the cases of
+//   sanitizer_cases.cuh instead; part: a share of the cases; only: timings like "causal 16384 d128
+//   forward", "... backward stored"
 // Every case runs on poisoned outputs between guard columns, twice, and compares the two runs bit
 // for bit.
 #include <algorithm>
@@ -16,6 +17,7 @@
 
 #include "kernels/cuda/overlap.cuh"
 #include "tests/kernels/cuda/attention_case.cuh"
+#include "tests/kernels/cuda/sanitizer_cases.cuh"
 #include "tests/support/tolerances.h"
 
 namespace coppice::cuda {
@@ -498,6 +500,19 @@ void CheckLarge() {
   one("16384 + 8 x 64", PromptAndResponses(16384, 64, 8), {32, 8, 128});
 }
 
+template <typename E>
+void RunSanitizerCases() {
+  for (const SanitizerCase& s : SanitizerCases()) {
+    if (!IsOurs()) continue;
+    const bool good = RunSanitizerCase<E>(s);
+    ++num_checked, num_failed += !good;
+    std::printf("%s d%-3d %s, dS of %d, rounds of %d: %s\n", kIsF16<E> ? "f16" : "bf16",
+                s.heads.dim, s.name.c_str(), s.stored_heads, s.options.round_images,
+                good ? "whole" : "FAIL");
+    std::fflush(stdout);
+  }
+}
+
 template <typename Run>
 double MedianMs(Run run, int repeats) {
   cudaEvent_t begin, end;
@@ -654,6 +669,7 @@ void TimeTrainingTrees() {
 template <typename E, typename Asked>
 void RunCases(const Asked& asked, bool check) {
   const bool tiny = asked("tiny");
+  if (asked("sanitizer")) RunSanitizerCases<E>();
   if (check) {
     CheckTrees<E>(tiny);
     if (!asked("trees")) CheckContext<E>(tiny);
@@ -682,11 +698,11 @@ int Main(int count, char** words) {
     if (std::strncmp(words[i], "only=", 5) == 0) only = words[i] + 5;
   }
   const bool timed = asked("time") || asked("dualkv") || asked("train") || asked("decode");
-  const bool check = asked("check") || asked("tiny") || !timed;
+  const bool check = asked("check") || asked("tiny") || (!timed && !asked("sanitizer"));
   const bool both = asked("bf16") == asked("f16");
   if (both || asked("bf16")) RunCases<Bf16>(asked, check);
   if (both || asked("f16")) RunCases<F16>(asked, check);
-  if (check) std::printf("%d cases, %d failed\n", num_checked, num_failed);
+  if (num_checked > 0) std::printf("%d cases, %d failed\n", num_checked, num_failed);
   return num_failed == 0 ? 0 : 1;
 }
 
