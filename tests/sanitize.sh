@@ -25,44 +25,47 @@ LOGS=${LOGS:-$(mktemp -d)} LIMIT=${LIMIT:-120}
 mkdir -p "$LOGS"
 export BIN LOGS LIMIT REQUIRE_CUDA=1
 
-# Tool, test, types, scale, parts that its cases are cut into, processes that share its tests. What takes longest first;
-# racecheck, which keeps the GPU busy, among the others, which keep cores busy.
+# Tool, test, types, scale, parts that its cases are cut into, processes that share its tests. racecheck, which keeps the
+# GPU busy, comes behind the others, which keep cores busy; what takes longest begins.
 RUNS='
-racecheck tree_attention bf16 small 6 1
 memcheck row_ops bf16 full 3 1
-racecheck sampling bf16 small 1 12
 memcheck norm_matmul bf16 full 3 1
-racecheck tree_attention f16 small 6 1
-memcheck matmul bf16,f16 full 2 1
-memcheck logprob_head bf16,f16 full 1 1
-racecheck logprob_head bf16,f16 small 3 1
-initcheck tree_attention bf16,f16 small 2 1
-memcheck tree_attention bf16,f16 small 2 1
-racecheck mlp_block bf16,f16 small 4 1
-initcheck norm_matmul bf16,f16 small 2 1
+memcheck logprob_head bf16 full 1 1
 leaks engine_device bf16 small 1 1
-racecheck norm_matmul bf16,f16 small 2 1
-initcheck mlp_block bf16,f16 small 1 1
+initcheck tree_attention bf16 small 2 1
+memcheck tree_attention bf16 small 2 1
+racecheck sampling bf16 small 1 12
+racecheck tree_attention bf16 small 6 1
+initcheck norm_matmul bf16,f16 small 1 1
 initcheck logprob_head bf16,f16 small 1 1
-racecheck row_ops bf16,f16 small 2 1
-synccheck tree_attention bf16,f16 small 2 1
-memcheck gated_matmul bf16,f16 full 1 1
-memcheck mlp_block bf16,f16 small 1 1
-racecheck gated_matmul bf16,f16 small 2 1
+initcheck mlp_block bf16,f16 small 1 1
 initcheck row_ops bf16,f16 small 1 1
+memcheck matmul bf16,f16 small 1 1
+initcheck matmul bf16,f16 small 1 1
+memcheck gated_matmul bf16,f16 small 1 1
+initcheck gated_matmul bf16,f16 small 1 1
+memcheck mlp_block bf16,f16 small 1 1
 memcheck row_ops f16 small 1 1
 memcheck norm_matmul f16 small 1 1
-racecheck adamw bf16,f16 small 1 1
-initcheck matmul bf16,f16 small 1 1
-initcheck gated_matmul bf16,f16 small 1 1
-synccheck mlp_block bf16,f16 small 1 1
-synccheck norm_matmul bf16,f16 small 1 1
-synccheck logprob_head bf16,f16 small 1 1
-synccheck gated_matmul bf16,f16 small 1 1
+memcheck logprob_head f16 small 1 1
+memcheck tree_attention f16 small 1 1
+initcheck tree_attention f16 small 1 1
 memcheck adamw bf16,f16 small 1 1
 initcheck adamw bf16,f16 small 1 1
 memcheck sampling bf16 small 1 1
 initcheck sampling bf16 small 1 1
+racecheck logprob_head bf16,f16 small 2 1
+racecheck norm_matmul bf16,f16 small 2 1
+racecheck mlp_block bf16,f16 small 3 1
+racecheck tree_attention f16 small 3 1
+racecheck row_ops bf16,f16 small 2 1
+racecheck gated_matmul bf16,f16 small 1 1
+racecheck adamw bf16,f16 small 1 1
+synccheck tree_attention bf16,f16 small 1 1
+synccheck mlp_block bf16,f16 small 1 1
+synccheck norm_matmul bf16,f16 small 1 1
+synccheck logprob_head bf16,f16 small 1 1
+synccheck gated_matmul bf16,f16 small 1 1
 synccheck sampling bf16 small 1 1
 '
 
