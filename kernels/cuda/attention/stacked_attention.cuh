@@ -125,8 +125,7 @@ __device__ void SumLeaves(const ChunkParameters<E>& p, const DecodePlace& at, Le
 // Writes this thread's accumulators, not normalised, as partial results.
 template <int D, typename E>
 __device__ void StorePartial(const ChunkParameters<E>& p, const ChunkWork& item, int kv_head,
-                             int first, const float (&o)[D / 2], const float (&m)[2],
-                             const float (&l)[2]) {
+                             int first, const float (&o)[D / 2], const LateSoftmax& softmax) {
   const int column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
@@ -138,7 +137,7 @@ __device__ void StorePartial(const ChunkParameters<E>& p, const ChunkWork& item,
 #pragma unroll
     for (int j = 0; j < D / 8; ++j)
       *reinterpret_cast<float2*>(to + 8 * j) = {o[4 * j + 2 * h], o[4 * j + 2 * h + 1]};
-    if (column == 0) p.partial.sums[part] = {m[h] * p.scale * kLog2e, l[h]};
+    if (column == 0) p.partial.sums[part] = {softmax.base[h], softmax.sum[h]};
   }
 }
 
@@ -177,8 +176,8 @@ __device__ __forceinline__ void GatherQueries(const ChunkParameters<E>& p, const
 }
 
 // Lets an item pass that the other warpgroup works on.
-template <typename Shared>
-__device__ void PassItem(Shared& s, int count, ConsumerRings& rings) {
+template <typename Shared, typename Rings>
+__device__ void PassItem(Shared& s, int count, Rings& rings) {
   for (int i = 0; i < count; ++i, rings.keys.Advance(), rings.values.Advance()) {
     s.k_full(rings.keys.stage).Wait(rings.keys.phase);
     Release(s.k_empty(rings.keys.stage));
@@ -187,34 +186,40 @@ __device__ void PassItem(Shared& s, int count, ConsumerRings& rings) {
   }
 }
 
-// The item's sums for the 64 stacked rows from `first` on.
-template <typename E, typename Shared>
+// The item's sums for the 64 stacked rows from `first` on. Scores of a step, then the output of the
+// step before are queued; issuing products takes as long as they do, so a warpgroup has its softmax
+// while the other one multiplies.
+template <typename E, typename Shared, typename Rings>
 __device__ void ConsumeItem(const ChunkParameters<E>& p, Shared& s, const ChunkWork& item,
-                            int kv_head, int first, int group, ConsumerRings& rings) {
+                            int kv_head, int first, int group, Rings& rings) {
   constexpr int D = Shared::kHeadDim;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const float scale_log2 = p.scale * kLog2e;
   const int count = Steps(item);
   const uint64_t q = ColumnsAreK(s.queries(Uniform(group)));
-  float m[2] = {-INFINITY, -INFINITY}, l[2] = {0.f, 0.f}, shrink[2];
+  LateSoftmax softmax;
   float o[D / 2], scores[kStepKeys / 2];
   uint32_t probabilities[kStepKeys / 4];
   Clear(o);
 
   const auto start_scores = [&] {
+    const uint64_t keys = ColumnsAreK(s.keys(Uniform(rings.keys.stage)));
     s.k_full(rings.keys.stage).Wait(rings.keys.phase);
-    MultiplyAbt<E, D, kGroupRows>(scores, q, ColumnsAreK(s.keys(Uniform(rings.keys.stage))));
+    MultiplyAbt<E, D, kGroupRows>(scores, q, keys);
   };
-  const auto start_output = [&] {
-    s.v_full(rings.values.stage).Wait(rings.values.phase);
-    MultiplyAdd<E, kStepKeys>(o, probabilities,
-                              RowsAreK(s.values(Uniform(rings.values.stage)), kStepKeys));
-  };
-  const auto finish_scores = [&] {
+  const auto finish_scores = [&](bool is_first) {
     Pin(scores);
     Release(s.k_empty(rings.keys.stage));
     rings.keys.Advance();
-    OnlineSoftmax(scores, m, l, shrink, scale_log2);
+    softmax.Add<E>(scores, probabilities, scale_log2, is_first, [&](const float(&shrink)[2]) {
+#pragma unroll
+      for (int j = 0; j < D / 2; ++j) o[j] *= shrink[j / 2 % 2];
+    });
+  };
+  const auto start_output = [&] {
+    const uint64_t values = RowsAreK(s.values(Uniform(rings.values.stage)), kStepKeys);
+    s.v_full(rings.values.stage).Wait(rings.values.phase);
+    MultiplyAdd<E, kStepKeys>(o, probabilities, values);
   };
   const auto finish_output = [&] {
     WgmmaWait<0>();
@@ -226,33 +231,26 @@ __device__ void ConsumeItem(const ChunkParameters<E>& p, Shared& s, const ChunkW
   GatherQueries<D>(p, item, kv_head, first, group, s.queries(group));
   start_scores();
   WgmmaWait<0>();
-  finish_scores();
-  PackOperand<E>(probabilities, scores);
+  finish_scores(true);
   for (int i = 1; i < count; ++i) {
     start_scores();
     start_output();
-    WgmmaWait<1>();
-    finish_scores();
     finish_output();
-    if (__any_sync(~0u, shrink[0] != 1.f || shrink[1] != 1.f)) {
-#pragma unroll
-      for (int j = 0; j < D / 2; ++j) o[j] *= shrink[j / 2 % 2];
-    }
-    PackOperand<E>(probabilities, scores);
+    finish_scores(false);
   }
   start_output();
   finish_output();
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    l[h] += __shfl_xor_sync(~0u, l[h], 1);
-    l[h] += __shfl_xor_sync(~0u, l[h], 2);
+    softmax.sum[h] += __shfl_xor_sync(~0u, softmax.sum[h], 1);
+    softmax.sum[h] += __shfl_xor_sync(~0u, softmax.sum[h], 2);
   }
-  StorePartial<D>(p, item, kv_head, first + warp * 16 + lane / 4, o, m, l);
+  StorePartial<D>(p, item, kv_head, first + warp * 16 + lane / 4, o, softmax);
 }
 
-template <typename E, typename Shared>
+template <typename E, typename Shared, typename Rings>
 __device__ void Consume(const ChunkParameters<E>& p, Shared& s, const DecodePlace& at, int group,
-                        ConsumerRings& rings) {
+                        Rings& rings) {
   const SlotItems items = StackedItems(p.schedule, at.slot);
   for (int n = 0; n < items.count; ++n) {
     const ChunkWork item = items.first[n];
