@@ -68,6 +68,8 @@ template <typename E>
 using Shape16 = ChainShape<E, 16, 13, 6>;
 template <typename E>
 using Shape32 = ChainShape<E, 32, 12, 7>;
+template <typename E>
+using Shape64 = ChainShape<E, 64, 10, 7>;
 
 }  // namespace
 
@@ -94,6 +96,7 @@ cudaError_t CountChainBlocks(int& blocks) {
     resident.template operator()<Shape8<E>>();
     resident.template operator()<Shape16<E>>();
     resident.template operator()<Shape32<E>>();
+    resident.template operator()<Shape64<E>>();
   };
   all_resident.template operator()<Bf16>();
   all_resident.template operator()<F16>();
@@ -117,7 +120,8 @@ cudaError_t LaunchLayerChain(const LayerChainArgs& args, const LayerChainMemory&
   return ForElement(args.dtype, [&]<typename E>(E) {
     if (args.rows <= 8) return Launch<Shape8<E>>(args, memory, stream);
     if (args.rows <= 16) return Launch<Shape16<E>>(args, memory, stream);
-    return Launch<Shape32<E>>(args, memory, stream);
+    if (args.rows <= 32) return Launch<Shape32<E>>(args, memory, stream);
+    return Launch<Shape64<E>>(args, memory, stream);
   });
 }
 

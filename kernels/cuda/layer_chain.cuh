@@ -109,8 +109,6 @@ struct ChainShape {
   static constexpr int kTokens = kTokenCount;
   static constexpr int kStages = kStageCount, kXStages = kXStageCount;
   static constexpr int kXStageBytes = kTokens * kColumns * 2;
-  // Sums that a thread reads together: of so many groups, from so many pieces.
-  static constexpr int kUnits = kTokens <= 16 ? 1 : 2, kPieces = kTokens <= 16 ? 8 : 4;
 };
 
 template <typename Shape>

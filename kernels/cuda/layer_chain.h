@@ -16,7 +16,7 @@
 
 namespace coppice::cuda {
 
-constexpr int64_t kMaxChainRows = 32;  // more are faster as products of their own
+constexpr int64_t kMaxChainRows = 64;
 constexpr int64_t kMaxChainHidden = 16384;
 
 struct ChainMatrix {

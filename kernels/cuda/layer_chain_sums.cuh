@@ -29,8 +29,8 @@ __device__ __forceinline__ uint32_t Something(float x) {
   return bits < kNothing ? bits : kNothing - 1;
 }
 __device__ __forceinline__ bool IsMissing(float4 x) {
-  return __float_as_uint(x.x) == kNothing || __float_as_uint(x.y) == kNothing ||
-         __float_as_uint(x.z) == kNothing || __float_as_uint(x.w) == kNothing;
+  return max(max(__float_as_uint(x.x), __float_as_uint(x.y)),
+             max(__float_as_uint(x.z), __float_as_uint(x.w))) == kNothing;
 }
 
 // Of this lane's (even token, odd token) and that of the lane 4 away, both of one token.
@@ -39,23 +39,33 @@ __device__ __forceinline__ float2 Exchange(float even_token, float odd_token) {
   const float other = __shfl_xor_sync(~0u, odd ? even_token : odd_token, 4);
   return odd ? float2{other, odd_token} : float2{even_token, other};
 }
-__device__ __forceinline__ float Silu(float x) { return x / (1.f + __expf(-x)); }
+__device__ __forceinline__ float Silu(float x) { return __fdividef(x, 1.f + __expf(-x)); }
 
 template <typename E>
 __device__ __forceinline__ float2 LoadPair(const E* from) {
   return Pair<E>(*reinterpret_cast<const uint32_t*>(from));
 }
 
+// Groups of 8 tokens: [begin, end).
+struct Groups {
+  int begin, end;
+  __device__ __forceinline__ bool Has(int j) const { return begin <= j && j < end; }
+};
+
 // What a warp does with sums of a tile once they are complete. Lanes 4 apart exchange sums, so that
 // each has pairs of columns of one token: `column` and the next, and with two halves the same 8
-// further on.
+// further on. Two warps a scheduler hide little: every phase ends with the latency of these
+// instructions, so each step has its own loop, unrolled, with next to no arithmetic of addresses.
 template <typename Shape>
 struct Finisher {
   using E = typename Shape::Element;
+  static constexpr int kTokens = Shape::kTokens, kGroups = kTokens / 8;
   const ChainParameters& p;
   const ChainPhase& phase;
   ChainShared<Shape>& s;
   int warp, lane, column, square_row;
+  int first_token, tokens;  // of this lane: token 8 j + first_token is one if 8 j < tokens
+  bool inside[2];
   float2 factor[2];
 
   __device__ Finisher(const ChainParameters& parameters, const ChainPhase& of,
@@ -64,77 +74,152 @@ struct Finisher {
     square_row = tile * kChainWarps + warp;
     column = phase.step == ChainStep::kSwiGlu ? square_row * 8 + lane / 8 * 2
                                               : square_row * 16 + lane / 8 * 2;
+    first_token = lane % 4 * 2 + lane / 4 % 2, tokens = p.rows - first_token;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
+      inside[h] = column + 8 * h < phase.columns;
       factor[h] = {0.f, 0.f};
-      if (phase.factor != nullptr && column + 8 * h < phase.columns)
+      if (phase.factor != nullptr && inside[h])
         factor[h] = LoadPair(static_cast<const E*>(phase.factor) + column + 8 * h);
     }
   }
 
-  __device__ __forceinline__ int Token(int j) const { return 8 * j + lane % 4 * 2 + lane / 4 % 2; }
-
-  // Memory that finishing a group takes, read before its sums are there: what is added to them, or
-  // cos and sin of this warp's token and the token's slot.
-  struct Addend {
-    float2 x[2];
+  // cos and sin of a token, and its slot.
+  struct Angles {
+    float2 cosine, sine;
     int slot;
   };
-  __device__ __forceinline__ Addend ReadAddend(int j) const {
-    Addend addend = {};
-    if (phase.step == ChainStep::kRotate) return ReadAngles(j);
-    if (phase.step != ChainStep::kResidual || Token(j) >= p.rows) return addend;
+  // What is read before the sums are there: what is added to them, or the first group's angles.
+  struct Addends {
+    float2 x[kGroups][2];
+    Angles angles;
+  };
+  __device__ __forceinline__ void ReadAddends(const Groups& groups, Addends& addends) const {
+    const bool has_addends = phase.step == ChainStep::kResidual;
+    const float* from = phase.addend + first_token * phase.addend_stride + column;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      if (column + 8 * h < phase.columns)
-        addend.x[h] = __ldcg(reinterpret_cast<const float2*>(
-            phase.addend + Token(j) * phase.addend_stride + column + 8 * h));
+    for (int j = 0; j < kGroups; ++j) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        addends.x[j][h] = {0.f, 0.f};
+        if (has_addends && groups.Has(j) && 8 * j < tokens && inside[h])
+          addends.x[j][h] =
+              __ldcg(reinterpret_cast<const float2*>(from + 8 * j * phase.addend_stride + 8 * h));
+      }
     }
-    return addend;
+    addends.angles = {};
+    if (phase.step == ChainStep::kRotate) addends.angles = ReadAngles(8 * groups.begin + warp);
   }
 
-  __device__ __forceinline__ void Finish(int j, float4 sum, const Addend& addend) const {
+  __device__ __forceinline__ void Finish(const Groups& groups, const float (&sum)[kTokens / 2],
+                                         const Addends& addends) const {
     if (phase.step == ChainStep::kSwiGlu) {
-      FinishSwiGlu(j, sum);
+      FinishSwiGlu(groups, sum);
+    } else if (phase.step == ChainStep::kResidual) {
+      FinishResidual(groups, sum, addends);
+    } else if (phase.step == ChainStep::kProject) {
+      FinishProject(groups, sum);
     } else {
-      float2 y[2] = {Exchange(sum.x, sum.y), Exchange(sum.z, sum.w)};
-      if (phase.step == ChainStep::kResidual) {
-        FinishResidual(j, y, addend);
-      } else if (phase.step == ChainStep::kProject) {
-        FinishProject(j, y);
-      } else {
-        FinishRotate(j, y, addend);
-      }
+      FinishRotate(groups, sum, addends.angles);
     }
   }
 
  private:
+  __device__ __forceinline__ void FinishSwiGlu(const Groups& groups,
+                                               const float (&sum)[kTokens / 2]) const {
+    E* to = static_cast<E*>(phase.out) + first_token * phase.out_stride + column;
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      if (!groups.Has(j)) continue;
+      const float* x = sum + 4 * j;
+      const float2 scale = *reinterpret_cast<const float2*>(s.scales[0] + 8 * j + lane % 4 * 2);
+      const float2 y = Exchange(Silu(x[0] * scale.x) * (x[2] * scale.x),
+                                Silu(x[1] * scale.y) * (x[3] * scale.y));
+      if (8 * j < tokens && inside[0]) StorePair(to + 8 * j * phase.out_stride, y);
+    }
+  }
+  __device__ __forceinline__ void FinishProject(const Groups& groups,
+                                                const float (&sum)[kTokens / 2]) const {
+    E* to = static_cast<E*>(phase.out) + first_token * phase.out_stride + column;
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      if (!groups.Has(j)) continue;
+      const float scale = s.scales[1][8 * j + first_token];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float2 y = Exchange(sum[4 * j + 2 * h], sum[4 * j + 2 * h + 1]);
+        if (8 * j < tokens && inside[h])
+          StorePair(to + 8 * j * phase.out_stride + 8 * h,
+                    {y.x * scale + factor[h].x, y.y * scale + factor[h].y});
+      }
+    }
+  }
+  __device__ __forceinline__ void FinishResidual(const Groups& groups,
+                                                 const float (&sum)[kTokens / 2],
+                                                 const Addends& addends) const {
+    float* to = static_cast<float*>(phase.out) + first_token * phase.out_stride + column;
+    E* normed = static_cast<E*>(phase.normed) + first_token * phase.normed_stride + column;
+    const bool norms = phase.normed != nullptr;
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      if (!groups.Has(j)) continue;
+      float squares = 0.f;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float2 x = addends.x[j][h];
+        float2 y = Exchange(sum[4 * j + 2 * h], sum[4 * j + 2 * h + 1]);
+        y.x += x.x, y.y += x.y;
+        squares += y.x * y.x + y.y * y.y;
+        if (8 * j >= tokens || !inside[h]) continue;
+        *reinterpret_cast<float2*>(to + 8 * j * phase.out_stride + 8 * h) = y;
+        if (norms)
+          StorePair(normed + 8 * j * phase.normed_stride + 8 * h,
+                    {y.x * factor[h].x * kNormedUnit<E>, y.y * factor[h].y * kNormedUnit<E>});
+      }
+      squares += __shfl_xor_sync(~0u, squares, 8);
+      squares += __shfl_xor_sync(~0u, squares, 16);
+      if (lane < 8) p.squares[square_row * kTokens + 8 * j + first_token] = squares;
+    }
+  }
+
   // A lane has columns 2 i, + 1 of a head's halves; a tile has one head or two.
   __device__ __forceinline__ int Lanes() const { return p.rotation.head_dim / 4; }
   __device__ __forceinline__ int Head() const {
     return square_row / kChainWarps * (kTileRows / p.rotation.head_dim) + lane / Lanes();
   }
-  __device__ __forceinline__ Addend ReadAngles(int j) const {
+  __device__ __forceinline__ Angles ReadAngles(int token) const {
     const ChainRotation& r = p.rotation;
-    const int token = 8 * j + warp, i = lane % Lanes();
+    const int i = lane % Lanes();
     if (token >= p.rows) return {};
     const auto* angles = reinterpret_cast<const float2*>(
         r.rope + r.positions[token] * static_cast<int64_t>(r.head_dim));
-    return {{angles[i], angles[i + Lanes()]}, r.kv_slots != nullptr ? r.kv_slots[token] : -1};
+    return {angles[i], angles[i + Lanes()], r.kv_slots != nullptr ? r.kv_slots[token] : -1};
   }
-  __device__ __forceinline__ void FinishRotate(int j, const float2 (&y)[2],
-                                               const Addend& angles) const {
-    const float scale = s.scales[1][Token(j)];
+  __device__ __forceinline__ void FinishRotate(const Groups& groups,
+                                               const float (&sum)[kTokens / 2],
+                                               Angles angles) const {
+#pragma unroll 1
+    for (int j = groups.begin; j < groups.end; ++j) {
+      const Angles of_next = j + 1 < groups.end ? ReadAngles(8 * (j + 1) + warp) : Angles{};
+      float x[4] = {sum[0], sum[1], sum[2], sum[3]};
 #pragma unroll
-    for (int h = 0; h < 2; ++h)
-      *reinterpret_cast<float2*>(&s.heads[Token(j) % 8][column % kTileRows + 8 * h]) = {
-          y[h].x * scale + factor[h].x, y[h].y * scale + factor[h].y};
-    NamedSync(1, kChainMultipliers);
-    if (8 * j + warp < p.rows) RotateHeads(8 * j + warp, angles);
-    NamedSync(1, kChainMultipliers);
+      for (int i = 4; i < kTokens / 2; ++i)
+        if (i / 4 == j) x[i % 4] = sum[i];
+      const float scale = s.scales[1][8 * j + first_token];
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float2 y = Exchange(x[2 * h], x[2 * h + 1]);
+        *reinterpret_cast<float2*>(&s.heads[first_token][column % kTileRows + 8 * h]) = {
+            y.x * scale + factor[h].x, y.y * scale + factor[h].y};
+      }
+      NamedSync(1, kChainMultipliers);
+      if (8 * j + warp < p.rows) RotateHeads(8 * j + warp, angles);
+      angles = of_next;
+      NamedSync(1, kChainMultipliers);
+    }
   }
   // A token's heads of this tile, by one warp.
-  __device__ __forceinline__ void RotateHeads(int token, const Addend& angles) const {
+  __device__ __forceinline__ void RotateHeads(int token, const Angles& angles) const {
     const ChainRotation& r = p.rotation;
     const int half = r.head_dim / 2, i = lane % Lanes(), head = Head();
     const float* from = s.heads[warp] + lane / Lanes() * r.head_dim + 2 * i;
@@ -150,7 +235,7 @@ struct Finisher {
       a.x *= rstd * na.x, a.y *= rstd * na.y, b.x *= rstd * nb.x, b.y *= rstd * nb.y;
     }
     if (!is_v) {
-      const float2 cosine = angles.x[0], sine = angles.x[1], x = a;
+      const float2 cosine = angles.cosine, sine = angles.sine, x = a;
       a = {x.x * cosine.x - b.x * sine.x, x.y * cosine.y - b.y * sine.y};
       b = {b.x * cosine.x + x.x * sine.x, b.y * cosine.y + x.y * sine.y};
     }
@@ -165,42 +250,8 @@ struct Finisher {
     store(static_cast<E*>(is_v ? r.page_v : r.page_k) +
           (static_cast<int64_t>(angles.slot) * r.kv_heads + kv_head) * r.head_dim + 2 * i);
   }
-  __device__ __forceinline__ void FinishSwiGlu(int j, float4 sum) const {
-    const float2 scale = *reinterpret_cast<const float2*>(s.scales[0] + 8 * j + lane % 4 * 2);
-    const float2 y = Exchange(Silu(sum.x * scale.x) * (sum.z * scale.x),
-                              Silu(sum.y * scale.y) * (sum.w * scale.y));
-    StorePair(phase.out, phase.out_stride, j, 0, y);
-  }
-  __device__ __forceinline__ void FinishProject(int j, const float2 (&y)[2]) const {
-    const float scale = s.scales[1][Token(j)];
-#pragma unroll
-    for (int h = 0; h < 2; ++h)
-      StorePair(phase.out, phase.out_stride, j, h,
-                {y[h].x * scale + factor[h].x, y[h].y * scale + factor[h].y});
-  }
-  __device__ __forceinline__ void FinishResidual(int j, float2 (&y)[2],
-                                                 const Addend& addend) const {
-    float squares = 0.f;
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      y[h].x += addend.x[h].x, y[h].y += addend.x[h].y;
-      squares += y[h].x * y[h].x + y[h].y * y[h].y;
-      if (Token(j) < p.rows && column + 8 * h < phase.columns)
-        *reinterpret_cast<float2*>(static_cast<float*>(phase.out) + Token(j) * phase.out_stride +
-                                   column + 8 * h) = y[h];
-      if (phase.normed != nullptr)
-        StorePair(phase.normed, phase.normed_stride, j, h,
-                  {y[h].x * factor[h].x * kNormedUnit<E>, y[h].y * factor[h].y * kNormedUnit<E>});
-    }
-    squares += __shfl_xor_sync(~0u, squares, 8);
-    squares += __shfl_xor_sync(~0u, squares, 16);
-    if (lane < 8) p.squares[square_row * Shape::kTokens + Token(j)] = squares;
-  }
-  __device__ __forceinline__ void StorePair(void* to, int64_t stride, int j, int h,
-                                            float2 y) const {
-    if (Token(j) < p.rows && column + 8 * h < phase.columns)
-      *reinterpret_cast<uint32_t*>(static_cast<E*>(to) + Token(j) * stride + column + 8 * h) =
-          PackPair<E>(y.x, y.y);
+  static __device__ __forceinline__ void StorePair(E* to, float2 y) {
+    *reinterpret_cast<uint32_t*>(to) = PackPair<E>(y.x, y.y);
   }
 };
 
@@ -215,136 +266,121 @@ struct Adder {
   __device__ __forceinline__ float4* At(int i, int j) const {
     return p.pieces + (piece.Place(i) * kTokens + 8 * j + warp) * 32 + lane;
   }
-  // To those that add them.
-  __device__ __forceinline__ void Send(const float (&sum)[kTokens / 2]) const {
+  // Groups that this piece's block adds up.
+  __device__ __forceinline__ Groups Own() const {
+    if (piece.index >= piece.adders) return {0, 0};
+    return {(piece.index * kGroups + piece.adders - 1) / piece.adders,
+            ((piece.index + 1) * kGroups + piece.adders - 1) / piece.adders};
+  }
+  // The others, to those that add them.
+  __device__ __forceinline__ void Send(const float (&sum)[kTokens / 2], const Groups& own) const {
+    float4* to = At(piece.index, 0);
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      if (j * piece.adders / kGroups == piece.index) continue;
-      StoreWords(At(piece.index, j), Something(sum[4 * j]), Something(sum[4 * j + 1]),
-                 Something(sum[4 * j + 2]), Something(sum[4 * j + 3]));
+      if (!own.Has(j))
+        StoreWords(to + j * 256, Something(sum[4 * j]), Something(sum[4 * j + 1]),
+                   Something(sum[4 * j + 2]), Something(sum[4 * j + 3]));
     }
   }
-  // The first group that adder i has.
-  __device__ __forceinline__ int FirstOf(int i) const {
-    return (i * kGroups + piece.adders - 1) / piece.adders;
-  }
-  static __device__ __forceinline__ float4 Own(const float (&sum)[kTokens / 2], int j) {
-    float4 x = {0.f, 0.f, 0.f, 0.f};
+  // Adds what two pieces' other one sent, of all groups together.
+  __device__ __forceinline__ void AddOther(float (&sum)[kTokens / 2], const Groups& own) const {
+    float4* at = At(1 - piece.index, 0);
+    float4 x[kGroups];
 #pragma unroll
-    for (int i = 0; i < kTokens / 8; ++i)
-      if (i == j) x = {sum[4 * i], sum[4 * i + 1], sum[4 * i + 2], sum[4 * i + 3]};
-    return x;
-  }
-  // Groups [j, j + units) over all pieces, in their order.
-  template <int kPieces, int kUnits>
-  __device__ __forceinline__ void Add(const float (&sum)[kTokens / 2], int j, int units,
-                                      float4 (&total)[kUnits]) const {
+    for (int j = 0; j < kGroups; ++j) {
+      x[j] = {0.f, 0.f, 0.f, 0.f};
+      if (own.Has(j)) x[j] = LoadSums(at + j * 256);
+    }
+    for (bool all = false; !all;) {
+      all = true;
 #pragma unroll
-    for (float4& x : total) x = {0.f, 0.f, 0.f, 0.f};
-    for (int i = 0; i < piece.count; i += kPieces) {
-      float4 x[kUnits][kPieces];
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-#pragma unroll
-        for (int k = 0; k < kPieces; ++k) {
-          x[u][k] = {0.f, 0.f, 0.f, 0.f};
-          if (u < units && i + k < piece.count)
-            x[u][k] = i + k == piece.index ? Own(sum, j + u) : LoadSums(At(i + k, j + u));
-        }
+      for (int j = 0; j < kGroups; ++j) {
+        if (!IsMissing(x[j])) continue;
+        all = false;
+        x[j] = LoadSums(at + j * 256);
       }
-      for (bool all = false; !all;) {  // what has not come is read again, together
+    }
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      if (!own.Has(j)) continue;
+      Empty(at + j * 256);
+      AddTo(sum, j, x[j]);
+    }
+  }
+  // Adds what the others sent, in the order of columns: of several groups together where that
+  // is no more than kTogether places, of one in several turns where it is more.
+  __device__ __forceinline__ void AddOthers(float (&sum)[kTokens / 2], const Groups& own) const {
+    constexpr int kTogether = 8;
+    const int others = piece.count - 1;
+    int first = 0, group = own.begin;
+#pragma unroll 1
+    while (group < own.end) {
+      const int width = min(others - first, kTogether);
+      const int groups = max(min(kTogether / others, own.end - group), 1);
+      float4* at[kTogether];
+      float4 x[kTogether];
+      int other = first, j = group;
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) {
+        at[k] = At(other + (other >= piece.index), j);
+        x[k] = {0.f, 0.f, 0.f, 0.f};
+        if (k < groups * width) x[k] = LoadSums(at[k]);
+        if (++other == first + width) other = first, ++j;
+      }
+      for (bool all = false; !all;) {
         all = true;
 #pragma unroll
-        for (int u = 0; u < kUnits; ++u) {
-#pragma unroll
-          for (int k = 0; k < kPieces; ++k) {
-            if (i + k == piece.index || !IsMissing(x[u][k])) continue;
-            all = false;
-            x[u][k] = LoadSums(At(i + k, j + u));
-          }
+        for (int k = 0; k < kTogether; ++k) {
+          if (!IsMissing(x[k])) continue;
+          all = false;
+          x[k] = LoadSums(at[k]);
         }
       }
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
+      for (int k = 0; k < kTogether; ++k)
+        if (k < groups * width) Empty(at[k]);
+#pragma unroll 1
+      for (int i = 0; i < groups; ++i) {
+        float4 total = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-        for (int k = 0; k < kPieces; ++k) {
-          const float4 y = x[u][k];
-          total[u].x += y.x, total[u].y += y.y, total[u].z += y.z, total[u].w += y.w;
-          if (u < units && i + k < piece.count && i + k != piece.index) Empty(At(i + k, j + u));
-        }
+        for (int k = 0; k < kTogether; ++k)
+          if (i * width <= k && k < (i + 1) * width) Add(total, x[k]);
+        AddTo(sum, group + i, total);
       }
+      first += width;
+      if (first == others) first = 0, group += groups;
     }
   }
+
+ private:
   static __device__ __forceinline__ void Empty(float4* place) {
     StoreWords(place, kNothing, kNothing, kNothing, kNothing);
   }
+  static __device__ __forceinline__ void Add(float4& to, const float4& x) {
+    to.x += x.x, to.y += x.y, to.z += x.z, to.w += x.w;
+  }
+  static __device__ __forceinline__ void AddTo(float (&sum)[kTokens / 2], int j, const float4& x) {
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i)
+      if (i == j)
+        sum[4 * i] += x.x, sum[4 * i + 1] += x.y, sum[4 * i + 2] += x.z, sum[4 * i + 3] += x.w;
+  }
 };
-
-// The groups that this block adds up, kUnits at a time.
-template <int kPieces, int kUnits, typename Shape>
-__device__ __forceinline__ void AddUnits(const Adder<Shape>& adder, const Finisher<Shape>& finisher,
-                                         const float (&sum)[Shape::kTokens / 2], int begin,
-                                         int end) {
-  for (int j = begin; j < end; j += kUnits) {
-    typename Finisher<Shape>::Addend addend[kUnits];  // read before the sums are there
-    float4 total[kUnits];
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u)
-      if (j + u < end) addend[u] = finisher.ReadAddend(j + u);
-    adder.template Add<kPieces, kUnits>(sum, j, end - j, total);
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u)
-      if (j + u < end) finisher.Finish(j + u, total[u], addend[u]);
-  }
-}
-
-// The same of tiles that one or two blocks have: a sum of two has no order.
-template <typename Shape>
-__device__ __forceinline__ void AddPair(const Adder<Shape>& adder, const Finisher<Shape>& finisher,
-                                        const float (&sum)[Shape::kTokens / 2], int begin,
-                                        int end) {
-  constexpr int kUnits = Shape::kTokens / 8;
-  const int other = 1 - adder.piece.index;
-  float4 x[kUnits];
-#pragma unroll
-  for (int j = 0; j < kUnits; ++j) {
-    x[j] = {0.f, 0.f, 0.f, 0.f};
-    if (begin <= j && j < end && adder.piece.count == 2) x[j] = LoadSums(adder.At(other, j));
-  }
-  for (bool all = false; !all;) {
-    all = true;
-#pragma unroll
-    for (int j = 0; j < kUnits; ++j) {
-      if (!IsMissing(x[j])) continue;
-      all = false;
-      x[j] = LoadSums(adder.At(other, j));
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < kUnits; ++j) {
-    if (j < begin || j >= end) continue;
-    const typename Finisher<Shape>::Addend addend = finisher.ReadAddend(j);
-    if (adder.piece.count == 2) adder.Empty(adder.At(other, j));
-    const float* own = sum + 4 * j;
-    finisher.Finish(j, {own[0] + x[j].x, own[1] + x[j].y, own[2] + x[j].z, own[3] + x[j].w},
-                    addend);
-  }
-}
 
 template <typename Shape>
 __device__ __forceinline__ void FinishPiece(const ChainParameters& p, const ChainPhase& phase,
                                             ChainShared<Shape>& s, const Piece& piece,
-                                            const float (&sum)[Shape::kTokens / 2]) {
+                                            float (&sum)[Shape::kTokens / 2]) {
   const Adder<Shape> adder = {p, piece};
-  if (piece.count > 1) adder.Send(sum);
-  if (piece.index >= piece.adders) return;
-  const int begin = adder.FirstOf(piece.index), end = adder.FirstOf(piece.index + 1);
+  const Groups own = adder.Own();
+  if (piece.count > 1) adder.Send(sum, own);
+  if (own.begin == own.end) return;
   const Finisher<Shape> finisher(p, phase, s, piece.tile);
-  if (piece.count <= 2) {
-    AddPair(adder, finisher, sum, begin, end);
-  } else {
-    AddUnits<Shape::kPieces, Shape::kUnits>(adder, finisher, sum, begin, end);
-  }
+  typename Finisher<Shape>::Addends addends;
+  finisher.ReadAddends(own, addends);
+  if (piece.count == 2) adder.AddOther(sum, own);
+  if (piece.count > 2) adder.AddOthers(sum, own);
+  finisher.Finish(own, sum, addends);
 }
 
 }  // namespace coppice::cuda
