@@ -82,10 +82,19 @@ absl::StatusOr<const CudaBatchPlan::Attention*> ScheduleFor(const Context& conte
   const bool invariant = !backward && context.deterministic() &&
                          (!batch.kv_slots.empty() || !batch.context_nodes.empty());
   const int capability = context.compute_capability();
-  return CudaPlan(plan).PlanFor({.tiles = !invariant && HasTileKernels(shape.head_dim, capability),
+  const bool tiles = HasTileKernels(shape.head_dim, capability);
+  const int32_t shared_bytes = tiles ? 0 : PortableSharedBytes(shape.head_dim);
+  if (shared_bytes > context.block_shared_bytes()) {
+    return absl::UnimplementedError(
+        absl::StrCat("attention of head_dim ", shape.head_dim, ": want ", shared_bytes,
+                     " bytes of shared memory for a block, the device has ",
+                     context.block_shared_bytes(), "; use another one or --device=cpu"));
+  }
+  const int64_t round_bytes = tiles ? RoundBytes(shape.kv_heads) : 0;
+  return CudaPlan(plan).PlanFor({.tiles = !invariant && tiles,
                                  .stacked = HasStackedKernels(shape.head_dim, capability),
                                  .backward = backward,
-                                 .round_images = ImagesOfBytes(shape, RoundBytes(shape.kv_heads)),
+                                 .round_images = ImagesOfBytes(shape, round_bytes),
                                  .tile_items = QueryTileItems(shape),
                                  .wave_items = WaveItems(),
                                  .group_size = shape.q_heads / shape.kv_heads,
@@ -103,15 +112,15 @@ absl::Status Launched(Context& context, cudaError_t error, absl::string_view op,
 }
 
 // The workspace, where it holds at least as much of dS as the op takes for itself: LeastHeads of a
-// round.
+// round. Portable kernels keep none.
 absl::Status TakeBackwardScratch(Context& context, const TensorView& workspace,
                                  TreeAttentionBackwardArgs& args) {
   const auto bytes_of = [&](int32_t kv_heads) {
     return TreeAttentionBackwardScratchBytes(args.schedule, args.shape, kv_heads);
   };
   const int64_t lent_bytes = workspace.present() ? workspace.num_bytes() : 0;
-  const int32_t least = LeastHeads(args.shape.kv_heads);
-  int32_t heads = args.shape.kv_heads;
+  int32_t heads = args.portable ? 0 : args.shape.kv_heads;
+  const int32_t least = LeastHeads(heads);
   while (heads > least && bytes_of(heads) > lent_bytes) --heads;
   args.scratch_bytes = bytes_of(heads);
   if (args.scratch_bytes <= lent_bytes) {
@@ -188,6 +197,7 @@ absl::Status TreeAttentionBackward(Context& context, const ops::TreeAttentionBac
                                     .d_k = Rows(p.d_k),
                                     .d_v = Rows(p.d_v),
                                     .rounds = attention->rounds.data()};
+  args.portable = !HasTileKernels(shape.head_dim, context.compute_capability());
   if (attention->has_context) {
     args.context = Pages(p.context, *p.plan);
     args.d_context = {p.d_context.k.f32(), p.d_context.v.f32()};

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/cuda/launchers.h"
 #include "kernels/cuda/matmul_cache.h"
 
 namespace coppice::cuda {
@@ -11,6 +12,8 @@ namespace {
 
 // What generation needs at its usual sizes, so that serving does not allocate.
 constexpr int64_t kInitialScratchBytes = int64_t{256} << 20;
+
+constexpr int kLeastCapability = 80;
 
 }  // namespace
 
@@ -21,7 +24,8 @@ absl::Status StatusOf(cudaError_t error, absl::string_view call) {
                                           "); restart the process"));
 }
 
-absl::StatusOr<std::unique_ptr<Context>> Context::Create(bool deterministic, DType compute_dtype) {
+absl::StatusOr<std::unique_ptr<Context>> Context::Create(bool deterministic, DType compute_dtype,
+                                                         bool portable) {
   int devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&devices);
   if (error != cudaSuccess || devices == 0) {
@@ -30,20 +34,40 @@ absl::StatusOr<std::unique_ptr<Context>> Context::Create(bool deterministic, DTy
                                                "); check the driver or use --device=cpu"));
   }
   std::unique_ptr<Context> context(new Context(deterministic, compute_dtype));
-  RETURN_IF_ERROR(context->Init());
+  RETURN_IF_ERROR(context->Init(portable));
   return context;
 }
 
-absl::Status Context::Init() {
-  RETURN_IF_ERROR(Check(cudaSetDevice(0), "set device"));
-  RETURN_IF_ERROR(
-      Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream create"));
+absl::Status Context::InitCapability(bool portable) {
   int major = 0, minor = 0;
   RETURN_IF_ERROR(
       Check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attribute"));
   RETURN_IF_ERROR(
       Check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "attribute"));
   compute_capability_ = 10 * major + minor;
+  if (compute_capability_ < kLeastCapability) {
+    return absl::UnimplementedError(
+        absl::StrCat("cuda device refused: want compute capability 8.0 or newer, got ", major, ".",
+                     minor, "; use --device=cpu"));
+  }
+  if (const cudaError_t e = FindKernels(); e == cudaErrorNoKernelImageForDevice) {
+    return absl::UnimplementedError(absl::StrCat(
+        "cuda device refused: want kernels for compute capability ", major, ".", minor,
+        ", got a build for others; configure with -DCMAKE_CUDA_ARCHITECTURES=", major, minor));
+  } else {
+    RETURN_IF_ERROR(Check(e, "find kernels"));
+  }
+  if (portable) compute_capability_ = kLeastCapability;
+  return Check(
+      cudaDeviceGetAttribute(&block_shared_bytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),
+      "attribute");
+}
+
+absl::Status Context::Init(bool portable) {
+  RETURN_IF_ERROR(Check(cudaSetDevice(0), "set device"));
+  RETURN_IF_ERROR(InitCapability(portable));
+  RETURN_IF_ERROR(
+      Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream create"));
   if (cublasLtCreate(&blas_) != CUBLAS_STATUS_SUCCESS) {
     return absl::InternalError("cublasLt create failed: want status 0; check the cuda libraries");
   }

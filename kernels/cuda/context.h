@@ -29,8 +29,10 @@ class Context {
  public:
   static constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
 
-  // UNAVAILABLE without a usable device.
-  static absl::StatusOr<std::unique_ptr<Context>> Create(bool deterministic, DType compute_dtype);
+  // UNAVAILABLE without a usable device, UNIMPLEMENTED on one for which this build has no kernels.
+  // `portable`: see CudaOptions.
+  static absl::StatusOr<std::unique_ptr<Context>> Create(bool deterministic, DType compute_dtype,
+                                                         bool portable = false);
   ~Context();
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
@@ -39,8 +41,10 @@ class Context {
   cublasLtHandle_t blas() const { return blas_; }
   void* workspace() const { return workspace_; }
   bool deterministic() const { return deterministic_; }
-  DType compute_dtype() const { return compute_dtype_; }                  // f of ops/params.h
-  int compute_capability() const { return compute_capability_; }          // major * 10 + minor
+  DType compute_dtype() const { return compute_dtype_; }  // f of ops/params.h
+  // Of the device, major * 10 + minor; the least that kernels want if the context is portable.
+  int compute_capability() const { return compute_capability_; }
+  int block_shared_bytes() const { return block_shared_bytes_; }          // that a block may have
   const LayerChainMemory& chain_memory() const { return chain_memory_; }  // null: no such kernel
   int64_t scratch_bytes() const { return scratch_bytes_; }
   MatMulCache& matmuls() { return *matmuls_; }
@@ -56,12 +60,13 @@ class Context {
 
  private:
   Context(bool deterministic, DType compute_dtype);
-  absl::Status Init();
+  absl::Status Init(bool portable);
+  absl::Status InitCapability(bool portable);
   absl::Status InitChainMemory();
 
   const bool deterministic_;
   const DType compute_dtype_;
-  int compute_capability_ = 0;
+  int compute_capability_ = 0, block_shared_bytes_ = 0;
   cudaStream_t stream_ = nullptr;
   cublasLtHandle_t blas_ = nullptr;
   void* workspace_ = nullptr;

@@ -44,10 +44,11 @@ absl::StatusOr<std::unique_ptr<ops::Ops>> CudaOps::Create(const CudaOptions& opt
         "cuda device refused: compute_dtype wants bf16 or f16, got ", Name(options.compute_dtype)));
   }
   ASSIGN_OR_RETURN(std::unique_ptr<Context> context,
-                   Context::Create(options.deterministic, options.compute_dtype));
+                   Context::Create(options.deterministic, options.compute_dtype, options.portable));
   RETURN_IF_ERROR(KeepPool(*context));
   cudaDeviceProp properties = {};
   RETURN_IF_ERROR(context->Check(cudaGetDeviceProperties(&properties, 0), "device properties"));
+  const bool stores_scores = context->compute_capability() == 90;
   std::unique_ptr<CudaOps> ops(new CudaOps(std::move(context)));
   ops->info_ = {
       .kind = DeviceKind::kCuda,
@@ -56,7 +57,7 @@ absl::StatusOr<std::unique_ptr<ops::Ops>> CudaOps::Create(const CudaOptions& opt
       .compute_dtype = options.compute_dtype,
       .residual_dtype = DType::kF32,
       .total_bytes = static_cast<int64_t>(properties.totalGlobalMem),
-      .score_bytes = kRoundScoresBytes,
+      .score_bytes = stores_scores ? kRoundScoresBytes : 0,
       .scores_head_dim = kStoredScoresHeadDim,
       .context_gradients = properties.major == 9};
   return ops;
@@ -204,8 +205,9 @@ absl::Status CudaOps::AdamW(const ops::AdamWParams& p) { return cuda::AdamW(*con
 }  // namespace cuda
 
 absl::StatusOr<std::unique_ptr<ops::Ops>> ops::CreateCudaOps(bool deterministic,
-                                                             DType compute_dtype) {
-  return cuda::CudaOps::Create({.deterministic = deterministic, .compute_dtype = compute_dtype});
+                                                             DType compute_dtype, bool portable) {
+  return cuda::CudaOps::Create(
+      {.deterministic = deterministic, .compute_dtype = compute_dtype, .portable = portable});
 }
 
 }  // namespace coppice

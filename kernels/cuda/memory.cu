@@ -74,6 +74,11 @@ cudaError_t LaunchCopy(const TensorView& src, const TensorView& dst, cudaStream_
   return cudaGetLastError();
 }
 
+cudaError_t FindKernels() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, CopyBlocksKernel<int4>);
+}
+
 cudaError_t LaunchCopyBlocks(const TensorView& pool, const BlockPairs& pairs, int n,
                              cudaStream_t stream) {
   const int64_t block_bytes = pool.shape[2] * pool.shape[3] * SizeOf(pool.dtype);

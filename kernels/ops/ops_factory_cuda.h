@@ -1,5 +1,5 @@
 // CreateCudaOps: defined by kernels/cuda when it is built, else by ops_factory_nocuda.cc. Used by
-// CreateOps only.
+// CreateOps and tests only.
 #pragma once
 
 #include <memory>
@@ -9,6 +9,9 @@
 
 namespace coppice::ops {
 
-absl::StatusOr<std::unique_ptr<Ops>> CreateCudaOps(bool deterministic, DType compute_dtype);
+// `portable`: without the kernels for one architecture alone, so that tests see what other devices
+// run.
+absl::StatusOr<std::unique_ptr<Ops>> CreateCudaOps(bool deterministic, DType compute_dtype,
+                                                   bool portable = false);
 
 }  // namespace coppice::ops

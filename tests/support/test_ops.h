@@ -1,5 +1,6 @@
 // The devices that tests run on, by name: "cpu", "cuda" (computes in bf16), "cuda_f16". Without a
-// GPU the cuda instances of a test are skipped, unless REQUIRE_CUDA=1 makes that a failure.
+// GPU the cuda instances of a test are skipped, unless REQUIRE_CUDA=1 makes that a failure. With
+// PORTABLE_CUDA=1 they run without the kernels for one architecture alone.
 #pragma once
 
 #include <cstdlib>
@@ -8,6 +9,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/string_view.h"
 #include "kernels/ops/ops.h"
+#include "kernels/ops/ops_factory_cuda.h"
 
 namespace coppice {
 
@@ -24,7 +26,8 @@ inline absl::StatusOr<std::unique_ptr<ops::Ops>> CreateTestOps(absl::string_view
                                                                int threads = 0,
                                                                bool deterministic = false) {
   if (!OnCuda(device)) return ops::CreateOps(device, threads, deterministic);
-  return ops::CreateOps("cuda", threads, deterministic, ComputeDType(device));
+  const bool portable = std::getenv("PORTABLE_CUDA") != nullptr;
+  return ops::CreateCudaOps(deterministic, ComputeDType(device), portable);
 }
 
 // Whether a test on `device`, which CreateTestOps has answered with `created`, is to be skipped.

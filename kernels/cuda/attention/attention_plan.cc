@@ -31,7 +31,7 @@ class Planner {
     SplitSegments();
     for (const RowRange& range : tile_ranges_) AddQueryTiles(range);
     SortLongestFirst(query_tiles_);
-    if (options_.tiles && (batch_.context_nodes.empty() || options_.backward)) AddBackward();
+    if (options_.backward || (options_.tiles && batch_.context_nodes.empty())) AddBackward();
     AddSharedChunks();
     for (const ops::Segment& segment : chunk_segments_) AddLongContext(segment);
     SpreadStacked();
@@ -156,8 +156,9 @@ class Planner {
   void AddBackward() {
     std::vector<int32_t> first_tile(batch_.context_nodes.size());
     for (int32_t node = 0; node < Size(first_tile); ++node) first_tile[node] = ContextTiles(node);
-    backward_ = PlanBackward(batch_, {least_end_, greatest_end_}, first_tile,
-                             {options_.round_images, options_.tile_items, options_.wave_items});
+    backward_ = PlanBackward(
+        batch_, {least_end_, greatest_end_}, first_tile,
+        {options_.round_images, options_.tile_items, options_.wave_items, options_.tiles});
   }
 
   // Whether a row's sums may follow the batch. Otherwise they follow the positions of its keys.

@@ -29,7 +29,7 @@ namespace coppice::cuda {
 struct AttentionPlanOptions {
   bool tiles = true;         // false: everything as chunks (see HasTileKernels)
   bool stacked = true;       // shared context on the wide tensor path (see HasStackedKernels)
-  bool backward = false;     // with what backward needs; batches without context always have it
+  bool backward = false;     // with what backward needs; tiles without context always have it
   int32_t round_images = 0;  // images of a round of backward at most; 0: one round
   // Backward's dQ has so many items of work a query tile, and so many run at once: rounds hold
   // query tiles of whole waves. 0: of any number.

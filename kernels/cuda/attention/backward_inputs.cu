@@ -1,6 +1,7 @@
 // What backward prepares: row sums, and cached context gathered from its pages.
+#include "kernels/cuda/attention/backward_units.cuh"
 #include "kernels/cuda/attention/launchers.h"
-#include "kernels/cuda/attention/pipeline.cuh"
+#include "kernels/cuda/attention/log2_units.cuh"
 
 namespace coppice::cuda {
 namespace {

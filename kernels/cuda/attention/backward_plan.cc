@@ -195,7 +195,7 @@ BackwardLists PlanBackward(const ops::TokenBatch& batch, const TileEnds& ends,
     return CutIntoRounds(lists, rows, limits);
   }
   BackwardRound round = {};
-  if (!batch.context_nodes.empty()) {
+  if (!batch.context_nodes.empty() || !limits.forward_has_tiles) {
     AddQueryTiles(lists, rows, 0, CeilDiv(rows, kQueryTile) * kHalves, 0);
     round.num_tiles = Size(lists.tiles);
     round.longest_list = lists.tiles[0].list_end - lists.tiles[0].list_begin;

@@ -25,7 +25,7 @@ struct TileEnds {
 };
 
 struct BackwardLists {
-  // Empty for a batch without context in one round: there forward's lists say the same.
+  // Empty for a batch without context in one round if forward has tiles: its lists say the same.
   std::vector<QueryTileWork> tiles;
   std::vector<int32_t> entries;  // indices into runs
   std::vector<KeyWork> work;
@@ -37,6 +37,7 @@ struct BackwardLists {
 // See AttentionPlanOptions. A round has no more images unless it is one query tile of kQueryTile.
 struct RoundLimits {
   int32_t images, tile_items, wave_items;
+  bool forward_has_tiles;
 };
 
 // `first_tile`: [context nodes] the node's first context tile.

@@ -254,6 +254,13 @@ cudaError_t LaunchChunks(const TreeAttentionArgs& args, const ChunkScratch& scra
   });
 }
 
+int32_t ChunkSharedBytes(int32_t head_dim) {
+  if (head_dim == 64) return sizeof(WideShared<Bf16, 64>);
+  if (head_dim == 128) return sizeof(WideShared<Bf16, 128>);
+  if (head_dim == 256) return sizeof(WideShared<Bf16, 256>);
+  return 0;
+}
+
 cudaError_t LaunchMerges(const TreeAttentionArgs& args, const ChunkScratch& scratch,
                          cudaStream_t stream) {
   return ForShape(args.shape, [&]<typename E, int D>() {

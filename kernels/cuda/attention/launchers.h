@@ -28,6 +28,8 @@ cudaError_t LaunchStackedChunks(const TreeAttentionArgs& args, const ChunkScratc
 // The other chunks.
 cudaError_t LaunchChunks(const TreeAttentionArgs& args, const ChunkScratch& scratch,
                          cudaStream_t stream);
+// Of its largest block; 0: there is none for this head_dim.
+int32_t ChunkSharedBytes(int32_t head_dim);
 // Folds partial results where nothing is stacked, or rows are many.
 cudaError_t LaunchMerges(const TreeAttentionArgs& args, const ChunkScratch& scratch,
                          cudaStream_t stream);
@@ -50,5 +52,8 @@ cudaError_t LaunchBackwardKeys(const BackwardPass& pass, cudaStream_t stream);  
 cudaError_t LaunchWideBackwardKeys(const BackwardPass& pass, cudaStream_t stream);  // head_dim 256
 cudaError_t LaunchBackwardQueries(const BackwardPass& pass, cudaStream_t stream);   // d_q
 cudaError_t LaunchStoredQueries(const BackwardPass& pass, cudaStream_t stream);     // from dS
+// All of it on mma.sync, d_q, d_k and d_v: of one round and all heads.
+cudaError_t LaunchPortableBackward(const BackwardPass& pass, cudaStream_t stream);
+int32_t PortableBackwardSharedBytes(int32_t head_dim);  // of a block; 0: as above
 
 }  // namespace coppice::cuda

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "kernels/cuda/attention/attention_schedule.h"
+#include "kernels/cuda/attention/backward_units.cuh"
 #include "kernels/cuda/attention/hopper.cuh"
 #include "kernels/cuda/attention/launchers.h"
 #include "kernels/cuda/attention/log2_units.cuh"
@@ -25,13 +26,6 @@ inline constexpr int kImage = kKeyTile * kBackwardQueryTile;  // elements of a s
 // got, 3 x 168.
 template <int kProducer>
 inline constexpr int kConsumerRegisters = (3 * 168 - kProducer) / 2;
-// P and dS of backward are rounded, multiplied and kept times 2^kBackwardShift: f16 is no finer
-// than 2^-24, and a row of many keys has small probabilities. Gradients are written times
-// kBackwardUnit.
-template <typename E>
-inline constexpr int kBackwardShift = kIsF16<E> ? 6 : 0;
-template <typename E>
-inline constexpr float kBackwardUnit = 1.f / (1 << kBackwardShift<E>);
 
 // Order of the work items (tile, head), handed out by a counter. Heads of one KV head that work at
 // the same time share their key tiles in L2, so the first `solo` KV heads go one after the other,
@@ -232,11 +226,6 @@ inline MapShape MapOf(const RowMatrix& m, const AttentionShape& shape, int32_t h
   return {m.data, shape.rows, m.row_stride, heads, shape.head_dim};
 }
 
-// Row of a key tile, packed or ~context, in its tensor.
-__device__ __forceinline__ int FirstRow(int tile) { return (tile < 0 ? ~tile : tile) * kKeyTile; }
-
-inline int64_t PaddedRows(int64_t rows) { return (rows + kKeyTile - 1) / kKeyTile * kKeyTile; }
-
 // Maps of subtree_end and context_ends, boxes of `box` keys.
 inline cudaError_t MakeEndMaps(CUtensorMap& ends, CUtensorMap& context_ends,
                                const AttentionSchedule& s, int box) {
@@ -244,11 +233,6 @@ inline cudaError_t MakeEndMaps(CUtensorMap& ends, CUtensorMap& context_ends,
     if (auto e = MakeWordMap(context_ends, s.context_ends, s.num_context_ends, box)) return e;
   }
   return MakeWordMap(ends, s.subtree_end, PaddedRows(s.rows), box);
-}
-
-// Slots of a run of a context tile (ContextTile::first_piece).
-inline int RunSlots(const ContextPages& pages) {
-  return pages.block_tokens < kKeyTile ? pages.block_tokens : kKeyTile;
 }
 
 // Context that LaunchGatherContext gathered into `data`.

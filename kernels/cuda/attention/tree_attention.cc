@@ -94,6 +94,10 @@ bool HasStackedKernels(int32_t head_dim, int compute_capability) {
   return HasTileKernels(head_dim, compute_capability) && head_dim <= 128;
 }
 
+int32_t PortableSharedBytes(int32_t head_dim) {
+  return std::max(ChunkSharedBytes(head_dim), PortableBackwardSharedBytes(head_dim));
+}
+
 int32_t DecodeSlots(int32_t kv_heads) { return Multiprocessors() / kv_heads; }
 
 int64_t TreeAttentionScratchBytes(const AttentionSchedule& schedule, const AttentionShape& shape) {
@@ -140,6 +144,7 @@ cudaError_t LaunchTreeAttentionBackward(const TreeAttentionBackwardArgs& args,
   const BackwardScratch scratch(Scratch(args.scratch), args.schedule, shape);
   if (args.scratch_bytes < scratch.used) return cudaErrorInvalidValue;
   if (args.schedule.num_key_work == 0) return cudaErrorNotSupported;
+  if (args.portable && args.schedule.num_rounds > 1) return cudaErrorInvalidValue;
   const int64_t fit = (args.scratch_bytes - scratch.used) / DsBytesPerKvHead(args.schedule, shape);
   const bool stores = fit > 0;
   // As many heads go together each time.
@@ -158,6 +163,7 @@ cudaError_t LaunchTreeAttentionBackward(const TreeAttentionBackwardArgs& args,
   if (args.schedule.num_context_tiles > 0) {
     if (const cudaError_t e = LaunchGatherContext(pass, stream)) return e;
   }
+  if (args.portable) return LaunchPortableBackward(pass, stream);
   for (int32_t r = 0; r < args.schedule.num_rounds; ++r) {
     TreeAttentionBackwardArgs round = args;
     Narrow(round.schedule, args.rounds[r]);

@@ -72,6 +72,9 @@ struct TreeAttentionBackwardArgs {
   const BackwardRound* rounds = nullptr;  // [schedule.num_rounds] of the plan, host memory
   void* scratch = nullptr;                // TreeAttentionBackwardScratchBytes, 256-byte aligned
   int64_t scratch_bytes = 0;
+  // On mma.sync, where there are no tile kernels: wants one round and no scratch for dS. On a
+  // device with tile kernels the same to rounding.
+  bool portable = false;
 };
 
 // True if the tile kernels run this head_dim on this device (compute capability major * 10 +
@@ -79,6 +82,9 @@ struct TreeAttentionBackwardArgs {
 bool HasTileKernels(int32_t head_dim, int compute_capability);
 // The same for AttentionPlanOptions::stacked.
 bool HasStackedKernels(int32_t head_dim, int compute_capability);
+// Shared memory of a block of the kernels for every device: as much they want where there are no
+// tile kernels. 0: none for this head_dim.
+int32_t PortableSharedBytes(int32_t head_dim);
 // Blocks of a KV head that the current device runs at once, perhaps none:
 // AttentionPlanOptions::decode_slots.
 int32_t DecodeSlots(int32_t kv_heads);

@@ -159,6 +159,7 @@ struct Case {
       : batch(b),
         heads(h),
         unit(unit_of_gradients),
+        portable(!options.tiles),
         rows(static_cast<int>(b.subtree_end.size())),
         q_width(h.q * h.dim),
         kv_width(h.kv * h.dim),
@@ -301,7 +302,8 @@ struct Case {
                                       V(d_qkv),
                                       plan.rounds.data(),
                                       scratch->data,
-                                      backward_bytes};
+                                      backward_bytes,
+                                      portable};
     MUST(LaunchTreeAttentionBackward(a, nullptr));
   }
   reference::Problem<E> Reference() {
@@ -325,6 +327,7 @@ struct Case {
   ops::TokenBatch batch;
   Heads heads;
   float unit;
+  bool portable;  // backward on mma.sync
   int rows, q_width, kv_width, qkv_width;
   int64_t out_stride;
   Buffer<E> qkv, d_qkv, out, d_out;

@@ -26,6 +26,7 @@ struct SanitizerCase {
 inline void AddTrees(std::vector<SanitizerCase>& cases, int dim, bool all) {
   const ops::TokenBatch two_tiles = BatchOf(Causal(129));
   cases.push_back({"chunks", BatchOf(Causal(40)), {4, 2, dim}, {.tiles = false}});
+  cases.push_back({"portable", two_tiles, {4, 2, dim}, {.tiles = false}, 0});
   for (const int group : {1, 2, 3, 4}) {
     const std::string name = "groups of " + std::to_string(group);
     if (all || group % 3 == 1) cases.push_back({name, two_tiles, {group, 1, dim}, {}, 1});
@@ -57,6 +58,7 @@ inline void AddContexts(std::vector<SanitizerCase>& cases, int dim, bool all) {
   };
   one(16, {}, 0);
   one(128, {}, 2);
+  one(16, {.tiles = false}, 0);
   if (!all) return;
   one(8, {}, kForwardOnly);
   one(16, {.round_images = 5}, 1);

@@ -1,7 +1,7 @@
 // Tree attention on a GPU against the fp32 reference: small batches (every row), the benchmark's
 // shapes (sampled rows), then timings.
 //   tree_attention_test [bf16] [f16] [check] [tiny] [trees] [sanitizer] [time] [dualkv] [train]
-//                       [decode] [part=I/N] [only=REGEX]
+//                       [decode] [portable] [part=I/N] [only=REGEX]
 //   default: check, both types. tiny: a subset; trees: leaves context out; sanitizer: the cases of
 //   sanitizer_cases.cuh instead; part: a share of the cases; only: timings like "causal 16384 d128
 //   forward", "... backward stored"
@@ -60,18 +60,33 @@ bool GuardsIntact(const std::vector<E>& out, int64_t stride, int width) {
   return true;
 }
 
+// Columns [begin, end) of rows at `stride`.
+std::vector<float> Columns(const std::vector<float>& rows, int stride, int begin, int end) {
+  std::vector<float> columns;
+  for (size_t row = 0; row < rows.size(); row += stride)
+    columns.insert(columns.end(), rows.begin() + row + begin, rows.begin() + row + end);
+  return columns;
+}
+
+// What was added to the slots in use.
+template <typename E>
+std::vector<float> AddedToPages(const Case<E>& c, const std::vector<float>& pages) {
+  std::vector<float> added;
+  for (const int32_t slot : c.used_slots) {
+    for (int i = 0; i < c.kv_width; ++i)
+      added.push_back(pages[size_t(slot) * c.kv_width + i] - kPagesBefore);
+  }
+  return added;
+}
+
 // The same of gradients that were added to pages, over the slots in use; NaN if another slot moved.
 template <typename E>
 double PagesError(const Case<E>& c, const std::vector<float>& pages,
                   const std::vector<float>& want) {
-  std::vector<float> got, rest = pages;
-  for (const int32_t slot : c.used_slots) {
-    for (int i = 0; i < c.kv_width; ++i) {
-      float& value = rest[size_t(slot) * c.kv_width + i];
-      got.push_back(value - kPagesBefore);
-      value = kPagesBefore;
-    }
-  }
+  const std::vector<float> got = AddedToPages(c, pages);
+  std::vector<float> rest = pages;
+  for (const int32_t slot : c.used_slots)
+    std::fill_n(rest.begin() + size_t(slot) * c.kv_width, c.kv_width, kPagesBefore);
   for (const float value : rest)
     if (value != kPagesBefore) return NAN;
   const int slots = static_cast<int>(c.used_slots.size());
@@ -201,11 +216,35 @@ void CheckBoth(const std::string& name, Case<E>& c, reference::Sample rows) {
     errors.push_back(PagesError(c, got.pages_k, want_pages_k.Host()));
     errors.push_back(PagesError(c, got.pages_v, want_pages_v.Host()));
   }
-  const std::string mode =
-      (c.stored_heads == 0 ? "recompute" : "dS of " + std::to_string(c.stored_heads)) + ", " +
-      std::to_string(c.schedule.num_rounds) + " rounds";
+  const std::string kernels = c.portable            ? "portable"
+                              : c.stored_heads == 0 ? "recompute"
+                                                    : "dS of " + std::to_string(c.stored_heads);
+  const std::string mode = kernels + ", " + std::to_string(c.schedule.num_rounds) + " rounds";
   Report(name, c, mode.c_str(), errors, got.Same(Run(c)),
          GuardsIntact(got.out, c.out_stride, c.q_width));
+}
+
+// Backward on mma.sync behind forward on tiles: against the reference, and, every row of every
+// gradient, against the tile kernels. Behind forward on chunks it is a case of its own.
+template <typename E>
+void CheckPortable(const std::string& name, Case<E>& c, reference::Sample rows) {
+  const Results<E> tiles = Run(c);
+  c.portable = true;
+  CheckBoth(name, c, rows);
+  const Results<E> got = Run(c);
+  c.portable = false;
+  std::vector<double> errors;
+  const int begins[] = {0, c.q_width, c.q_width + c.kv_width, c.qkv_width};
+  const std::vector<float> want(tiles.grads.begin(), tiles.grads.end());
+  for (int i = 0; i < 3; ++i)
+    errors.push_back(RelativeError<E>(got.grads, c.qkv_width, begins[i],
+                                      Columns(want, c.qkv_width, begins[i], begins[i + 1]),
+                                      begins[i + 1] - begins[i], EveryRow(c), c.unit));
+  if (c.num_blocks > 0) {
+    errors.push_back(PagesError(c, got.pages_k, AddedToPages(c, tiles.pages_k)));
+    errors.push_back(PagesError(c, got.pages_v, AddedToPages(c, tiles.pages_v)));
+  }
+  Report(name, c, "portable by tiles", errors, true, true);
 }
 
 struct NamedEnds {
@@ -254,12 +293,14 @@ void CheckTrees(bool tiny) {
       const Heads heads = {t.q_heads, t.kv_heads, dim};
       Case<E> chunks(batch, heads, {.tiles = false}, seed += 10);
       CheckForward(t.name, chunks, "chunks", EveryRow(chunks));
+      CheckBoth(t.name, chunks, EveryRow(chunks));
       if (!HasTileKernels(dim, 90)) continue;
       Case<E> tiles(batch, heads, {.tiles = true}, seed);
       for (int stored_heads : {0, 1, t.kv_heads}) {
         tiles.StoreDs(stored_heads);
         CheckBoth(t.name, tiles, EveryRow(tiles));
       }
+      CheckPortable(t.name, tiles, EveryRow(tiles));
       Case<E> rounds(batch, heads, {.tiles = true, .round_images = 7}, seed);
       for (int stored_heads : {0, 1, t.kv_heads}) {
         rounds.StoreDs(stored_heads);
@@ -336,8 +377,11 @@ void CheckContext(bool tiny) {
         Case<E> both(n.batch, heads, {.tiles = true}, seed);
         CheckForward(n.name, both, "tiles", EveryRow(both));
         // Gradients of a few keys are differences of rounded numbers that all but cancel.
+        const bool few_keys = both.rows + both.used_slots.size() < 16;
+        if (!few_keys) CheckBoth(n.name, chunks, EveryRow(chunks));
+        if (!few_keys) CheckPortable(n.name, both, EveryRow(both));
         for (int stored_heads : {0, 1}) {
-          if (both.rows + both.used_slots.size() < 16) break;
+          if (few_keys) break;
           both.StoreDs(stored_heads);
           CheckBoth(n.name, both, EveryRow(both));
           Case<E> rounds(n.batch, heads, {.tiles = true, .round_images = 5}, seed);
@@ -476,6 +520,7 @@ void CheckSmallGradients() {
       c.StoreDs(stored_heads);
       CheckBoth("small d_out", c, SixteenRows(c));
     }
+    CheckPortable("small d_out", c, SixteenRows(c));
   }
 }
 
@@ -488,6 +533,7 @@ void CheckLarge() {
       c.StoreDs(stored_heads);
       CheckBoth(name, c, SixteenRows(c));
     }
+    CheckPortable(name, c, SixteenRows(c));
     Case<E> rounds(BatchOf(ends), heads, {.round_images = 5000}, 77);
     rounds.StoreDs(heads.kv);
     CheckBoth(name, rounds, SixteenRows(rounds));
@@ -645,6 +691,22 @@ void TimeTrees() {
   for (int32_t block_tokens : {16, 128}) TimeBranches<E>(block_tokens, 14336, 2048, 1, {});
 }
 
+// Backward on mma.sync, beside the same on tiles.
+template <typename E>
+void TimePortable() {
+  for (const Heads heads : {Heads{32, 8, 128}, Heads{32, 8, 64}, Heads{16, 4, 256}}) {
+    const Ends ends = Causal(16384);
+    Case<E> c(BatchOf(ends), heads, {}, 7);
+    c.Forward();
+    for (const bool portable : {false, true}) {
+      c.portable = portable;
+      PrintTime<E>("backward", "causal 16384", heads, portable ? "portable" : "recompute",
+                   SustainedMs([&] { c.Backward(); }, 7),
+                   10.0 * heads.q * heads.dim * VisiblePairs(ends), 0);
+    }
+  }
+}
+
 // The shapes that DualKV publishes (arXiv 2605.15422).
 template <typename E>
 void TimeDualKv() {
@@ -686,6 +748,7 @@ void RunCases(const Asked& asked, bool check) {
   if (asked("dualkv")) TimeDualKv<E>();
   if (asked("train")) TimeTrainingTrees<E>();
   if (asked("decode")) TimeDecodes<E>();
+  if (asked("portable")) TimePortable<E>();
 }
 
 int Main(int count, char** words) {
@@ -697,7 +760,8 @@ int Main(int count, char** words) {
     std::sscanf(words[i], "part=%d/%d", &part, &parts);
     if (std::strncmp(words[i], "only=", 5) == 0) only = words[i] + 5;
   }
-  const bool timed = asked("time") || asked("dualkv") || asked("train") || asked("decode");
+  const bool timed =
+      asked("time") || asked("dualkv") || asked("train") || asked("decode") || asked("portable");
   const bool check = asked("check") || asked("tiny") || (!timed && !asked("sanitizer"));
   const bool both = asked("bf16") == asked("f16");
   if (both || asked("bf16")) RunCases<Bf16>(asked, check);
