@@ -281,6 +281,12 @@ absl::StatusOr<TensorView> Gradient(Context& context, const Rows& rows, const Me
 absl::StatusOr<TensorView> GradientOfLogits(Context& context, const Rows& rows,
                                             const Memory& memory, bool has_d_entropy) {
   ASSIGN_OR_RETURN(const HeadChunk chunk, ComputeLogits(context, rows, memory));
+  if (chunk.ld > chunk.vocab) {  // the kernel reads whole pieces, to no effect behind vocab
+    RETURN_IF_ERROR(context.Check(
+        cudaMemset2DAsync(chunk.logits + chunk.vocab, chunk.ld * sizeof(float), 0,
+                          (chunk.ld - chunk.vocab) * sizeof(float), chunk.rows, context.stream()),
+        "head padding"));
+  }
   RETURN_IF_ERROR(context.Check(
       LaunchHeadGradient(chunk, GradientArgs(rows, memory, has_d_entropy), context.stream()),
       "head gradient"));
