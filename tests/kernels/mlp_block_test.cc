@@ -236,7 +236,7 @@ struct Heads {
 };
 
 TEST_P(MlpBlockTest, RotatesHeadsAndStoresKeysAndValues) {
-  for (const int64_t rows : Share(Scaled<Counts>({1, 8, 9, 31, 64, 65}, {8, 9, 31, 65}))) {
+  for (const int64_t rows : Share(Scaled<Counts>({1, 8, 9, 31, 64, 65}, {8, 9, 31, 64, 65}))) {
     for (const auto& [q_heads, kv_heads, dim] : Scaled<std::vector<std::tuple<int, int, int>>>(
              {{3, 2, 64}, {4, 2, 128}, {3, 1, 128}, {5, 5, 64}, {2, 2, 32}},
              {{3, 2, 64}, {3, 1, 128}, {2, 2, 32}})) {
