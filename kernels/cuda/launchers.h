@@ -114,7 +114,8 @@ struct SampleInputs {
   int32_t* top_ids = nullptr;   // [n, top_logprobs]
   float* top_values = nullptr;
 };
-cudaError_t LaunchSample(const SampleInputs& in, cudaStream_t stream);
+cudaError_t LaunchSample(const SampleInputs& in, cudaStream_t stream);  // compute capability 9.0
+cudaError_t LaunchSampleAlone(const SampleInputs& in, cudaStream_t stream);  // any
 
 // adamw.cu.  partials: [kSumSquaresPartials] double
 constexpr int64_t kSumSquaresPartials = 1056;

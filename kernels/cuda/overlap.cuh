@@ -7,9 +7,12 @@
 //   - before the wait a kernel reads only what was written before the chain began (weights, plans,
 //     keys and values of earlier batches) and writes nothing;
 //   - a chain begins with an ordinary launch, which waits for everything before it.
+// Code for devices before sm_90 lacks all of it: its kernels go one after the other.
 #pragma once
 
 #include <cuda_runtime.h>
+
+#include <nv/target>
 
 #include <atomic>
 #include <cstdint>
@@ -18,29 +21,42 @@ namespace coppice::cuda {
 
 // The next kernel may start once every block of this one has come here.
 __device__ __forceinline__ void LetSuccessorStart() {
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  NV_IF_TARGET(NV_PROVIDES_SM_90, (asm volatile("griddepcontrol.launch_dependents;" ::: "memory");))
 }
 
 // Until the kernels before this one have ended and their writes are visible.
 __device__ __forceinline__ void WaitForPredecessor() {
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  NV_IF_TARGET(NV_PROVIDES_SM_90, (asm volatile("griddepcontrol.wait;" ::: "memory");))
 }
+
+// Devices, one bit each, on which a kernel is prepared, and those for which its code waits.
+struct OverlapDevices {
+  std::atomic<uint64_t> prepared = 0, waits = 0;
+};
 
 // Once per kernel and device: its shared memory, and one division of every multiprocessor's memory,
 // without which kernels cannot run on it side by side.
-inline cudaError_t PrepareOverlap(const void* kernel, int shared_bytes,
-                                  std::atomic<uint64_t>& devices) {
+inline cudaError_t PrepareOverlap(const void* kernel, int shared_bytes, OverlapDevices& devices,
+                                  bool& waits) {
   int device = 0;
   if (const cudaError_t e = cudaGetDevice(&device)) return e;
   const uint64_t bit = uint64_t{1} << device;
-  if ((devices.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
+  if ((devices.prepared.load(std::memory_order_acquire) & bit) != 0) {
+    waits = (devices.waits.load(std::memory_order_relaxed) & bit) != 0;
+    return cudaSuccess;
+  }
   if (const cudaError_t e =
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes))
     return e;
   if (const cudaError_t e = cudaFuncSetAttribute(
           kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared))
     return e;
-  devices.fetch_or(bit, std::memory_order_relaxed);
+  // The code that this device runs may come from a build for an older one.
+  cudaFuncAttributes attributes;
+  if (const cudaError_t e = cudaFuncGetAttributes(&attributes, kernel)) return e;
+  waits = attributes.ptxVersion >= 90;
+  if (waits) devices.waits.fetch_or(bit, std::memory_order_relaxed);
+  devices.prepared.fetch_or(bit, std::memory_order_release);
   return cudaSuccess;
 }
 
@@ -54,9 +70,10 @@ struct OverlappedGrid {
 template <auto kKernel, typename... Arguments>
 cudaError_t LaunchOverlapped(const OverlappedGrid& grid, cudaStream_t stream,
                              const Arguments&... arguments) {
-  static std::atomic<uint64_t> devices = 0;
+  static OverlapDevices devices;
+  bool waits = false;
   if (const cudaError_t e =
-          PrepareOverlap(reinterpret_cast<const void*>(kKernel), grid.shared_bytes, devices))
+          PrepareOverlap(reinterpret_cast<const void*>(kKernel), grid.shared_bytes, devices, waits))
     return e;
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
@@ -69,8 +86,8 @@ cudaError_t LaunchOverlapped(const OverlappedGrid& grid, cudaStream_t stream,
   config.blockDim = dim3(static_cast<unsigned>(grid.threads));
   config.dynamicSmemBytes = static_cast<size_t>(grid.shared_bytes);
   config.stream = stream;
-  config.attrs = attributes;
-  config.numAttrs = grid.cluster_blocks > 1 ? 2 : 1;
+  config.attrs = waits ? attributes : attributes + 1;
+  config.numAttrs = (waits ? 1 : 0) + (grid.cluster_blocks > 1 ? 1 : 0);
   return cudaLaunchKernelEx(&config, kKernel, arguments...);
 }
 

@@ -121,7 +121,8 @@ absl::Status QueueSample(Context& context, const ops::SampleParams& p, const Mem
                                .drawn = p.drawn.present() ? p.drawn.i32() : nullptr,
                                .top_ids = m.top_ids,
                                .top_values = m.top_values};
-  RETURN_IF_ERROR(context.Check(LaunchSample(inputs, context.stream()), "sample"));
+  const auto launch = context.compute_capability() == 90 ? LaunchSample : LaunchSampleAlone;
+  RETURN_IF_ERROR(context.Check(launch(inputs, context.stream()), "sample"));
   // Each array by itself: what lies between them is written by nobody.
   const auto bring = [&](const void* from, int64_t size_bytes) {
     if (size_bytes == 0) return absl::OkStatus();

@@ -82,11 +82,12 @@ __device__ inline Digit FindDigit(const Mass* histogram, Mass above, Mass target
 }
 
 // Sums the blocks' histograms, each thread for a digit.
-__device__ inline void GatherHistogram(Slice& slice, Mass* mine, Mass* sums) {
+template <typename Team>
+__device__ inline void GatherHistogram(Slice<Team>& slice, Mass* mine, Mass* sums) {
   slice.Sync();
   for (int i = threadIdx.x; i < kDigits; i += kThreads) {
     Mass sum = 0;
-    for (int r = 0; r < kBlocks; ++r) sum += *slice.cluster.map_shared_rank(&mine[i], r);
+    for (int r = 0; r < Team::kBlocks; ++r) sum += *slice.team.At(&mine[i], r);
     sums[i] = sum;
   }
   __syncthreads();
@@ -95,8 +96,8 @@ __device__ inline void GatherHistogram(Slice& slice, Mass* mine, Mass* sums) {
 // Selects by weight of the keys above: the largest key such that the mass of `limit.key` and above,
 // descending, reaches `target`. measure(score) is the integer mass of one token, below 2^42;
 // `above` receives the mass of larger keys.
-template <typename Measure>
-__device__ inline uint32_t SelectKey(Slice& slice, uint32_t floor_key, Mass target,
+template <typename Team, typename Measure>
+__device__ inline uint32_t SelectKey(Slice<Team>& slice, uint32_t floor_key, Mass target,
                                      const Measure& measure, Mass& above) {
   __shared__ Mass sums[kDigits];
   uint32_t prefix = 0;
@@ -128,7 +129,9 @@ __device__ inline uint32_t SelectKey(Slice& slice, uint32_t floor_key, Mass targ
   return prefix;
 }
 
-__device__ inline Kept SelectKept(Slice& slice, const ops::SamplingRow& row, const Weights& w) {
+template <typename Team>
+__device__ inline Kept SelectKept(Slice<Team>& slice, const ops::SamplingRow& row,
+                                  const Weights& w) {
   Kept kept;
   kept.least_weight = row.min_p;
   if (row.top_k > 0 && row.top_k < slice.vocab) {

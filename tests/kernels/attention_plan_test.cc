@@ -444,10 +444,12 @@ void ExpectParts(const AttentionSchedule& s) {
 }
 
 void ExpectBackwardVisits(const ops::TokenBatch& batch, int32_t round_images = 0,
-                          int32_t wave_items = 0) {
-  const AttentionPlan plan = PlanAttention(
-      batch,
-      {.backward = true, .round_images = round_images, .tile_items = 2, .wave_items = wave_items});
+                          int32_t wave_items = 0, bool tiles = true) {
+  const AttentionPlan plan = PlanAttention(batch, {.tiles = tiles,
+                                                   .backward = true,
+                                                   .round_images = round_images,
+                                                   .tile_items = 2,
+                                                   .wave_items = wave_items});
   const AttentionSchedule s = plan.Bind(plan.words.data());
   Visits want = WantVisits(batch), by_keys = VisitByKeys(s, batch),
          by_queries = VisitByQueries(s, batch);
@@ -472,18 +474,33 @@ TEST(AttentionPlanTest, BackwardMeetsEveryVisibleKeyOnceFromBothSides) {
   }
 }
 
-TEST(AttentionPlanTest, BackwardWithoutContextSharesForwardsLists) {
+ops::TokenBatch ForestOf900Rows() {
   std::mt19937 random(5);
   BatchBuilder b(0);
   std::vector<int32_t> ends;
   while (ends.size() < 900) Grow(ends, random, 3, 150);
   b.Segment(-1, ends);
-  ExpectBackwardVisits(b.batch);
-  const AttentionPlan plan = PlanAttention(b.batch, AttentionPlanOptions());
+  return b.batch;
+}
+
+TEST(AttentionPlanTest, BackwardHasTilesWhereForwardHasNone) {
+  const ops::TokenBatch forest = ForestOf900Rows(), contexts = RandomBatch(3);
+  for (const ops::TokenBatch* batch : {&forest, &contexts}) {
+    ExpectBackwardVisits(*batch, /*round_images=*/0, /*wave_items=*/0, /*tiles=*/false);
+    const AttentionPlan plan = PlanAttention(*batch, {.tiles = false, .backward = true});
+    EXPECT_EQ(plan.schedule.num_query_tiles, 0);
+    EXPECT_EQ(plan.schedule.num_rounds, 1);
+  }
+}
+
+TEST(AttentionPlanTest, BackwardWithoutContextSharesForwardsLists) {
+  const ops::TokenBatch batch = ForestOf900Rows();
+  ExpectBackwardVisits(batch);
+  const AttentionPlan plan = PlanAttention(batch, AttentionPlanOptions());
   EXPECT_EQ(plan.schedule.backward_tiles, plan.schedule.query_tiles);
   EXPECT_EQ(plan.schedule.backward_entries, plan.schedule.key_tiles);
   EXPECT_GT(plan.schedule.num_key_work, 0);
-  for (const int32_t round_images : {1, 30}) ExpectBackwardVisits(b.batch, round_images);
+  for (const int32_t round_images : {1, 30}) ExpectBackwardVisits(batch, round_images);
 }
 
 }  // namespace

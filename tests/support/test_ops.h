@@ -22,12 +22,14 @@ inline DType ComputeDType(absl::string_view device) {
   return device == "cuda_f16" ? DType::kF16 : DType::kBF16;
 }
 
+// Whether CUDA devices run without the kernels for one architecture alone.
+inline bool IsPortable() { return std::getenv("PORTABLE_CUDA") != nullptr; }
+
 inline absl::StatusOr<std::unique_ptr<ops::Ops>> CreateTestOps(absl::string_view device,
                                                                int threads = 0,
                                                                bool deterministic = false) {
   if (!OnCuda(device)) return ops::CreateOps(device, threads, deterministic);
-  const bool portable = std::getenv("PORTABLE_CUDA") != nullptr;
-  return ops::CreateCudaOps(deterministic, ComputeDType(device), portable);
+  return ops::CreateCudaOps(deterministic, ComputeDType(device), IsPortable());
 }
 
 // Whether a test on `device`, which CreateTestOps has answered with `created`, is to be skipped.
