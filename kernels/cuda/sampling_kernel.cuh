@@ -15,6 +15,7 @@
 #include "kernels/cuda/sampling_slice.cuh"
 
 namespace coppice::cuda {
+
 // The largest score and its lowest id, of a thread whose ids ascend; id -1 if all are -inf. NaN and
 // +inf win as +inf.
 constexpr Best kNoBest = {-INFINITY, -1};
