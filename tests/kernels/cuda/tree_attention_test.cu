@@ -407,6 +407,20 @@ void CheckItemAcrossChunks() {
   CheckForward("ctx 1020 + 8", c, "tiles", EveryRow(c));
 }
 
+// Scores that spread over hundreds of nats: later keys outgrow the base of the exponentials, by
+// more than an exponential can hold, too.
+template <typename E>
+void CheckWideScores() {
+  for (const Heads heads : {Heads{8, 2, 64}, Heads{8, 2, 128}}) {
+    ContextBuilder b(64);
+    const int32_t prompt = b.Node(-1, 2944);
+    for (int i = 0; i < 40; ++i) b.Segment(b.Node(prompt, 5 + i), Causal(1));
+    Case<E> c(b.Finish(), heads, {}, 43);
+    FillKernel<<<1024, 256, 0, nullptr>>>(c.qkv.data, c.rows, c.q_width, c.qkv_width, 44, 60.f);
+    CheckForward("wide scores", c, "tiles", EveryRow(c));
+  }
+}
+
 // A row decodes to the same bits alone, in a small group and in a large one, shared or not.
 template <typename E>
 void CheckDecodeIgnoresTheBatch() {
@@ -736,6 +750,7 @@ void RunCases(const Asked& asked, bool check) {
     CheckTrees<E>(tiny);
     if (!asked("trees")) CheckContext<E>(tiny);
     if (!asked("trees") && IsOurs()) CheckItemAcrossChunks<E>();
+    if (!asked("trees") && IsOurs()) CheckWideScores<E>();
     if (!asked("trees") && IsOurs()) CheckDecodeIgnoresTheBatch<E>();
     for (int samples : {1, 8, 64, 200}) {
       if (!asked("trees") && IsOurs()) CheckDecodeChain<E>(samples, samples == 8 ? 700 : 33);
