@@ -13,13 +13,14 @@
 # branch, without repeats (tests/support/share.h); tree_attention_test has cases of its own for it
 # (tests/kernels/cuda/sanitizer_cases.cuh). memcheck has the whole of those tests that it takes seconds for, and leaves API
 # errors to the tests, one of which asks for more memory than there is. `leaks` is memcheck over whole requests of an
-# engine, with what they left allocated at the end. sampling_test's kernel has no type: once is enough.
+# engine, with what they left allocated at the end. sampling_test's kernels have no type; `portable` is the one for devices
+# without clusters.
 #
 # Two kinds of reports are told and do not count. racecheck sees hazards inside of cuBLASLt's kernels that split k (to exclude
 # kernels by name makes the tool fail with an illegal address, 2025.3.1; matmul_test, cuBLASLt alone, it does not run).
 # initcheck does not follow bulk stores, by which the head's product leaves what ExpsGradientKernel reads.
 set -uo pipefail
-[ $# -ge 1 ] || { sed -n '2,20s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,21s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 BIN=$(cd "$1" && pwd) || exit 2
 shift
 LOGS=${LOGS:-$(mktemp -d)} LIMIT=${LIMIT:-120}
@@ -53,21 +54,22 @@ memcheck tree_attention f16 small 1 1
 initcheck tree_attention f16 small 1 1
 memcheck adamw bf16,f16 small 1 1
 initcheck adamw bf16,f16 small 1 1
-memcheck sampling bf16 small 1 1
-initcheck sampling bf16 small 1 1
+memcheck sampling bf16,portable small 1 1
+initcheck sampling bf16,portable small 1 1
 racecheck logprob_head bf16,f16 small 2 1
 racecheck norm_matmul bf16,f16 small 2 1
 racecheck mlp_block bf16,f16 small 3 1
 racecheck tree_attention f16 small 3 1
 racecheck row_ops bf16,f16 small 2 1
 racecheck gated_matmul bf16,f16 small 1 1
+racecheck sampling portable small 1 6
 racecheck adamw bf16,f16 small 1 1
 synccheck tree_attention bf16,f16 small 1 1
 synccheck mlp_block bf16,f16 small 1 1
 synccheck norm_matmul bf16,f16 small 1 1
 synccheck logprob_head bf16,f16 small 1 1
 synccheck gated_matmul bf16,f16 small 1 1
-synccheck sampling bf16 small 1 1
+synccheck sampling bf16,portable small 1 1
 '
 
 # tool, log: whether the tests passed, and all reports, each of which ends with an empty line, are of the two kinds.
@@ -94,6 +96,7 @@ run() {
   local filter='*/1:*Masters*/0-*Masters*/1' options=(--tool "$tool" --error-exitcode 3)
   [ "$8" -eq 1 ] || what+=" shard $7 of $8"
   [ "$type" = f16 ] && filter='*/2:*Masters*/1'
+  [ "$type" = portable ] && export PORTABLE_CUDA=1
   [ "$tool" = leaks ] && filter='*EngineDeviceTest.L*/1:*EngineDeviceTest.M*/1'
   local command=("$BIN/${test}_test" "--gtest_filter=$filter")
   [ "$test" = tree_attention ] && command=("$BIN/${test}_test" sanitizer "$type" "part=$5/$6")
