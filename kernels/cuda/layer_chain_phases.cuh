@@ -115,7 +115,7 @@ __device__ void LoadTokens(const ChainParameters& p, ChainShared<Shape>& s) {
 template <typename Shape>
 __device__ void ComputeScales(const ChainParameters& p, ChainShared<Shape>& s) {
   constexpr int kLanes = Shape::kTokens / 4, kRows = 32 / kLanes;  // lanes a row, rows together
-  constexpr int kAhead = Shape::kTokens == 8 ? 10 : 20;            // rows of a lane, read together
+  constexpr int kAhead = kRows == 16 ? 10 : kRows == 2 ? 40 : 20;  // rows of a lane, read together
   const int lane = threadIdx.x % 32;
   uint32_t parity = 0;
   for (int i = 1; i < p.num_phases; ++i) {
