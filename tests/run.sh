@@ -98,6 +98,8 @@ run_lane() {
       ;;
     cuda-compile)
       step "$lane" cuda_compile configure_and_build build/cuda cuda_all -DCMAKE_BUILD_TYPE=Release -DCOPPICE_CUDA=ON
+      step "$lane-80" cuda_compile_80 configure_and_build build/cuda-80 portable_kernels -DCMAKE_BUILD_TYPE=Release -DCOPPICE_CUDA=ON \
+        -DCMAKE_CUDA_ARCHITECTURES=80 -DCOPPICE_BUILD_TESTS=OFF
       ;;
     lint)
       step "$lane-rules" house_rules tests/lint/check_rules.py
