@@ -1,16 +1,10 @@
 // What the warps of a block do for the phases of the layer chain: copy weights, copy x, norm,
-// multiply. layer_chain.cu says how they work together; decode_layer.cu has them, too.
+// multiply. layer_chain.cu says how they work together.
 #pragma once
 
 #include "kernels/cuda/layer_chain_sums.cuh"
 
 namespace coppice::cuda {
-
-__device__ __forceinline__ uint64_t EvictFirst() {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
 
 // A unit of weights, which no other block reads.
 __device__ __forceinline__ void LoadUnit(void* to, const CUtensorMap& map, int column, int row,

@@ -267,6 +267,18 @@ TEST(AttentionPlanTest, SharedContextIsReadOnceForAllSamplesByEvenSlots) {
   }
 }
 
+TEST(AttentionPlanTest, StackedItemsReadAKeyOnceUntilRowsOfAPromptAreCut) {
+  for (const auto& [samples, once] : {std::pair{9, true}, {32, true}, {33, false}}) {
+    BatchBuilder b(64);
+    for (int group = 0; group < 3; ++group) {
+      const int32_t prompt = b.Node(-1, 4096);
+      for (int i = 0; i < (group == 1 ? samples : 9); ++i) b.Segment(b.Node(prompt, 10), {1});
+    }
+    const AttentionPlan plan = PlanAttention(b.batch, {.group_size = 4, .decode_slots = 5});
+    EXPECT_EQ(plan.schedule.stacked_once, once) << samples;
+  }
+}
+
 TEST(AttentionPlanTest, ALongContextOfFewRowsIsSpreadOverAllSlots) {
   BatchBuilder b(16);
   b.Segment(b.Node(-1, 4000), {1});

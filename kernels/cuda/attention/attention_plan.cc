@@ -259,6 +259,7 @@ class Planner {
     chunk_rows_.insert(chunk_rows_.end(), rows.begin(), rows.end());
     ChunkWork all = {rows_begin, num_rows, begin, end, context, first_block, packed_begin, -1};
     if (is_shared && Stacks(num_rows, end - begin)) {
+      stacked_once_ = stacked_once_ && num_rows <= RowsPerItem(kStackedRows);
       AddItems(stacked_jobs_, RowsPerItem(kStackedRows), all);
       return;
     }
@@ -412,6 +413,7 @@ class Planner {
     s.merge_parts = Put(merges_.parts);
     s.num_wide = Size(wide_);
     s.num_narrow = Size(narrow_);
+    s.stacked_once = stacked_once_;
     s.num_stacked_slots = std::max(Size(slot_begins_) - 1, 0);
     s.num_merges = Size(merges_.rows);
     s.num_partials = num_partials_;
@@ -438,6 +440,7 @@ class Planner {
   BackwardLists backward_;
 
   std::vector<ChunkWork> wide_, narrow_, stacked_jobs_, stacked_;
+  bool stacked_once_ = true;
   DealtItems leaves_;
   std::vector<int32_t> slot_begins_;
   std::vector<int32_t> chunk_rows_, chunk_blocks_;

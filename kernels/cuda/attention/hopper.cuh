@@ -96,6 +96,26 @@ __device__ __forceinline__ void LoadBox(void* to, const CUtensorMap& map, int co
       : "memory");
 }
 
+// What becomes of lines of L2 that a copy reads.
+__device__ __forceinline__ uint64_t EvictFirst() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ uint64_t EvictNormal() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void LoadBox(void* to, const CUtensorMap& map, int column, int head,
+                                        int row, Barrier& full, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(SharedAddress(to)),
+      "l"(&map), "r"(column), "r"(head), "r"(row), "r"(SharedAddress(&full.word)), "l"(policy)
+      : "memory");
+}
+
 // `bytes` contiguous bytes, a multiple of 16, both ends 16-byte aligned.
 __device__ __forceinline__ void LoadBytes(void* to, const void* from, int bytes, Barrier& full) {
   asm volatile(

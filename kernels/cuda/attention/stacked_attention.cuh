@@ -1,6 +1,6 @@
 // What a block of a decode kernel does for its slot and KV head: softmax sums of up to 128 stacked
 // rows over runs of keys on wgmma, and of leaves on mma.sync. For stacked_attention.cu, which says
-// how the work is shared, and for ../decode_layer.cu.
+// how the work is shared.
 //
 // `Shared` is the block's shared memory: Element, kHeadDim, Leaves (a ChunkShared), tiles
 // queries(consumer) [kGroupRows, D], keys(stage) and values(stage) [kStepKeys, D], barriers
@@ -84,6 +84,7 @@ struct KeyLoader {
   static constexpr int D = Shared::kHeadDim;
   const StackedParameters<E>& p;
   int kv_head;
+  uint64_t policy = p.common.schedule.stacked_once ? EvictFirst() : EvictNormal();
   int lane = threadIdx.x % 32, rows = kStepKeys / p.pieces;
 
   // Where this lane's page of the step at `key` begins.
@@ -98,7 +99,7 @@ struct KeyLoader {
 #pragma unroll
     for (int panel = 0; panel < D / kPanel; ++panel)
       LoadBox(to + (panel * kStepKeys + lane * rows) * kPanel, map, panel * kPanel, kv_head, slot,
-              full);
+              full, policy);
   }
 };
 
