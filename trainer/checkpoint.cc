@@ -268,7 +268,8 @@ absl::Status WriteCheckpoint(const CheckpointView& view, absl::string_view direc
   ASSIGN_OR_RETURN(const std::unique_ptr<AtomicDirectory> target,
                    AtomicDirectory::Create(directory, std::move(boundary)));
   CheckpointWriter writer(*target, ops);
-  RETURN_IF_ERROR(writer.WriteText(kConfigFile, HfConfigJson(view.config)));
+  RETURN_IF_ERROR(
+      writer.WriteText(kConfigFile, HfConfigJson(view.config, ops.Info().compute_dtype)));
   RETURN_IF_ERROR(writer.WriteTensors(kWeightsFile, WeightTensors(view)));
   if (view.optimizer != nullptr) {
     RETURN_IF_ERROR(writer.WriteTensors(

@@ -41,7 +41,7 @@ nlohmann::ordered_json RopeScaling(const RopeConfig& rope) {
 
 }  // namespace
 
-std::string HfConfigJson(const ModelConfig& config) {
+std::string HfConfigJson(const ModelConfig& config, DType compute_dtype) {
   const HfNames names = NamesOf(config.architecture);
   nlohmann::ordered_json root = {{"architectures", {names.class_name}},
                                  {"model_type", names.model_type},
@@ -59,6 +59,7 @@ std::string HfConfigJson(const ModelConfig& config) {
                                  {"rope_scaling", RopeScaling(config.rope)},
                                  {"tie_word_embeddings", config.tied_head},
                                  {"torch_dtype", "float32"}};
+  if (compute_dtype != DType::kF32) root[kComputeTypeField] = Name(compute_dtype);
   if (config.bos_token >= 0) root["bos_token_id"] = config.bos_token;
   if (!config.eos_tokens.empty()) root["eos_token_id"] = config.eos_tokens;
   return root.dump(2) + "\n";

@@ -56,6 +56,10 @@ struct ModelConfig {
   std::string ToString() const;
 };
 
+// Field of a config.json that we wrote: the 16-bit type its policy was computed in, "bf16" or
+// "f16".
+constexpr char kComputeTypeField[] = "coppice_compute_dtype";
+
 // Parses the text of a Hugging Face config.json. INVALID_ARGUMENT with the field; UNIMPLEMENTED for
 // an unknown architecture or rope scaling, listing what exists.
 absl::StatusOr<ModelConfig> ParseHfConfig(absl::string_view json);

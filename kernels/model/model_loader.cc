@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
+#include <optional>
 #include <set>
 #include <utility>
 
@@ -107,11 +108,27 @@ absl::StatusOr<ComputeType> ComputeTypeOfGguf(const std::string& path) {
   return ComputeTypeOf(*source);
 }
 
+// What one of our checkpoints was computed in; nothing if the field is absent.
+absl::StatusOr<std::optional<ComputeType>> NamedComputeType(const nlohmann::json& root) {
+  std::string name;
+  RETURN_IF_ERROR(ReadString(root, kComputeTypeField, name));
+  if (name.empty()) return std::nullopt;
+  for (const DType dtype : {DType::kBF16, DType::kF16}) {
+    if (name == Name(dtype)) {
+      return ComputeType{dtype, absl::StrCat(kComputeTypeField, " ", name, " in config.json")};
+    }
+  }
+  return absl::InvalidArgumentError(
+      absl::StrCat(kComputeTypeField, ": want bf16 or f16, got ", name));
+}
+
 // transformers 5 writes "dtype", before it "torch_dtype".
 absl::StatusOr<ComputeType> ComputeTypeOfHfDirectory(const std::string& directory) {
   const std::string path = directory + "/config.json";
   ASSIGN_OR_RETURN(const std::string text, ReadTextFile(path, kMaxConfigBytes));
   ASSIGN_OR_RETURN(const nlohmann::json root, ParseJsonObject(text, path));
+  ASSIGN_OR_RETURN(const std::optional<ComputeType> named, NamedComputeType(root));
+  if (named.has_value()) return *named;
   for (const char* key : {"dtype", "torch_dtype"}) {
     std::string dtype;
     RETURN_IF_ERROR(ReadString(root, key, dtype));

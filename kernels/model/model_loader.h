@@ -36,10 +36,10 @@ struct ComputeType {
   std::string because;
 };
 
-// The 16-bit type that is a checkpoint's own. bf16 if one of its matrices, or its config.json, is
-// in bf16: what it was trained in, so that its activations may leave the range of f16. Else f16:
-// weights that were f16, f32 or quantised keep 11 bits in it where bf16 keeps 8. Reads the header
-// only. Errors as LoadModel.
+// The 16-bit type that is a checkpoint's own: what ours name (kComputeTypeField). bf16 if one of
+// its matrices, or its config.json, is in bf16: what it was trained in, so that its activations may
+// leave the range of f16. Else f16: weights that were f16, f32 or quantised keep 11 bits in it
+// where bf16 keeps 8. Reads the header only. Errors as LoadModel.
 absl::StatusOr<ComputeType> ComputeTypeOf(absl::string_view path);
 
 // Random weights, normal(0, 0.02), norms 1, seeded. For benchmarks and tests; no tokenizer.

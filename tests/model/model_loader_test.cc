@@ -107,6 +107,16 @@ TEST_F(ModelLoaderTest, ComputesInTheTypeOfACheckpointsMatrices) {
     EXPECT_EQ(type.dtype, DType::kBF16);
     EXPECT_THAT(type.because, HasSubstr("dtype bfloat16 in config.json"));
   }
+  const std::string field = kComputeTypeField;
+  for (const char* name : {"bf16", "f16"}) {
+    const ComputeType type = write(
+        ("{\"dtype\": \"float32\", \"" + field + "\": \"" + name + "\"}").c_str(), "F32", "F32");
+    EXPECT_EQ(Name(type.dtype), name);
+    EXPECT_THAT(type.because, HasSubstr(field + " " + name));
+  }
+  directory_.Write("config.json", "{\"" + field + "\": \"f8\"}");
+  EXPECT_THAT(std::string(ComputeTypeOf(directory_.path()).status().message()),
+              HasSubstr("want bf16 or f16, got f8"));
   directory_.Write("config.json", R"({"dtype": 16})");
   EXPECT_EQ(ComputeTypeOf(directory_.path()).status().code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(ComputeTypeOf("/no/such/model").status().code(), absl::StatusCode::kNotFound);
