@@ -34,7 +34,8 @@ absl::Status CheckFinite(const std::vector<TrainGroup>& groups,
         if (std::isfinite(logprob)) continue;
         return absl::FailedPreconditionError(absl::StrCat(
             "score: group ", g, " sample ", s, ": want finite log-probs, got ", logprob,
-            "; the weights are damaged, or its tokens leave the range of --compute_dtype=f16"));
+            "; the weights are damaged, or its tokens leave the range of f16: use "
+            "--compute_dtype=bf16"));
       }
     }
   }
