@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/base/log.h"
 #include "kernels/base/status_macros.h"
+#include "kernels/model/model_check.h"
 #include "kernels/model/row_equality.h"
 #include "server/compute_type.h"
 #include "server/engine/runner.h"
@@ -114,6 +115,7 @@ absl::Status Daemon::Load(const ComputeType& compute) {
                  << " got=f32 note=\"the cpu computes in f32\"";
   }
   ASSIGN_OR_RETURN(decoder_, Decoder::Create(model_.config, *ops_));
+  RETURN_IF_ERROR(CheckModelRuns(*decoder_, model_.params, config_.block_tokens));
   const int64_t workspace_bytes =
       Runner::WorkspaceBytes(*decoder_, config_.max_batch_rows, config_.max_running_samples);
   ASSIGN_OR_RETURN(memory_, PlanMemory(config_, model_.config, device, workspace_bytes));

@@ -110,5 +110,23 @@ TEST(DaemonStartTest, OpensTheDeviceInTheTypeOfTheCheckpoint) {
   EXPECT_EQ(asked, std::nullopt);
 }
 
+TEST(DaemonStartTest, ADeviceThatCannotRunTheModelIsRefusedAtStart) {
+  Config config;
+  config.model_geometry = "tiny-llama";
+  config.threads = 1;
+  config.port = config.http_port = 0;
+  config.port_file = absl::StrCat(testing::TempDir(), "coppice_lacks_", getpid(), ".json");
+  const auto lacks_attention = [](const Config& c,
+                                  DType) -> absl::StatusOr<std::unique_ptr<ops::Ops>> {
+    auto ops = ops::CreateOps(c.device, static_cast<int>(c.threads));
+    if (!ops.ok()) return ops.status();
+    auto device = std::make_unique<FailingOps>(*std::move(ops));
+    device->LackAttention();
+    return device;
+  };
+  EXPECT_EQ(Daemon(config, lacks_attention).Run(), ExitCode::kModelError);
+  EXPECT_FALSE(std::filesystem::exists(config.port_file)) << "it was ready";
+}
+
 }  // namespace
 }  // namespace coppice

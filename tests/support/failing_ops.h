@@ -1,7 +1,8 @@
 // FailingOps: a device that breaks. Forwards everything to another Ops until told to fail; from
 // then on PlanBatch, the first call of every batch, returns INTERNAL, and keeps doing so. Memory
-// and uploads can be made to fail by themselves. What is lent as workspace is spoilt, what the head
-// is lent must stay, gate and up that nobody keeps are spoilt. Rows are counted.
+// and uploads can be made to fail by themselves, attention to be unknown. What is lent as workspace
+// is spoilt, what the head is lent must stay, gate and up that nobody keeps are spoilt. Rows are
+// counted.
 #pragma once
 
 #include <atomic>
@@ -27,6 +28,7 @@ class FailingOps : public ops::Ops {
   }
   // RESOURCE_EXHAUSTED where more than this would be held beside what is held now.
   void LimitAllocations(int64_t budget_bytes) { limit_bytes_ = *held_bytes_ + budget_bytes; }
+  void LackAttention() { lacks_attention_ = true; }  // UNIMPLEMENTED, as for a shape unknown to it
   void FailUploadsAfter(int uploads) { uploads_left_ = uploads; }  // INTERNAL after so many more
 
   void WantWorkspace(int64_t score_bytes, int64_t scores_head_dim = 0) {
@@ -133,6 +135,7 @@ class FailingOps : public ops::Ops {
   int64_t lent_bytes() const { return lent_bytes_; }        // to the head, by every call so far
   int64_t kept_gate_ups() const { return kept_gate_ups_; }  // rows of them, of every call so far
   absl::Status TreeAttention(const ops::TreeAttentionParams& p) override {
+    if (lacks_attention_) return absl::UnimplementedError("device: no attention of this head_dim");
     attended_rows_ += p.q.dim(0);
     return inner_->TreeAttention(p);
   }
@@ -157,7 +160,7 @@ class FailingOps : public ops::Ops {
 
   std::unique_ptr<ops::Ops> inner_;
   std::atomic<bool> failing_{false};
-  bool out_of_memory_ = false;
+  bool out_of_memory_ = false, lacks_attention_ = false;
   // Shared with the buffers, which may outlive this.
   std::shared_ptr<std::atomic<int64_t>> held_bytes_ = std::make_shared<std::atomic<int64_t>>(0);
   int64_t limit_bytes_ = std::numeric_limits<int64_t>::max();
