@@ -279,6 +279,24 @@ TEST(AttentionPlanTest, StackedItemsReadAKeyOnceUntilRowsOfAPromptAreCut) {
   }
 }
 
+// What a sample has for itself begins with the last split of the prompt, which is not whole.
+TEST(AttentionPlanTest, StackedItemsReadLessThanASplitOfAPromptAgain) {
+  BatchBuilder b(16);
+  const int32_t prompt = b.Node(-1, 992);
+  for (int i = 0; i < 8; ++i) b.Segment(b.Node(prompt, 400), {1});
+  const AttentionPlan plan = PlanAttention(b.batch, {.group_size = 4, .decode_slots = 16});
+  const AttentionSchedule s = plan.Bind(plan.words.data());
+  EXPECT_TRUE(s.stacked_once);
+  int64_t shared = 0, again = 0;
+  for (int32_t i = 0; i < s.stacked_slots[s.num_stacked_slots]; ++i) {
+    const ChunkWork& item = s.stacked_chunks[i];
+    const int32_t keys = std::min(item.key_end, 992) - std::min(item.key_begin, 992);
+    (item.num_rows == 8 ? shared : again) += keys;
+  }
+  EXPECT_EQ(shared, 992 / kSplitKeys * kSplitKeys);
+  EXPECT_EQ(again, 8 * (992 % kSplitKeys));
+}
+
 TEST(AttentionPlanTest, ALongContextOfFewRowsIsSpreadOverAllSlots) {
   BatchBuilder b(16);
   b.Segment(b.Node(-1, 4000), {1});

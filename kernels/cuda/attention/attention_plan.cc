@@ -259,6 +259,8 @@ class Planner {
     chunk_rows_.insert(chunk_rows_.end(), rows.begin(), rows.end());
     ChunkWork all = {rows_begin, num_rows, begin, end, context, first_block, packed_begin, -1};
     if (is_shared && Stacks(num_rows, end - begin)) {
+      // Cut rows read all of these keys again. That a job begins with less than a split of keys
+      // that others read, too, does not count.
       stacked_once_ = stacked_once_ && num_rows <= RowsPerItem(kStackedRows);
       AddItems(stacked_jobs_, RowsPerItem(kStackedRows), all);
       return;
