@@ -50,13 +50,14 @@ absl::Status Context::InitCapability(bool portable) {
         absl::StrCat("cuda device refused: want compute capability 8.0 or newer, got ", major, ".",
                      minor, "; use --device=cpu"));
   }
-  if (const cudaError_t e = FindKernels(); e == cudaErrorNoKernelImageForDevice) {
+  const cudaError_t found = FindKernels();
+  if (found == cudaErrorInvalidDeviceFunction || found == cudaErrorNoKernelImageForDevice) {
+    cudaGetLastError();
     return absl::UnimplementedError(absl::StrCat(
         "cuda device refused: want kernels for compute capability ", major, ".", minor,
         ", got a build for others; configure with -DCMAKE_CUDA_ARCHITECTURES=", major, minor));
-  } else {
-    RETURN_IF_ERROR(Check(e, "find kernels"));
   }
+  RETURN_IF_ERROR(Check(found, "find kernels"));
   if (portable) compute_capability_ = kLeastCapability;
   return Check(
       cudaDeviceGetAttribute(&block_shared_bytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0),

@@ -18,7 +18,9 @@ constexpr int64_t kMaxPartials = 512;
 inline int64_t NumPartials(int64_t rows) { return rows < kMaxPartials ? rows : kMaxPartials; }
 
 // memory.cu
-cudaError_t FindKernels();  // cudaErrorNoKernelImageForDevice: this build has none for the device
+// cudaErrorInvalidDeviceFunction or cudaErrorNoKernelImageForDevice: this build has none for the
+// device.
+cudaError_t FindKernels();
 cudaError_t LaunchCopy(const TensorView& src, const TensorView& dst,
                        cudaStream_t stream);  // matrices
 struct BlockPairs {
