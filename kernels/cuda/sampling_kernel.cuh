@@ -57,21 +57,22 @@ __device__ inline float KeptWeight(const Weights& w, const Kept& kept, float sco
 
 // A run of ids of the slice, [begin, end) counted from its first, and the tokens with the edge key
 // before it, counted where the filters cut ties.
-struct Run {
+struct TokenRun {
   int32_t begin, end;
   int64_t ties_before = 0;
 };
 
 // Each warp owns a run of its block's slice; its lanes walk it side by side.
 template <typename Team>
-__device__ inline Run WarpRun(const Slice<Team>& slice) {
+__device__ inline TokenRun WarpRun(const Slice<Team>& slice) {
   const auto warp = static_cast<int32_t>(threadIdx.x / 32);
   return {min(slice.size, warp * slice.run), min(slice.size, (warp + 1) * slice.run)};
 }
 
 // This lane's share of the sum of the kept weights of the run.
 template <typename Team>
-__device__ double SumRun(const Slice<Team>& slice, const Weights& w, const Kept& kept, Run run) {
+__device__ double SumRun(const Slice<Team>& slice, const Weights& w, const Kept& kept,
+                         TokenRun run) {
   const int lane = threadIdx.x % 32;
   double sum = 0;
 #pragma unroll 4
@@ -100,7 +101,7 @@ __device__ inline int32_t CountTies(const Slice<Team>& slice, const Kept& kept, 
 
 // Tokens with the edge key before the warp's run.
 template <typename Team>
-__device__ int64_t TiesBefore(Slice<Team>& slice, const Kept& kept, Run run) {
+__device__ int64_t TiesBefore(Slice<Team>& slice, const Kept& kept, TokenRun run) {
   __shared__ int32_t of_warp[kWarps];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int32_t ties = WarpSum(CountTies(slice, kept, run.begin + lane, run.end, 32));
@@ -154,7 +155,7 @@ __device__ inline T ScanLanes(T x) {  // sum of this lane's and those before
 // Walks ids one by one: the token at which the kept weights, added up from `at` on, exceed the
 // threshold, else the last with any. `at` ends as the sum.
 template <typename Team>
-__device__ Drawn WalkRun(const Slice<Team>& slice, const Weights& w, const Kept& kept, Run run,
+__device__ Drawn WalkRun(const Slice<Team>& slice, const Weights& w, const Kept& kept, TokenRun run,
                          double& at, double threshold) {
   Drawn last = {0, 0, 0, true};
   for (int32_t i = run.begin; i < run.end; ++i) {
@@ -173,12 +174,12 @@ __device__ Drawn WalkRun(const Slice<Team>& slice, const Weights& w, const Kept&
 // The same for the whole run of a warp: each lane adds up its part of it, then the lane walks in
 // which the threshold lies. The result is in every lane.
 template <typename Team>
-__device__ Drawn DrawFromRun(const Slice<Team>& slice, const Weights& w, const Kept& kept, Run run,
-                             double at, double threshold) {
+__device__ Drawn DrawFromRun(const Slice<Team>& slice, const Weights& w, const Kept& kept,
+                             TokenRun run, double at, double threshold) {
   const int lane = threadIdx.x % 32;
   const auto share = static_cast<int32_t>(CeilDiv(run.end - run.begin, 32));
-  Run part = {min(run.begin + lane * share, run.end), min(run.begin + (lane + 1) * share, run.end),
-              run.ties_before};
+  TokenRun part = {min(run.begin + lane * share, run.end),
+                   min(run.begin + (lane + 1) * share, run.end), run.ties_before};
   if (kept.CutsTies()) {
     const int32_t ties = CountTies(slice, kept, part.begin, part.end, 1);
     part.ties_before += ScanLanes(ties) - ties;
@@ -202,7 +203,7 @@ __device__ Drawn Draw(Slice<Team>& slice, const Weights& w, const Kept& kept, fl
   __shared__ double run_sum[kWarps];
   __shared__ Drawn drawn;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  Run run = WarpRun(slice);
+  TokenRun run = WarpRun(slice);
   if (kept.CutsTies()) run.ties_before = TiesBefore(slice, kept, run);
   const double sum = WarpSum(SumRun(slice, w, kept, run));
   if (lane == 0) run_sum[warp] = sum;
