@@ -59,7 +59,7 @@ absl::StatusOr<std::unique_ptr<ops::Ops>> CudaOps::Create(const CudaOptions& opt
       .total_bytes = static_cast<int64_t>(properties.totalGlobalMem),
       .score_bytes = stores_scores ? kRoundScoresBytes : 0,
       .scores_head_dim = kStoredScoresHeadDim,
-      .context_gradients = properties.major == 9};
+      .context_gradients = true};
   return ops;
 }
 
