@@ -120,6 +120,7 @@ TEST_P(SmolLm2DeviceTest, LogProbsAgree) {
             << sum / static_cast<double>(count) << ", largest " << largest << '\n';
   EXPECT_LE(sum / static_cast<double>(count),
             Limit(tolerance::kDeviceLogProb, tolerance::kF16LogProb));
+  EXPECT_LE(largest, tolerance::kDeviceLogProb);
 }
 
 INSTANTIATE_TEST_SUITE_P(Devices, SmolLm2DeviceTest, testing::ValuesIn(kCudaDevices));
