@@ -69,12 +69,14 @@ const std::vector<Flag>& Flags() {
       {.group = "Device",
        .name = "compute_dtype",
        .field = &Config::compute_dtype,
-       .help = "Of weights, activations and KV blocks on cuda; cpu computes in f32 whatever this "
-               "says. auto: bf16 if the checkpoint or its config.json is in bf16, f16 if it is in "
-               "f16, f32 or quantised, bf16 for --model_geometry. f16 rounds eight times finer but "
-               "ends at 65504: a weight beyond is refused, an activation beyond ends its request "
-               "and perhaps others of its batch, gradients are scaled. f16 excludes "
-               "--gradient_dtype=bf16.",
+       .help =
+           "Of weights, activations and KV blocks on cuda; cpu computes in f32 whatever this "
+           "says. auto: what a checkpoint of ours names; bf16 if it or its config.json is in "
+           "bf16, f16 if it is in f16, f32 or quantised, bf16 for --model_geometry. A quantised "
+           "copy of a bf16 model, or one saved on cpu, says nothing of it: set bf16 if requests "
+           "end without numbers. f16 rounds eight times finer but ends at 65504: a weight beyond "
+           "is refused, an activation beyond ends its request and perhaps others of its batch, "
+           "gradients are scaled. f16 excludes --gradient_dtype=bf16.",
        .choices = {"auto", "bf16", "f16"}},
       {"Network", "host", &Config::host,
        "Address to listen on, gRPC and HTTP. There is no authentication: beyond loopback put a "

@@ -30,7 +30,7 @@ struct Model {
 // (shape: tensor, want, got).
 absl::StatusOr<Model> LoadModel(absl::string_view path, ops::Ops& ops);
 
-// A type to compute in, and why: "weights stored as q4_1, q8_0".
+// A type to compute in, and why: "weights stored as q8_0, q4_1".
 struct ComputeType {
   DType dtype = DType::kBF16;
   std::string because;
