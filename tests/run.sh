@@ -6,7 +6,7 @@
 #   debug         clang, assertions, -Wthread-safety; all C++ tests but the slow ones
 #   asan          address and undefined-behaviour sanitizers; all C++ tests but the slow ones
 #   tsan          thread sanitizer; cache, engine and RPC tests
-#   cuda-compile  compiles the CUDA targets (needs nvcc)
+#   cuda-compile  compiles the CUDA targets, the portable kernels for sm_80 (needs nvcc)
 #   lint          house rules, clang-format and clang-tidy
 #   all           every lane
 set -euo pipefail

@@ -23,7 +23,10 @@ inline DType ComputeDType(absl::string_view device) {
 }
 
 // Whether CUDA devices run without the kernels for one architecture alone.
-inline bool IsPortable() { return std::getenv("PORTABLE_CUDA") != nullptr; }
+inline bool IsPortable() {
+  const char* value = std::getenv("PORTABLE_CUDA");
+  return value != nullptr && absl::string_view(value) == "1";
+}
 
 inline absl::StatusOr<std::unique_ptr<ops::Ops>> CreateTestOps(absl::string_view device,
                                                                int threads = 0,
