@@ -27,7 +27,7 @@ struct Shape {
   int64_t rows, hidden, q_dim, ffn, qkv_dim;
 };
 // Rows around every size a backend rounds up to; widths below and above its tiles, with ragged
-// ends, and so many that every multiprocessor has some.
+// ends. Few for each multiprocessor: see ManySharesABlockMatchReference.
 std::vector<Shape> Shapes() {
   std::vector<Shape> shapes;
   for (const int64_t rows : {1, 7, 8, 9, 16, 17, 32, 33, 64, 65}) {
@@ -256,6 +256,36 @@ TEST_P(MlpBlockTest, RotatesHeadsAndStoresKeysAndValues) {
         heads.ExpectPages(block, stores);
       }
     }
+  }
+}
+
+// On 132 multiprocessors a block has 23 to 30 shares of 128 x 64 weights, 15 to 19 with the wider
+// MLP: rings of 6 to 13 wrap. Runs end one tile and begin the next in every phase; with the wider
+// MLP they hold whole tiles, and finish two.
+TEST_P(MlpBlockTest, ManySharesABlockMatchReference) {
+  constexpr int64_t kQkv = (32 + 2 * 8) * 128;
+  for (const Shape& shape : Share<Shape>({{5, 1536, 1632, 4096, kQkv},
+                                          {12, 512, 1536, 9728, kQkv},
+                                          {24, 512, 1536, 9728, kQkv},
+                                          {33, 1536, 1632, 4096, kQkv}})) {
+    SCOPED_TRACE(testing::Message() << shape.rows << " rows");
+    Block block(shape, random_);
+    const Heads heads(*ops_, block, shape.rows, 32, 8, 128, random_);
+    const Want want = Reference(shape, block, true);
+    const std::vector<float> input = block.stream.ToFloat();
+    for (const bool rotates : {false, true}) {
+      for (size_t i = 0; i < input.size(); ++i) block.stream[static_cast<int64_t>(i)] = input[i];
+      ops::MlpBlockParams p = block.Params(/*in_place=*/rotates, true, true);
+      if (rotates) p.rotate = heads.Params(true, true);
+      const absl::Status status = ops_->MlpBlock(p);
+      ASSERT_TRUE(status.ok()) << status;
+      const GuardedTensor& output = rotates ? block.stream : block.output;
+      EXPECT_LT(RelativeError(output, want.output), backward_tolerance());
+      const Vector qkv = rotates ? heads.Reference(want.qkv, true) : want.qkv;
+      EXPECT_LT(RelativeError(block.qkv, qkv), backward_tolerance());
+    }
+    block.qkv.ExpectGuardsIntact("qkv");
+    heads.ExpectPages(block, true);
   }
 }
 
