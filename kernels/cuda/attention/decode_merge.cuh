@@ -16,9 +16,9 @@ struct BlockMerges {
   int parts[kCount][kParts];
 };
 
-// What a block works on: one of the slots of a KV head.
+// What a block works on, read once: one of the slots of a KV head.
 struct DecodePlace {
-  int slot, slots, kv_head;
+  int slot = blockIdx.x, slots = gridDim.x, kv_head = blockIdx.y;
 };
 
 // Rows and query heads that a block merges: of its KV head, one after every so many. REQUIRES: no

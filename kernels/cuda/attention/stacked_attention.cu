@@ -17,24 +17,48 @@ namespace {
 
 constexpr int kFirstLeafWarp = 2;  // behind one for keys and one that looks ahead
 
-template <typename E, int D>
-struct StackedShared {
-  static constexpr int kHeadDim = D;
-  using Leaves = ChunkShared<E, D, 16, 4>;
-  alignas(1024) E q[kConsumers][kGroupRows * D];
-  alignas(1024) E k[kKeyStages][kStepKeys * D];
-  alignas(1024) E v[kKeyStages][kStepKeys * D];
-  Leaves leaves[kLeafWarps];
-  BlockMerges merges;
-  Barrier k_fulls[kKeyStages], k_empties[kKeyStages], v_fulls[kKeyStages], v_empties[kKeyStages];
+// Loads of keys or of values that a block has on their way at a time, 48 KiB: enough to keep memory
+// busy. With more, what others wait for, queries and partial results, queues behind them.
+template <int D>
+constexpr int kKeyLoads = 3 * 128 / D;
 
-  __device__ __forceinline__ E* queries(int group) { return q[group]; }
-  __device__ __forceinline__ E* keys(int stage) { return k[stage]; }
-  __device__ __forceinline__ E* values(int stage) { return v[stage]; }
-  __device__ __forceinline__ Barrier& k_full(int stage) { return k_fulls[stage]; }
-  __device__ __forceinline__ Barrier& k_empty(int stage) { return k_empties[stage]; }
-  __device__ __forceinline__ Barrier& v_full(int stage) { return v_fulls[stage]; }
-  __device__ __forceinline__ Barrier& v_empty(int stage) { return v_empties[stage]; }
+template <typename E>
+struct StackedParameters {
+  CUtensorMap k, v;
+  ChunkParameters<E> common;
+  int pieces;   // boxes of a step: pages, or one
+  bool merges;  // the last step is the kernel's own
+};
+
+template <typename E>
+__device__ __forceinline__ int SlotOf(const ChunkParameters<E>& p, const ChunkWork& item, int key) {
+  const int block = p.schedule.chunk_blocks[item.first_block + (key >> p.block_shift) -
+                                            (item.key_begin >> p.block_shift)];
+  return (block << p.block_shift) + (key & ((1 << p.block_shift) - 1));
+}
+
+// Keys or values of a step into their stage. One warp: each lane its pages.
+template <typename E, int D>
+struct KeyLoader {
+  const StackedParameters<E>& p;
+  int kv_head;
+  uint64_t policy = p.common.schedule.stacked_once ? EvictFirst() : EvictNormal();
+  int lane = threadIdx.x % 32, rows = kStepKeys / p.pieces;
+
+  // Where this lane's page of the step at `key` begins.
+  __device__ __forceinline__ int SlotAt(const ChunkWork& item, int key) const {
+    return lane < p.pieces ? SlotOf(p.common, item, key + lane * rows) : 0;
+  }
+  __device__ __forceinline__ void Load(E* to, const CUtensorMap& map, int slot,
+                                       Barrier& full) const {
+    if (lane == 0) full.ArriveExpecting(kStepKeys * D * 2);
+    __syncwarp();
+    if (lane >= p.pieces) return;
+#pragma unroll
+    for (int panel = 0; panel < D / kPanel; ++panel)
+      LoadBox(to + (panel * kStepKeys + lane * rows) * kPanel, map, panel * kPanel, kv_head, slot,
+              full, policy);
+  }
 };
 
 // One warp: keys and values of all steps. They are older than the kernel ahead.
@@ -49,31 +73,51 @@ __device__ void LoadKeys(const StackedParameters<E>& p, StackedShared<E, D>& s,
       ++in_flight;
       return;
     }
-    (oldest_is_k ? s.k_full(oldest.stage) : s.v_full(oldest.stage)).Wait(oldest.phase);
+    (oldest_is_k ? s.k_full[oldest.stage] : s.v_full[oldest.stage]).Wait(oldest.phase);
     if (!oldest_is_k) oldest.Advance();
     oldest_is_k = !oldest_is_k;
   };
-  const KeyLoader<E, StackedShared<E, D>> loader{p, at.kv_head};
+  const KeyLoader<E, D> loader{p, at.kv_head};
   const SlotItems items = StackedItems(p.common.schedule, at.slot);
   for (int n = 0; n < items.count; ++n) {
     const ChunkWork item = items.first[n];
     for (int key = item.key_begin; key < item.key_end; key += kStepKeys, ring.Advance()) {
       const int stage = ring.stage, slot = loader.SlotAt(item, key);
       make_room();
-      s.k_empty(stage).Wait(ring.phase ^ 1);
-      loader.Load(s.keys(stage), p.k, slot, s.k_full(stage));
+      s.k_empty[stage].Wait(ring.phase ^ 1);
+      loader.Load(s.k[stage], p.k, slot, s.k_full[stage]);
       make_room();
-      s.v_empty(stage).Wait(ring.phase ^ 1);
-      loader.Load(s.values(stage), p.v, slot, s.v_full(stage));
+      s.v_empty[stage].Wait(ring.phase ^ 1);
+      loader.Load(s.v[stage], p.v, slot, s.v_full[stage]);
     }
+  }
+}
+
+// One of kLeafWarps: every so many of the slot's leaves.
+template <typename E, int D>
+__device__ void SumLeaves(const ChunkParameters<E>& p, const DecodePlace& at,
+                          LeafShared<E, D>& shared, int first) {
+  const SlotItems items(p.schedule.leaf_chunks, p.schedule.leaf_slots, at.slot);
+  const int lane = threadIdx.x % 32;
+  WaitForPredecessor();
+  for (int n = first; n < items.count; n += kLeafWarps) {
+    const WarpWork<D, 1, LeafShared<E, D>> work{p, items.first[n], at.kv_head, lane, 0, shared};
+    const int begin = work.item.key_begin, end = work.item.key_end;
+    work.StartSplit(begin, end);
+    uint32_t q[D / 16][4];
+    int rows[2];
+    work.LoadQueries(q, rows);
+    RowSums<D> sums;
+    work.SumSplit(sums, q, rows, begin, end);
+    work.Write(InRegisters<D>{sums});
   }
 }
 
 template <typename E, int D>
 __device__ void InitBarriers(StackedShared<E, D>& s) {
   for (int i = 0; i < kKeyStages; ++i) {
-    s.k_full(i).Init(1), s.k_empty(i).Init(kConsumerWarps);
-    s.v_full(i).Init(1), s.v_empty(i).Init(kConsumerWarps);
+    s.k_full[i].Init(1), s.k_empty[i].Init(kConsumerWarps);
+    s.v_full[i].Init(1), s.v_empty[i].Init(kConsumerWarps);
   }
   FenceBarrierInit();
 }
@@ -86,18 +130,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   LetSuccessorStart();
   if (threadIdx.x == 0) InitBarriers(s);
   __syncthreads();
-  const DecodePlace at = {static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x),
-                          static_cast<int>(blockIdx.y)};
+  const DecodePlace at;
   const int warp = threadIdx.x / 32;
   if (warp >= 4) {
-    ConsumerRings rings;
-    Consume(p.common, s, at, warp / 4 - 1, rings);
+    Consume(p.common, s, at, warp / 4 - 1);
   } else if (warp == 0) {
     LoadKeys(p, s, at);
   } else if (warp == 1) {
     if (p.merges) LookUp(p.common, at, s.merges);
   } else {
-    SumLeaves<D>(p.common, at, s.leaves[warp - kFirstLeafWarp], warp - kFirstLeafWarp);
+    SumLeaves(p.common, at, s.leaves[warp - kFirstLeafWarp], warp - kFirstLeafWarp);
   }
   if (p.merges) {
     MergeWithAllBlocks<D>(p.common, at, s.merges);
@@ -108,9 +150,21 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <typename E, int D>
 cudaError_t Launch(const TreeAttentionArgs& a, const ChunkScratch& scratch, cudaStream_t stream) {
+  const ContextPages& c = a.context;
+  const int32_t kv_heads = a.shape.kv_heads;
+  if (a.schedule.num_arrivals < kv_heads) return cudaErrorInvalidValue;
+  const int piece = c.block_tokens < kStepKeys ? c.block_tokens : kStepKeys;
+  const int64_t slots = c.num_blocks * c.block_tokens, stride = int64_t{kv_heads} * D;
   StackedParameters<E> p{};
-  if (auto e = MakeStackedParameters<E, D>(p, a, scratch)) return e;
-  const dim3 grid(a.schedule.num_stacked_slots, a.shape.kv_heads);
+  p.common = ParametersOf<E>(a, scratch);
+  p.pieces = kStepKeys / piece;
+  if (auto e = MakeMap(p.k, {c.k, slots, stride, kv_heads, D}, piece)) return e;
+  if (auto e = MakeMap(p.v, {c.v, slots, stride, kv_heads, D}, piece)) return e;
+  const dim3 grid(a.schedule.num_stacked_slots, kv_heads);
+  // Blocks may wait for each other only where the device holds them all.
+  p.merges =
+      int64_t{grid.x} * grid.y <= Multiprocessors() &&
+      int64_t{a.schedule.num_merges} * p.common.group_size <= int64_t{BlockMerges::kCount} * grid.x;
   if (auto e = LaunchOverlapped<StackedAttentionKernel<E, D>>(
           {grid, kThreads, sizeof(StackedShared<E, D>)}, stream, p))
     return e;

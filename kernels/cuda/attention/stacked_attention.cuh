@@ -1,10 +1,5 @@
-// What a block of a decode kernel does for its slot and KV head: softmax sums of up to 128 stacked
-// rows over runs of keys on wgmma, and of leaves on mma.sync. For stacked_attention.cu, which says
-// how the work is shared.
-//
-// `Shared` is the block's shared memory: Element, kHeadDim, Leaves (a ChunkShared), tiles
-// queries(consumer) [kGroupRows, D], keys(stage) and values(stage) [kStepKeys, D], barriers
-// k_full(stage), k_empty(stage) of kConsumerWarps arrivals, v_full, v_empty.
+// The shared memory of a block of stacked_attention.cu, and what its consumer warpgroups do:
+// softmax sums of 64 stacked rows each over an item's keys, on wgmma.
 #pragma once
 
 #include "kernels/cuda/attention/chunk_attention.cuh"
@@ -19,46 +14,22 @@ constexpr int kStepKeys = 64;
 constexpr int kKeyStages = 4;  // of keys, and of values
 constexpr int kLeafWarps = 2;
 constexpr int kGroupRows = 64;  // stacked rows of a consumer warpgroup
-// Loads of keys or of values that a block has on their way at a time, 48 KiB: enough to keep memory
-// busy. With more, what others wait for, queries and partial results, queues behind them.
-template <int D>
-constexpr int kKeyLoads = 3 * 128 / D;
-
-template <typename E>
-struct StackedParameters {
-  CUtensorMap k, v;
-  ChunkParameters<E> common;
-  int pieces;   // boxes of a step: pages, or one
-  bool merges;  // the last step is the kernel's own
-};
 
 template <typename E, int D>
-cudaError_t MakeStackedParameters(StackedParameters<E>& p, const TreeAttentionArgs& a,
-                                  const ChunkScratch& scratch) {
-  const ContextPages& c = a.context;
-  const int32_t kv_heads = a.shape.kv_heads;
-  if (a.schedule.num_arrivals < kv_heads) return cudaErrorInvalidValue;
-  const int piece = c.block_tokens < kStepKeys ? c.block_tokens : kStepKeys;
-  const int64_t slots = c.num_blocks * c.block_tokens, stride = int64_t{kv_heads} * D;
-  p.common = ParametersOf<E>(a, scratch);
-  p.pieces = kStepKeys / piece;
-  // Blocks may wait for each other only where the device holds them all.
-  p.merges = int64_t{a.schedule.num_stacked_slots} * kv_heads <= Multiprocessors() &&
-             int64_t{a.schedule.num_merges} * p.common.group_size <=
-                 int64_t{BlockMerges::kCount} * a.schedule.num_stacked_slots;
-  if (auto e = MakeMap(p.k, {c.k, slots, stride, kv_heads, D}, piece)) return e;
-  return MakeMap(p.v, {c.v, slots, stride, kv_heads, D}, piece);
-}
+using LeafShared = ChunkShared<E, D, 16, 4>;
+
+template <typename E, int D>
+struct StackedShared {
+  alignas(1024) E q[kConsumers][kGroupRows * D];
+  alignas(1024) E k[kKeyStages][kStepKeys * D];
+  alignas(1024) E v[kKeyStages][kStepKeys * D];
+  LeafShared<E, D> leaves[kLeafWarps];
+  BlockMerges merges;
+  Barrier k_full[kKeyStages], k_empty[kKeyStages], v_full[kKeyStages], v_empty[kKeyStages];
+};
 
 __device__ __forceinline__ int Steps(const ChunkWork& item) {
   return (item.key_end - item.key_begin) / kStepKeys;
-}
-
-template <typename E>
-__device__ __forceinline__ int SlotOf(const ChunkParameters<E>& p, const ChunkWork& item, int key) {
-  const int block = p.schedule.chunk_blocks[item.first_block + (key >> p.block_shift) -
-                                            (item.key_begin >> p.block_shift)];
-  return (block << p.block_shift) + (key & ((1 << p.block_shift) - 1));
 }
 
 // Of lane 0: the compiler keeps what it knows to be the same for the warp, and matrix descriptors
@@ -76,51 +47,6 @@ struct SlotItems {
 };
 __device__ __forceinline__ SlotItems StackedItems(const AttentionSchedule& schedule, int slot) {
   return {schedule.stacked_chunks, schedule.stacked_slots, slot};
-}
-
-// Keys or values of a step into their stage. One warp: each lane its pages.
-template <typename E, typename Shared>
-struct KeyLoader {
-  static constexpr int D = Shared::kHeadDim;
-  const StackedParameters<E>& p;
-  int kv_head;
-  uint64_t policy = p.common.schedule.stacked_once ? EvictFirst() : EvictNormal();
-  int lane = threadIdx.x % 32, rows = kStepKeys / p.pieces;
-
-  // Where this lane's page of the step at `key` begins.
-  __device__ __forceinline__ int SlotAt(const ChunkWork& item, int key) const {
-    return lane < p.pieces ? SlotOf(p.common, item, key + lane * rows) : 0;
-  }
-  __device__ __forceinline__ void Load(E* to, const CUtensorMap& map, int slot,
-                                       Barrier& full) const {
-    if (lane == 0) full.ArriveExpecting(kStepKeys * D * 2);
-    __syncwarp();
-    if (lane >= p.pieces) return;
-#pragma unroll
-    for (int panel = 0; panel < D / kPanel; ++panel)
-      LoadBox(to + (panel * kStepKeys + lane * rows) * kPanel, map, panel * kPanel, kv_head, slot,
-              full, policy);
-  }
-};
-
-// One of kLeafWarps: every so many of the slot's leaves.
-template <int D, typename E, typename Leaves>
-__device__ void SumLeaves(const ChunkParameters<E>& p, const DecodePlace& at, Leaves& shared,
-                          int first) {
-  const SlotItems items(p.schedule.leaf_chunks, p.schedule.leaf_slots, at.slot);
-  const int lane = threadIdx.x % 32;
-  WaitForPredecessor();
-  for (int n = first; n < items.count; n += kLeafWarps) {
-    const WarpWork<D, 1, Leaves> work{p, items.first[n], at.kv_head, lane, 0, shared};
-    const int begin = work.item.key_begin, end = work.item.key_end;
-    work.StartSplit(begin, end);
-    uint32_t q[D / 16][4];
-    int rows[2];
-    work.LoadQueries(q, rows);
-    RowSums<D> sums;
-    work.SumSplit(sums, q, rows, begin, end);
-    work.Write(InRegisters<D>{sums});
-  }
 }
 
 // Writes this thread's accumulators, not normalised, as partial results.
@@ -177,40 +103,40 @@ __device__ __forceinline__ void GatherQueries(const ChunkParameters<E>& p, const
 }
 
 // Lets an item pass that the other warpgroup works on.
-template <typename Shared, typename Rings>
-__device__ void PassItem(Shared& s, int count, Rings& rings) {
+template <typename E, int D>
+__device__ void PassItem(StackedShared<E, D>& s, int count, ConsumerRings& rings) {
   for (int i = 0; i < count; ++i, rings.keys.Advance(), rings.values.Advance()) {
-    s.k_full(rings.keys.stage).Wait(rings.keys.phase);
-    Release(s.k_empty(rings.keys.stage));
-    s.v_full(rings.values.stage).Wait(rings.values.phase);
-    Release(s.v_empty(rings.values.stage));
+    s.k_full[rings.keys.stage].Wait(rings.keys.phase);
+    Release(s.k_empty[rings.keys.stage]);
+    s.v_full[rings.values.stage].Wait(rings.values.phase);
+    Release(s.v_empty[rings.values.stage]);
   }
 }
 
 // The item's sums for the 64 stacked rows from `first` on. Scores of a step, then the output of the
 // step before are queued; issuing products takes as long as they do, so a warpgroup has its softmax
 // while the other one multiplies.
-template <typename E, typename Shared, typename Rings>
-__device__ void ConsumeItem(const ChunkParameters<E>& p, Shared& s, const ChunkWork& item,
-                            int kv_head, int first, int group, Rings& rings) {
-  constexpr int D = Shared::kHeadDim;
+template <typename E, int D>
+__device__ void ConsumeItem(const ChunkParameters<E>& p, StackedShared<E, D>& s,
+                            const ChunkWork& item, int kv_head, int first, int group,
+                            ConsumerRings& rings) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
   const float scale_log2 = p.scale * kLog2e;
   const int count = Steps(item);
-  const uint64_t q = ColumnsAreK(s.queries(Uniform(group)));
+  const uint64_t q = ColumnsAreK(s.q[Uniform(group)]);
   LateSoftmax softmax;
   float o[D / 2], scores[kStepKeys / 2];
   uint32_t probabilities[kStepKeys / 4];
   Clear(o);
 
   const auto start_scores = [&] {
-    const uint64_t keys = ColumnsAreK(s.keys(Uniform(rings.keys.stage)));
-    s.k_full(rings.keys.stage).Wait(rings.keys.phase);
+    const uint64_t keys = ColumnsAreK(s.k[Uniform(rings.keys.stage)]);
+    s.k_full[rings.keys.stage].Wait(rings.keys.phase);
     MultiplyAbt<E, D, kGroupRows>(scores, q, keys);
   };
   const auto finish_scores = [&](bool is_first) {
     Pin(scores);
-    Release(s.k_empty(rings.keys.stage));
+    Release(s.k_empty[rings.keys.stage]);
     rings.keys.Advance();
     softmax.Add<E>(scores, probabilities, scale_log2, is_first, [&](const float(&shrink)[2]) {
 #pragma unroll
@@ -218,18 +144,18 @@ __device__ void ConsumeItem(const ChunkParameters<E>& p, Shared& s, const ChunkW
     });
   };
   const auto start_output = [&] {
-    const uint64_t values = RowsAreK(s.values(Uniform(rings.values.stage)), kStepKeys);
-    s.v_full(rings.values.stage).Wait(rings.values.phase);
+    const uint64_t values = RowsAreK(s.v[Uniform(rings.values.stage)], kStepKeys);
+    s.v_full[rings.values.stage].Wait(rings.values.phase);
     MultiplyAdd<E, kStepKeys>(o, probabilities, values);
   };
   const auto finish_output = [&] {
     WgmmaWait<0>();
     Pin(o);
-    Release(s.v_empty(rings.values.stage));
+    Release(s.v_empty[rings.values.stage]);
     rings.values.Advance();
   };
 
-  GatherQueries<D>(p, item, kv_head, first, group, s.queries(group));
+  GatherQueries<D>(p, item, kv_head, first, group, s.q[group]);
   start_scores();
   WgmmaWait<0>();
   finish_scores(true);
@@ -249,9 +175,10 @@ __device__ void ConsumeItem(const ChunkParameters<E>& p, Shared& s, const ChunkW
   StorePartial<D>(p, item, kv_head, first + warp * 16 + lane / 4, o, softmax);
 }
 
-template <typename E, typename Shared, typename Rings>
-__device__ void Consume(const ChunkParameters<E>& p, Shared& s, const DecodePlace& at, int group,
-                        Rings& rings) {
+template <typename E, int D>
+__device__ void Consume(const ChunkParameters<E>& p, StackedShared<E, D>& s, const DecodePlace& at,
+                        int group) {
+  ConsumerRings rings;
   const SlotItems items = StackedItems(p.schedule, at.slot);
   for (int n = 0; n < items.count; ++n) {
     const ChunkWork item = items.first[n];
