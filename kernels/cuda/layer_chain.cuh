@@ -101,8 +101,6 @@ struct Piece {
   __device__ __forceinline__ int Place(int i) const { return (first + i) * 2 + (i > 0 ? 0 : 1); }
 };
 
-// A tile is added up in groups of 8 tokens, of which a lane holds 16 bytes: group j of kTokens / 8
-// by adder j * adders * 8 / kTokens.
 template <typename E, int kTokenCount, int kStageCount, int kXStageCount>
 struct ChainShape {
   using Element = E;

@@ -17,14 +17,33 @@ __device__ __forceinline__ void LoadUnit(void* to, const CUtensorMap& map, int c
       : "memory");
 }
 
-// The stages of a ring for units of weights, in turn, kInFlight of them being filled at a time.
+// By one thread: units of weights of all phases, kInFlight of them on their way at a time.
 template <typename Shape>
-struct UnitStages {
+struct WeightLoader {
+  const ChainParameters& p;
+  ChainShared<Shape>& s;
   Ring<Shape::kStages> ring, landed;
   int in_flight = 0;
 
-  // The next one, once it is free.
-  __device__ __forceinline__ int Take(ChainShared<Shape>& s) {
+  __device__ __forceinline__ void Load() {
+    const uint64_t policy = EvictFirst();
+    for (int i = 0; i < p.num_phases; ++i) {
+      const ChainPhase& phase = p.phases[i];
+      const Run run(phase);
+      int tile = run.begin / phase.k_blocks, block = run.begin % phase.k_blocks;
+      for (int unit = run.begin; unit < run.end; ++unit) {
+        const int stage = TakeStage();
+        s.w_full[stage].ArriveExpecting(kUnitBytes);
+        LoadUnit(s.w[stage], phase.w, block * kColumns, tile * phase.tile_rows,
+                 tile * phase.tile_groups, s.w_full[stage], policy);
+        if (++block == phase.k_blocks) block = 0, ++tile;
+      }
+    }
+  }
+
+ private:
+  // The next stage, once it is free.
+  __device__ __forceinline__ int TakeStage() {
     if (in_flight == kInFlight) {
       s.w_full[landed.stage].Wait(landed.phase);
       landed.Advance();
@@ -37,23 +56,6 @@ struct UnitStages {
     return stage;
   }
 };
-
-template <typename Shape, typename Stages>
-__device__ void LoadWeights(const ChainParameters& p, ChainShared<Shape>& s, Stages& stages) {
-  const uint64_t policy = EvictFirst();
-  for (int i = 0; i < p.num_phases; ++i) {
-    const ChainPhase& phase = p.phases[i];
-    const Run run(phase);
-    int tile = run.begin / phase.k_blocks, block = run.begin % phase.k_blocks;
-    for (int unit = run.begin; unit < run.end; ++unit) {
-      const int stage = stages.Take(s);
-      s.w_full[stage].ArriveExpecting(kUnitBytes);
-      LoadUnit(s.w[stage], phase.w, block * kColumns, tile * phase.tile_rows,
-               tile * phase.tile_groups, s.w_full[stage], policy);
-      if (++block == phase.k_blocks) block = 0, ++tile;
-    }
-  }
-}
 
 __device__ __forceinline__ unsigned LoadAcquire(const unsigned* from) {
   unsigned x;
@@ -146,11 +148,10 @@ __device__ void ComputeScales(const ChainParameters& p, ChainShared<Shape>& s) {
   }
 }
 
-// `WeightRing`: the stages in the order in which they are filled.
-template <typename Shape, typename WeightRing = Ring<Shape::kStages>>
+template <typename Shape>
 struct Multiplier {
   ChainShared<Shape>& s;
-  WeightRing w_ring;
+  Ring<Shape::kStages> w_ring;
   Ring<Shape::kXStages> x_ring;
 
   // Adds `units` units to this warpgroup's panel. Element 4j + 2h + e of the sums is weight row
@@ -194,10 +195,9 @@ struct Multiplier {
   }
 };
 
-template <typename Shape, typename WeightRing>
-__device__ void MultiplyPhases(const ChainParameters& p, ChainShared<Shape>& s,
-                               const WeightRing& w_ring) {
-  Multiplier<Shape, WeightRing> multiplier = {s, w_ring, {}};
+template <typename Shape>
+__device__ void MultiplyPhases(const ChainParameters& p, ChainShared<Shape>& s) {
+  Multiplier<Shape> multiplier = {s};
   WaitForPredecessor();
   for (int i = 0; i < p.num_phases; ++i) {
     const ChainPhase& phase = p.phases[i];

@@ -33,7 +33,8 @@ __device__ __forceinline__ bool IsMissing(float4 x) {
              max(__float_as_uint(x.z), __float_as_uint(x.w))) == kNothing;
 }
 
-// A tile's sums from its pieces.
+// A tile's sums from its pieces. They are added up in groups of 8 tokens, of which a lane holds 16
+// bytes: group j by adder j * adders / kGroups.
 template <typename Shape>
 struct Adder {
   static constexpr int kTokens = Shape::kTokens, kGroups = kTokens / 8;
