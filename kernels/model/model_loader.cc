@@ -118,8 +118,9 @@ absl::StatusOr<std::optional<ComputeType>> NamedComputeType(const nlohmann::json
       return ComputeType{dtype, absl::StrCat(kComputeTypeField, " ", name, " in config.json")};
     }
   }
-  return absl::InvalidArgumentError(
-      absl::StrCat(kComputeTypeField, ": want bf16 or f16, got ", name));
+  return absl::InvalidArgumentError(absl::StrCat("config.json: ", kComputeTypeField,
+                                                 ": want bf16 or f16, got ", name,
+                                                 "; give --compute_dtype"));
 }
 
 // transformers 5 writes "dtype", before it "torch_dtype".
