@@ -163,6 +163,35 @@ TEST(TreeAttentionTest, LongContextMatchesReference) {
   ExpectForwardMatches(p, *ops);
 }
 
+// What is no number stays with the request or branch that has it, and those below: all others keep
+// their bits.
+TEST(TreeAttentionTest, OtherRequestsAndBranchesKeepTheirBitsBesideANan) {
+  const auto ops = Cpu();
+  for (uint64_t seed = 0; seed < 20; ++seed) {
+    SCOPED_TRACE(testing::Message() << "seed " << seed);
+    std::mt19937_64 random(seed);
+    RandomBatchOptions options;
+    options.max_context_nodes = seed % 2 == 0 ? 0 : 5;
+    options.max_node_rows = seed % 3 == 0 ? 40 : 5;
+    Problem p(RandomBatch(random, options), {4, 2, 16}, random);
+    p.Forward(*ops);
+    const reference::Vector want = p.out.ToDouble();
+    const int64_t row = static_cast<int64_t>(random() % p.batch.num_rows());
+    const int32_t end = p.batch.subtree_end[row];
+    int64_t run = row;
+    while (run > 0 && p.batch.subtree_end[run - 1] == end) --run;
+    GuardedTensor& spoilt = seed % 3 == 0 ? p.k : p.v;
+    spoilt.view().f32()[row * spoilt.view().stride[0] + 5] = seed % 2 == 0 ? NAN : INFINITY;
+    p.Forward(*ops);
+    const reference::Vector got = p.out.ToDouble();
+    const int64_t width = p.shape.q_heads * p.shape.head_dim;
+    for (int64_t i = 0; i < p.batch.num_rows() * width; ++i) {
+      const bool may_see = i / width >= run && i / width < end;
+      ASSERT_TRUE(may_see || got[i] == want[i]) << "row " << i / width << ", spoilt row " << row;
+    }
+  }
+}
+
 TEST(TreeAttentionTest, EmptyBatchIsFine) {
   const auto ops = Cpu();
   std::mt19937_64 random(9);
