@@ -34,6 +34,7 @@ __global__ void __launch_bounds__(kChainThreads, 1)
     for (int i = 0; i < Shape::kStages; ++i) s.w_full[i].Init(1), s.w_empty[i].Init(kChainWarps);
     for (int i = 0; i < Shape::kXStages; ++i) s.x_full[i].Init(1), s.x_empty[i].Init(kChainWarps);
     s.squares_there.Init(1);
+    for (Barrier& started : s.started) started.Init(1);
     for (Barrier& full : s.scales_full) full.Init(Shape::kTokens / 4);
     FenceBarrierInit();
   }

@@ -12,9 +12,6 @@ constexpr int kChainWarps = kChainMultipliers / 32;
 constexpr int kChainThreads = kChainMultipliers + 96;  // copies of W, copies of x, scales
 constexpr int kUnitBytes = kTileRows * kColumns * 2;
 constexpr int kMaxPhases = 4;
-// Units of W that a block has on their way at a time: enough to keep memory busy. With more, all
-// that a phase's end waits for, sums and x, queues behind them.
-constexpr int kInFlight = 3;
 
 // What becomes of a product's sums.
 enum class ChainStep : int { kResidual, kSwiGlu, kProject, kRotate };
@@ -107,6 +104,10 @@ struct ChainShape {
   static constexpr int kTokens = kTokenCount;
   static constexpr int kStages = kStageCount, kXStages = kXStageCount;
   static constexpr int kXStageBytes = kTokens * kColumns * 2;
+  // Units of W that a block has on their way at a time: enough to keep memory busy. Fewer of the
+  // next phase before its x comes: all that a phase's end waits for, sums and x, queues behind
+  // them, and the ring need not be full before.
+  static constexpr int kInFlight = 4, kInFlightAhead = kTokens == 64 ? 1 : 2;
 };
 
 template <typename Shape>
@@ -118,6 +119,7 @@ struct ChainShared {
   Barrier w_full[Shape::kStages], w_empty[Shape::kStages];
   Barrier x_full[Shape::kXStages], x_empty[Shape::kXStages];
   Barrier squares_there, scales_full[2];
+  Barrier started[kMaxPhases];  // the phase's x comes; not of phase 0
 };
 
 }  // namespace coppice::cuda

@@ -17,6 +17,19 @@ __device__ __forceinline__ void LoadUnit(void* to, const CUtensorMap& map, int c
       : "memory");
 }
 
+// Whether a barrier's first phase is over.
+__device__ __forceinline__ bool IsOver(const Barrier& barrier) {
+  uint32_t over;
+  asm volatile(
+      "{\n.reg .pred over;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 over, [%1], 0;\n"
+      "selp.u32 %0, 1, 0, over;\n}"
+      : "=r"(over)
+      : "r"(SharedAddress(&barrier.word))
+      : "memory");
+  return over != 0;
+}
+
 // By one thread: units of weights of all phases, kInFlight of them on their way at a time.
 template <typename Shape>
 struct WeightLoader {
@@ -32,7 +45,8 @@ struct WeightLoader {
       const Run run(phase);
       int tile = run.begin / phase.k_blocks, block = run.begin % phase.k_blocks;
       for (int unit = run.begin; unit < run.end; ++unit) {
-        const int stage = TakeStage();
+        const int stage =
+            TakeStage(i == 0 || IsOver(s.started[i]) ? Shape::kInFlight : Shape::kInFlightAhead);
         s.w_full[stage].ArriveExpecting(kUnitBytes);
         LoadUnit(s.w[stage], phase.w, block * kColumns, tile * phase.tile_rows,
                  tile * phase.tile_groups, s.w_full[stage], policy);
@@ -42,14 +56,13 @@ struct WeightLoader {
   }
 
  private:
-  // The next stage, once it is free.
-  __device__ __forceinline__ int TakeStage() {
-    if (in_flight == kInFlight) {
+  // The next stage, once it is free and less than `limit` units are on their way.
+  __device__ __forceinline__ int TakeStage(int limit) {
+    for (; in_flight >= limit; --in_flight) {
       s.w_full[landed.stage].Wait(landed.phase);
       landed.Advance();
-    } else {
-      ++in_flight;
     }
+    ++in_flight;
     s.w_empty[ring.stage].Wait(ring.phase ^ 1);
     const int stage = ring.stage;
     ring.Advance();
@@ -89,6 +102,7 @@ __device__ void LoadTokens(const ChainParameters& p, ChainShared<Shape>& s) {
     const ChainPhase& phase = p.phases[i];
     if (i > 0) {
       WaitForGrid(p, i - 1);
+      s.started[i].Arrive();
       if (phase.step != ChainStep::kResidual) s.squares_there.Arrive();
     }
     if (i == p.num_phases - 1) {
