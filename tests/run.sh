@@ -5,7 +5,7 @@
 #   release       optimised build of everything, all tests: unit, property, parity, end to end, lint rules
 #   debug         clang, assertions, -Wthread-safety; all C++ tests but the slow ones
 #   asan          address and undefined-behaviour sanitizers; all C++ tests but the slow ones
-#   tsan          thread sanitizer; cache, engine and RPC tests
+#   tsan          thread sanitizer; cache, server and trainer tests
 #   cuda-compile  compiles the CUDA targets, the portable kernels for sm_80 (needs nvcc)
 #   lint          house rules, clang-format and clang-tidy
 #   all           every lane
@@ -94,7 +94,7 @@ run_lane() {
       step "$lane-build" build configure_and_build build/tsan all -DCMAKE_BUILD_TYPE=RelWithDebInfo -DCOPPICE_CUDA=OFF \
         -DCOPPICE_SANITIZE=thread
       # libgomp's barriers are invisible to the sanitizer, so kernels run on one thread here.
-      OMP_NUM_THREADS=1 run_ctest "$lane" build/tsan -L '^(cache|server/(engine|rpc|http))$' -LE slow -j1
+      OMP_NUM_THREADS=1 run_ctest "$lane" build/tsan -L '^(cache|trainer|server(/.*)?)$' -LE slow -j1
       ;;
     cuda-compile)
       step "$lane" cuda_compile configure_and_build build/cuda cuda_all -DCMAKE_BUILD_TYPE=Release -DCOPPICE_CUDA=ON
