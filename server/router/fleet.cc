@@ -51,6 +51,7 @@ const char* Fleet::Name(State state) {
 void Fleet::SetMembers(const std::vector<ReplicaAddress>& members) {
   absl::MutexLock lock(&mutex_);
   std::erase_if(replicas_, [&](const Replica& replica) {
+    mutex_.AssertHeld();  // the analysis looks at a lambda for itself
     if (std::find(members.begin(), members.end(), replica.address) != members.end()) return false;
     LOG(INFO) << "replica_left replica=" << replica.address.name
               << " target=" << replica.address.target << " open_requests=" << replica.open.size();
