@@ -343,7 +343,19 @@ std::pair<int32_t, int32_t> LeavesOfSlots(int32_t own, int32_t slots) {
 
 TEST(AttentionPlanTest, LeavesGoToAllSlotsWhileTheyFitBesideThePrompt) {
   EXPECT_EQ(LeavesOfSlots(30, 16), std::pair(3, 2));
-  EXPECT_EQ(LeavesOfSlots(500, 16), std::pair(0, 0));
+  EXPECT_EQ(LeavesOfSlots(120, 16), std::pair(0, 0));
+}
+
+TEST(AttentionPlanTest, WholeTilesOfASamplesOwnAreStackedBehindAPrompt) {
+  for (const auto& [own, tiles] : {std::pair{127, 0}, {128, 1}, {200, 1}, {300, 2}}) {
+    BatchBuilder b(64);
+    const int32_t prompt = b.Node(-1, 4096);
+    for (int i = 0; i < 8; ++i) b.Segment(b.Node(prompt, own), {1});
+    const AttentionPlanOptions options = {.group_size = 4, .decode_slots = 16};
+    CheckPlan(b.batch, options);
+    const AttentionPlan plan = PlanAttention(b.batch, options);
+    EXPECT_EQ(LoadsOf(plan.Bind(plan.words.data()), 1).shared_keys, 8 * tiles * kKeyTile) << own;
+  }
 }
 
 TEST(AttentionPlanTest, AShortContextIsNotMerged) {

@@ -40,7 +40,9 @@ struct AttentionPlanOptions {
       false;  // true: a row's bits do not depend on the other rows of the batch; costs speed
   int32_t decode_slots = 16;    // blocks of a KV head that share stacked work (see DecodeSlots)
   int32_t max_decode_rows = 8;  // segments with context and at most as many rows go as chunks
-  int32_t long_keys = 512;      // context of so many keys goes stacked however few rows it has
+  // Context of so many keys goes stacked however few rows it has; behind keys that others share a
+  // key tile of it does.
+  int32_t long_keys = 512;
 
   bool operator==(const AttentionPlanOptions&) const = default;
 };
