@@ -1,4 +1,5 @@
 // The tables for x86-64: baseline (SSE2), v3 (AVX2, FMA) and v4 (AVX-512), as the psABI names them.
+#include "kernels/base/x86_level.h"
 #include "kernels/cpu/simd/kernels.h"
 
 namespace coppice::cpu {
@@ -15,8 +16,8 @@ extern const Kernels kKernels;
 
 std::vector<const Kernels*> SupportedKernels() {
   std::vector<const Kernels*> tables;
-  if (__builtin_cpu_supports("x86-64-v4")) tables.push_back(&x86_64_v4::kKernels);
-  if (__builtin_cpu_supports("x86-64-v3")) tables.push_back(&x86_64_v3::kKernels);
+  if (HasX86V4()) tables.push_back(&x86_64_v4::kKernels);
+  if (HasX86V3()) tables.push_back(&x86_64_v3::kKernels);
   tables.push_back(&baseline::kKernels);
   return tables;
 }

@@ -1,7 +1,7 @@
-// Vec: COPPICE_LANES floats and the few functions on them that the kernels need, by GCC's vector
-// extension: the same source becomes SSE2, AVX2 or AVX-512 code. Include from simd/ only;
-// everything is local to the including file, because that file is compiled with instructions that
-// other files must not inherit.
+// Vec: COPPICE_LANES floats and the few functions on them that the kernels need, by the vector
+// extension of GCC and clang: the same source becomes SSE2, AVX2 or AVX-512 code. Include from
+// simd/ only; everything is local to the including file, because that file is compiled with
+// instructions that other files must not inherit.
 #pragma once
 
 #include <cstdint>
@@ -44,12 +44,25 @@ inline Vec FirstLanes(Vec v, int64_t count, float other) {
   return lane < static_cast<int32_t>(count) ? v : Set(other);
 }
 
+// Lane i of the result is lane from[i] of a and b, one behind the other. A template, so that clang
+// may find that it has no such builtin.
+template <typename V>
+inline __attribute__((always_inline)) V Shuffle(V a, V b, IntVec from) {
+  if constexpr (requires { __builtin_shuffle(a, b, from); }) {
+    return __builtin_shuffle(a, b, from);
+  } else {
+    V v;
+    for (int64_t i = 0; i < kLanes; ++i) v[i] = from[i] < kLanes ? a[from[i]] : b[from[i] - kLanes];
+    return v;
+  }
+}
+
 // v with lane i and lane i ^ W exchanged.
 template <int64_t W>
 inline Vec Exchange(Vec v) {
   IntVec other;
   for (int64_t i = 0; i < kLanes; ++i) other[i] = static_cast<int32_t>(i ^ W);
-  return __builtin_shuffle(v, other);
+  return Shuffle(v, v, other);
 }
 
 // Over all lanes, pairwise.
@@ -80,7 +93,7 @@ inline Vec FoldPairs(Vec a, Vec b) {
     low[i] = static_cast<int32_t>(i / W * 2 * W + i % W);
     high[i] = low[i] + static_cast<int32_t>(W);
   }
-  return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, high);
+  return Shuffle(a, b, low) + Shuffle(a, b, high);
 }
 
 // Lane i of the result is the sum of the lanes of v[i], i < kLanes, in the same order for each i.
@@ -110,8 +123,8 @@ inline __attribute__((always_inline)) void SwapQuarters(Vec* rows) {
   for (int64_t i = 0; i < kLanes; ++i) {
     if ((i & W) != 0) continue;
     const Vec a = rows[i], b = rows[i + W];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + W] = __builtin_shuffle(a, b, high);
+    rows[i] = Shuffle(a, b, low);
+    rows[i + W] = Shuffle(a, b, high);
   }
 }
 
