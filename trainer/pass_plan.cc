@@ -145,9 +145,8 @@ PolicyTrainer::Pass PolicyTrainer::BuildPass(const RequestPlan& plan,
   }
   if (prompt_rows > 0) {
     for (TokenSequence& s : all) s.wanted = {};  // a prompt has head rows, whatever the masks
-    pass.prompt.emplace();
-    pass.prompt->tree = BuildTokenTree(all, /*share=*/true, {.end = prompt_rows});
-    pass.prompt->kept = planned.kept;
+    pass.prompt = TreeRun{.tree = BuildTokenTree(all, /*share=*/true, {.end = prompt_rows}),
+                          .kept = planned.kept};
     if (!limits_.slow_context) pass.prompt->stem_rows = StemRows(pass.prompt->tree.batch);
     StoreAsPrompt(pass.prompt->tree.batch);
   }

@@ -17,13 +17,12 @@ const char* SafetensorsName(DType dtype) {
     case DType::kF16:
       return "F16";
     case DType::kBF16:
-      return "BF16";
     case DType::kI32:
     case DType::kU8:
       break;
   }
-  CHECK(false) << "dtype of a checkpoint tensor: " << Name(dtype);
-  return "";
+  CHECK(dtype == DType::kBF16) << "dtype of a checkpoint tensor: " << Name(dtype);
+  return "BF16";
 }
 
 DType WrittenType(const TensorToWrite& tensor) {
