@@ -1,11 +1,12 @@
 // One kernel for the products between two attentions (layer_chain.h), a block a multiprocessor.
 //
 // Each product is a phase; between phases lies a barrier of the grid. One warp of a block copies
-// its units of weights, of all phases in turn, into a ring and waits for nothing but free stages:
-// while sums are added up and the barrier is passed, it fetches what comes next. Another copies
-// rows of x, when they are there; two warpgroups multiply: c^T = W x^T, weights as the 64-row
-// operand. A tile's sums that several blocks have are exchanged through memory that is filled with
-// kNothing before and after: what is there has come, no flag or fence needed.
+// its units of weights, of all phases in turn, into a ring and waits for nothing but free stages
+// and its own copies: while sums are added up and the barrier is passed, it fetches what comes
+// next, fewer units at a time. Another copies rows of x, when they are there; two warpgroups
+// multiply: c^T = W x^T, weights as the 64-row operand. A tile's sums that several blocks have are
+// exchanged through memory that is filled with kNothing before and after: what is there has come,
+// no flag or fence needed.
 //
 // RmsNorm(x) W^T = rstd * (x * norm) W^T: x * norm (times kNormedUnit) is what the residual step
 // stores beside x, with sums of squares; rstd multiplies the next product's sums.

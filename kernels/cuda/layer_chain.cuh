@@ -106,7 +106,7 @@ struct ChainShape {
   static constexpr int kXStageBytes = kTokens * kColumns * 2;
   // Units of W that a block has on their way at a time: enough to keep memory busy. Fewer of the
   // next phase before its x comes: all that a phase's end waits for, sums and x, queues behind
-  // them, and the ring need not be full before.
+  // them, and there is time to fill the ring until then (README.md, decision 10).
   static constexpr int kInFlight = 4, kInFlightAhead = kTokens == 64 ? 1 : 2;
 };
 

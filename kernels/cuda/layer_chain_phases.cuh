@@ -30,7 +30,8 @@ __device__ __forceinline__ bool IsOver(const Barrier& barrier) {
   return over != 0;
 }
 
-// By one thread: units of weights of all phases, kInFlight of them on their way at a time.
+// By one thread: units of weights of all phases, kInFlight of them on their way at a time, of a
+// phase whose x is not there yet kInFlightAhead.
 template <typename Shape>
 struct WeightLoader {
   const ChainParameters& p;

@@ -347,14 +347,24 @@ TEST(AttentionPlanTest, LeavesGoToAllSlotsWhileTheyFitBesideThePrompt) {
 }
 
 TEST(AttentionPlanTest, WholeTilesOfASamplesOwnAreStackedBehindAPrompt) {
-  for (const auto& [own, tiles] : {std::pair{127, 0}, {128, 1}, {200, 1}, {300, 2}}) {
-    BatchBuilder b(64);
-    const int32_t prompt = b.Node(-1, 4096);
+  struct Case {
+    int32_t prompt, own, tiles;
+  };
+  // What is behind a prompt's last whole split counts as a sample's own.
+  for (const auto& [prompt_tokens, own, tiles] :
+       {Case{4096, 127, 0}, Case{4096, 128, 1}, Case{4096, 200, 1}, Case{4096, 300, 2},
+        Case{4096 + 128, 1, 1}, Case{4096 + 248, 9, 2}, Case{256, 130, 1}, Case{248, 130, 0}}) {
+    SCOPED_TRACE(testing::Message() << prompt_tokens << " + " << own);
+    BatchBuilder b(8);
+    const int32_t prompt = b.Node(-1, prompt_tokens);
     for (int i = 0; i < 8; ++i) b.Segment(b.Node(prompt, own), {1});
-    const AttentionPlanOptions options = {.group_size = 4, .decode_slots = 16};
+    AttentionPlanOptions options = {.group_size = 4, .decode_slots = 16};
     CheckPlan(b.batch, options);
     const AttentionPlan plan = PlanAttention(b.batch, options);
-    EXPECT_EQ(LoadsOf(plan.Bind(plan.words.data()), 1).shared_keys, 8 * tiles * kKeyTile) << own;
+    EXPECT_EQ(LoadsOf(plan.Bind(plan.words.data()), 1).shared_keys, 8 * tiles * kKeyTile);
+    EXPECT_TRUE(plan.schedule.stacked_once);
+    options.batch_invariant = true;
+    EXPECT_EQ(PlanAttention(b.batch, options).schedule.num_stacked_slots, 0);
   }
 }
 

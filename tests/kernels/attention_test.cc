@@ -2,6 +2,8 @@
 // literally.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -189,6 +191,11 @@ TEST(TreeAttentionTest, OtherRequestsAndBranchesKeepTheirBitsBesideANan) {
       const bool may_see = i / width >= run && i / width < end;
       ASSERT_TRUE(may_see || got[i] == want[i]) << "row " << i / width << ", spoilt row " << row;
     }
+    // A score of -inf is none.
+    const bool is_seen = &spoilt == &p.v || seed % 2 == 0;
+    const auto at = got.begin() + row * width;
+    const auto is_number = [](double x) { return std::isfinite(x); };
+    EXPECT_TRUE(!is_seen || !std::all_of(at, at + width, is_number));
   }
 }
 

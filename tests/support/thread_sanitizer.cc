@@ -5,8 +5,9 @@
 // them, and tell the sanitizer. A condition is evaluated by the thread that waits or by one that
 // unlocks, in either case behind what was told: reads there are not asked.
 //
-// What gRPC orders by atomics of its own, between its threads and with its callbacks: not told,
-// hence suppressed. So a race with a callback of ours is not found.
+// What these libraries order by atomics of their own, between their threads and with callbacks: not
+// told, hence suppressed, with all that has a frame of them in its stack. So a race with a callback
+// of ours is not found. The names below are those of Debian's Abseil 20220623.
 #include <dlfcn.h>
 
 #include <string>

@@ -166,8 +166,8 @@ class Planner {
     return options_.tiles && options_.stacked && !options_.batch_invariant &&
            options_.decode_slots > 0 && options_.group_size <= kStackedRows;
   }
-  // Keys of a path that are worth a stacked item of few rows: many, or, behind what others share,
-  // a tile of them: beside the products of a prompt a leaf takes 2 us for each 16 keys.
+  // Keys of a path that are worth a stacked item of few rows: many, or, behind what others share, a
+  // tile of them: beside stacked items a leaf takes 2 us for each 16 keys (README.md, Tried).
   bool IsLong(int32_t begin, int32_t end) const {
     return end - begin >= (begin > 0 ? kKeyTile : options_.long_keys);
   }
@@ -264,8 +264,8 @@ class Planner {
     chunk_rows_.insert(chunk_rows_.end(), rows.begin(), rows.end());
     ChunkWork all = {rows_begin, num_rows, begin, end, context, first_block, packed_begin, -1};
     if (is_shared && Stacks(num_rows, begin, end)) {
-      // Cut rows read all of these keys again. That a job begins with less than a split of keys
-      // that others read, too, does not count.
+      // Cut rows read all of these keys again. That a job begins with, or is, less than a split of
+      // keys that others read, too, does not count.
       stacked_once_ = stacked_once_ && num_rows <= RowsPerItem(kStackedRows);
       AddItems(stacked_jobs_, RowsPerItem(kStackedRows), all);
       return;

@@ -123,7 +123,7 @@ struct AttentionSchedule {
   int32_t num_wide = 0, num_narrow = 0, num_merges = 0, num_partials = 0;
   int32_t num_stacked_slots = 0;  // of leaves, too
   // No item's rows were cut, so that no two stacked items have the same keys, but for fewer than
-  // kSplitKeys at the end of what is shared: whoever has long keys of its own reads these again.
+  // kSplitKeys at the end of what is shared: jobs behind it begin with these, read again by each.
   bool stacked_once = true;
   int32_t num_arrivals = 0;  // KV heads
   int32_t narrow_rows = 0;   // stacked rows of the largest narrow item
