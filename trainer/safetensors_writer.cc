@@ -11,16 +11,8 @@ namespace coppice {
 namespace {
 
 const char* SafetensorsName(DType dtype) {
-  switch (dtype) {
-    case DType::kF32:
-      return "F32";
-    case DType::kF16:
-      return "F16";
-    case DType::kBF16:
-    case DType::kI32:
-    case DType::kU8:
-      break;
-  }
+  if (dtype == DType::kF32) return "F32";
+  if (dtype == DType::kF16) return "F16";
   CHECK(dtype == DType::kBF16) << "dtype of a checkpoint tensor: " << Name(dtype);
   return "BF16";
 }
