@@ -292,7 +292,7 @@ absl::Status ReadEnvironment(const GetEnv& get_env, Config& config) {
     const std::string name = EnvName(flag);
     const std::optional<std::string> text = get_env(name);
     if (!text) continue;
-    const absl::Status status = Set(flag, name, *text, config);
+    absl::Status status = Set(flag, name, *text, config);
     if (status.ok()) continue;
     // Kubernetes sets <SERVICE>_PORT in every pod beside a service of that name.
     if (text->rfind("tcp://", 0) != 0) return status;

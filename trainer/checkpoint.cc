@@ -210,6 +210,7 @@ absl::Status ReadTensors(const std::vector<TensorToWrite>& tensors, const Tensor
                          ops::Ops& ops) {
   if (!tensors.empty() && tensors[0].view.dtype != DType::kF32) {  // converts
     std::vector<NamedTensor> named;
+    named.reserve(tensors.size());
     for (const TensorToWrite& tensor : tensors) named.push_back({tensor.name, tensor.view, false});
     const auto rows = [&](size_t index, int64_t begin, int64_t end, float* out) {
       return source.ReadRows(named[index].name, begin, end, out);

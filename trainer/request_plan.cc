@@ -148,7 +148,7 @@ bool CanUseKept(const TrainGroup& group, const PassLimits& limits) {
 std::vector<GroupRange> PlanKept(const RequestPlan& plan, const std::vector<TrainGroup>& groups,
                                  const PassLimits& limits, std::vector<PlannedPass>& passes) {
   std::vector<GroupRange> others;
-  for (GroupRange& range : MeasureGroups(plan, groups, limits)) {
+  for (const GroupRange& range : MeasureGroups(plan, groups, limits)) {
     const TrainGroup& group = groups[range.index];
     absl::StatusOr<PlannedPass> pass = absl::NotFoundError("no kept prompt");
     if (CanUseKept(group, limits)) {
@@ -159,7 +159,7 @@ std::vector<GroupRange> PlanKept(const RequestPlan& plan, const std::vector<Trai
       pass->kept = group.kept_prompt;
       passes.push_back(*std::move(pass));
     } else {
-      others.push_back(std::move(range));
+      others.push_back(range);
     }
   }
   return others;
@@ -169,7 +169,7 @@ std::vector<GroupRange> PlanKept(const RequestPlan& plan, const std::vector<Trai
 std::vector<GroupRange> PlanCached(const RequestPlan& plan, const std::vector<TrainGroup>& groups,
                                    const PassLimits& limits, std::vector<PlannedPass>& passes) {
   std::vector<GroupRange> others;
-  for (GroupRange& range : MeasureGroups(plan, groups, limits)) {
+  for (const GroupRange& range : MeasureGroups(plan, groups, limits)) {
     const CachedPrefix& cached = groups[range.index].cached;
     std::optional<std::vector<std::vector<int32_t>>> batches;
     if (cached.tokens > 0 && limits.share_prefixes) {
@@ -179,7 +179,7 @@ std::vector<GroupRange> PlanCached(const RequestPlan& plan, const std::vector<Tr
     if (batches.has_value()) {
       passes.push_back({.cached = &cached, .batches = *std::move(batches)});
     } else {
-      others.push_back(std::move(range));
+      others.push_back(range);
     }
   }
   return others;
@@ -234,6 +234,7 @@ int64_t NumTokensWithLoss(const TrainSample& sample) {
 
 std::vector<TokenSequence> RequestPlan::Sequences(const std::vector<int32_t>& indices) const {
   std::vector<TokenSequence> result;
+  result.reserve(indices.size());
   for (const int32_t s : indices) result.push_back(sequences[s]);
   return result;
 }

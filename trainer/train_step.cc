@@ -247,7 +247,7 @@ void PolicyTrainer::FixGradientScale(const LossConfig& loss, const RequestPlan& 
 
 std::string PolicyTrainer::LearnFrom(const Optimizer::Outcome& outcome) {
   const bool f16 = ops_.Info().compute_dtype == DType::kF16;
-  const std::string reason = absl::StrCat("gradient norm is not finite: ", outcome.grad_norm);
+  std::string reason = absl::StrCat("gradient norm is not finite: ", outcome.grad_norm);
   if (!outcome.updated && !finite_loss_) {  // before any gradient: no scale would help
     return absl::StrCat(reason, "; log-probs are not finite: ",
                         f16 ? "activations exceed f16, use --compute_dtype=bf16, or " : "",

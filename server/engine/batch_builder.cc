@@ -151,6 +151,7 @@ ops::TokenBatch BuildTokenBatch(const std::vector<SegmentSpec>& specs, int64_t b
   batch.block_tokens = static_cast<int32_t>(block_tokens);
   BlockTrie trie;
   std::vector<std::vector<int32_t>> tables;
+  tables.reserve(specs.size());
   for (const SegmentSpec& spec : specs) tables.push_back(WholeContextBlocks(spec, block_tokens));
   for (const std::vector<int32_t>& table : tables) trie.Insert(table);
   const std::vector<int32_t> node_index = EmitContext(trie, batch);

@@ -305,7 +305,7 @@ void EngineImpl::Abort(std::string request_id, std::string session_id, Reply<Abo
   }
   Post(Kind::kControl, std::move(reply),
        [this, request_id = std::move(request_id),
-        session_id = std::move(session_id)](Reply<AbortResult> answer) {
+        session_id = std::move(session_id)](const Reply<AbortResult>& answer) {
          const int64_t aborted = generator_->Abort(request_id, session_id);
          answer(AbortResult{.aborted = static_cast<int32_t>(aborted)});
        });

@@ -52,8 +52,8 @@ absl::Status Rollouts::NotFound(absl::string_view where) const {
 }
 
 void Rollouts::Keep(Key key, Rollout rollout) {
-  order_.push_back(key);
-  by_id_.emplace(std::move(key), std::move(rollout));
+  order_.push_back(std::move(key));
+  by_id_[order_.back()] = std::move(rollout);
   if (size() > capacity_) {
     by_id_.erase(order_.front());
     order_.pop_front();

@@ -29,7 +29,7 @@ std::string TextStream::Finish() {
   return Release(decoder_.Finish(), true);
 }
 
-std::string TextStream::Release(std::string piece, bool last) {
+std::string TextStream::Release(const std::string& piece, bool last) {
   held_ += piece;
   size_t cut = std::string::npos;
   size_t begun = 0;

@@ -24,7 +24,7 @@ class TextStream {
   bool stopped() const { return stopped_; }
 
  private:
-  std::string Release(std::string piece, bool last);
+  std::string Release(const std::string& piece, bool last);
 
   StreamDecoder decoder_;
   std::vector<std::string> stop_strings_;

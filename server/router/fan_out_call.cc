@@ -41,7 +41,7 @@ void FanOutCall::OnReadDone(bool ok) {
   for (Leg* leg : legs) {
     fleet.Opened(leg->target.id, leg->attempt);
     leg->stub.UnaryCall(&leg->attempt->context, method, {}, &request_, &leg->answer,
-                        [this, leg](grpc::Status status) { LegDone(*leg, status); });
+                        [this, leg](const grpc::Status& status) { LegDone(*leg, status); });
   }
 }
 

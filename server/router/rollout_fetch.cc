@@ -70,9 +70,9 @@ void RolloutFetch::Put(const RolloutName& rollout, const grpc::ByteBuffer& answe
        });
 }
 
-void RolloutFetch::Call(const ReplicaTarget& target, const char* method, grpc::ByteBuffer request,
-                        Then then) {
-  const auto leg = std::make_shared<Leg>(target, std::move(request));
+void RolloutFetch::Call(const ReplicaTarget& target, const char* method,
+                        const grpc::ByteBuffer& request, Then then) {
+  const auto leg = std::make_shared<Leg>(target, request);
   PassOn(call_, leg->attempt->context);
   leg->attempt->takes_long = true;
   bool cancelled = false;

@@ -50,8 +50,8 @@ class RolloutFetch final : public std::enable_shared_from_this<RolloutFetch> {
  private:
   // One unary call to one replica.
   struct Leg {
-    Leg(ReplicaTarget t, grpc::ByteBuffer r)
-        : target(std::move(t)), stub(target.channel), request(std::move(r)) {}
+    Leg(ReplicaTarget t, const grpc::ByteBuffer& r)
+        : target(std::move(t)), stub(target.channel), request(r) {}
     const ReplicaTarget target;
     grpc::GenericStub stub;
     const std::shared_ptr<OpenAttempt> attempt = std::make_shared<OpenAttempt>();
@@ -64,7 +64,8 @@ class RolloutFetch final : public std::enable_shared_from_this<RolloutFetch> {
   void Next();
   void Get(const RolloutName& rollout, const ReplicaTarget& home);
   void Put(const RolloutName& rollout, const grpc::ByteBuffer& answer);
-  void Call(const ReplicaTarget& target, const char* method, grpc::ByteBuffer request, Then then);
+  void Call(const ReplicaTarget& target, const char* method, const grpc::ByteBuffer& request,
+            Then then);
   void Missing(const RolloutName& rollout, const grpc::Status& status);
 
   const RouterContext& context_;

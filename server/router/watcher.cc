@@ -85,7 +85,7 @@ struct Probe {
 }  // namespace
 
 absl::Status Watcher::Start() {
-  const absl::Status resolved = Resolve();
+  absl::Status resolved = Resolve();
   if (absl::IsInvalidArgument(resolved)) return resolved;
   Round();
   RETURN_IF_ERROR(fleet_.CheckModels());

@@ -25,8 +25,9 @@ inline grpc::ServerUnaryReactor* FinishNow(grpc::CallbackServerContext* context,
 template <typename T, typename Fill>
 Reply<T> FinishWith(grpc::ServerUnaryReactor* reactor, Fill fill) {
   return [reactor, fill = std::move(fill)](absl::StatusOr<T> result) {
-    if (result.ok()) fill(*std::move(result));
-    reactor->Finish(ToGrpcStatus(result.status()));
+    const absl::Status status = result.status();
+    if (status.ok()) fill(*std::move(result));
+    reactor->Finish(ToGrpcStatus(status));
   };
 }
 
