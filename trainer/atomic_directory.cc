@@ -17,7 +17,10 @@ namespace coppice {
 namespace {
 
 absl::Status FileError(int error, absl::string_view action, const std::string& path) {
-  return absl::ErrnoToStatus(error, absl::StrCat(action, " ", path));
+  const absl::Status status =
+      absl::ErrnoToStatus(error, absl::StrCat("cannot ", action, " ", path));
+  return absl::Status(status.code(),
+                      absl::StrCat(status.message(), "; check space and permissions there"));
 }
 
 absl::Status SyncDirectory(const std::string& path) {

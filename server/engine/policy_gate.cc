@@ -20,6 +20,13 @@ absl::Status NoStepLog() {
       "checkpoint directory");
 }
 
+absl::Status NotResumed(const std::string& checkpoint, const absl::Status& status) {
+  return absl::Status(
+      status.code(),
+      absl::StrCat("durable steps not resumed: ", status.message(), "; or move ", checkpoint,
+                   " away to start without them, or start with another --checkpoint_dir"));
+}
+
 }  // namespace
 
 PolicyGate::PolicyGate(const Options& options, std::unique_ptr<Trainer> trainer,
@@ -32,10 +39,14 @@ PolicyGate::PolicyGate(const Options& options, std::unique_ptr<Trainer> trainer,
       log_(options.step_log_dir) {}
 
 absl::Status PolicyGate::Resume() {
-  const std::optional<StepLog::Entry> newest = log_.present() ? log_.Newest() : std::nullopt;
+  std::optional<StepLog::Entry> newest;
+  if (log_.present()) {
+    ASSIGN_OR_RETURN(newest, log_.Newest());
+  }
   if (newest.has_value()) {
-    RETURN_IF_ERROR(trainer_->LoadCheckpoint(newest->checkpoint));
-    RETURN_IF_ERROR(records_.ReadFile(newest->records));
+    absl::Status read = trainer_->LoadCheckpoint(newest->checkpoint);
+    if (read.ok()) read = records_.ReadFile(newest->records);
+    if (!read.ok()) return NotResumed(newest->checkpoint, read);
     log_.RemoveOthers(*newest);
     LOG(INFO) << "resumed policy_version=" << Raw(trainer_->policy_version())
               << " dir=" << newest->checkpoint;
@@ -207,13 +218,16 @@ void PolicyGate::ChangePolicy(RunningRequests running, bool replaced) {
 
 absl::Status PolicyGate::SaveDurably() {
   if (!log_.present()) return NoStepLog();
-  const StepLog::Entry next = log_.Next();
-  absl::Status saved = records_.WriteFile(next.records);
-  if (saved.ok()) saved = trainer_->SaveCheckpoint(next.checkpoint);
+  const absl::StatusOr<StepLog::Entry> next = log_.Next();
+  absl::Status saved = next.status();
+  if (saved.ok()) saved = records_.WriteFile(next->records);
+  if (saved.ok()) saved = trainer_->SaveCheckpoint(next->checkpoint);
   if (saved.ok()) {
-    log_.RemoveOthers(next);
+    log_.RemoveOthers(*next);
     return saved;
   }
+  LOG(ERROR) << "durable_step_not_saved policy_version=" << Raw(trainer_->policy_version())
+             << " reason=\"" << saved.message() << '"';
   return absl::DataLossError(absl::StrCat(
       "train step: applied as policy version ", Raw(trainer_->policy_version()),
       " but not on disk: ", saved.message(), "; repeat the step_id to try the disk again"));
@@ -235,51 +249,58 @@ void PolicyGate::CountStep(StepKind kind, const TrainStepResult& result) {
 
 void PolicyGate::Score(std::vector<TrainGroup> groups, float temperature, std::string tenant_salt,
                        ScoreReply reply) {
-  Add({.run =
-           [this, groups = std::move(groups), temperature, tenant_salt = std::move(tenant_salt),
-            reply]() mutable {
-             const std::vector<Lease> leases = generator_.LeaseCached(tenant_salt, groups);
-             absl::StatusOr<std::vector<SampleResult>> scored =
-                 trainer_->Score(groups, temperature);
-             const absl::Status status = scored.status();
-             if (status.ok()) {
-               reply(std::pair(std::move(scored).value(), trainer_->policy_version()));
-             } else {
-               reply(status);
-             }
-             return status;
-           },
-       .fail = reply});
+  Operation operation;
+  operation.fail = reply;
+  operation.run = [this, groups = std::move(groups), temperature,
+                   tenant_salt = std::move(tenant_salt), reply = std::move(reply)]() mutable {
+    const std::vector<Lease> leases = generator_.LeaseCached(tenant_salt, groups);
+    absl::StatusOr<std::vector<SampleResult>> scored = trainer_->Score(groups, temperature);
+    absl::Status status = scored.status();
+    if (status.ok()) {
+      reply(std::pair(std::move(scored).value(), trainer_->policy_version()));
+    } else {
+      reply(status);
+    }
+    return status;
+  };
+  Add(std::move(operation));
 }
 
 void PolicyGate::SaveCheckpoint(std::string directory, Reply<PolicyVersion> reply) {
-  Add({.run =
-           [this, directory = std::move(directory), reply] {
-             const absl::Status saved = trainer_->SaveCheckpoint(directory);
-             LOG(INFO) << "checkpoint_saved dir=" << directory << " ok=" << saved.ok()
-                       << " policy_version=" << Raw(trainer_->policy_version());
-             saved.ok() ? reply(trainer_->policy_version()) : reply(saved);
-             return saved;
-           },
-       .fail = reply});
+  Operation operation;
+  operation.fail = reply;
+  operation.run = [this, directory = std::move(directory), reply = std::move(reply)] {
+    absl::Status saved = trainer_->SaveCheckpoint(directory);
+    if (saved.ok()) {
+      LOG(INFO) << "checkpoint_saved dir=" << directory
+                << " policy_version=" << Raw(trainer_->policy_version());
+    } else {
+      LOG(WARNING) << "checkpoint_not_saved dir=" << directory << " reason=\"" << saved.message()
+                   << '"';
+    }
+    saved.ok() ? reply(trainer_->policy_version()) : reply(saved);
+    return saved;
+  };
+  Add(std::move(operation));
 }
 
 void PolicyGate::LoadCheckpoint(std::string directory, Reply<PolicyVersion> reply) {
-  Add({.drains = true,
-       .run =
-           [this, directory = std::move(directory), reply] {
-             const absl::Status loaded = trainer_->LoadCheckpoint(directory);
-             if (loaded.ok()) {
-               records_.Clear();
-               pending_forwards_.clear();
-               ChangePolicy(RunningRequests::kDrain, true);
-               LOG(INFO) << "checkpoint_loaded dir=" << directory
-                         << " policy_version=" << Raw(trainer_->policy_version());
-             }
-             loaded.ok() ? reply(trainer_->policy_version()) : reply(loaded);
-             return loaded;
-           },
-       .fail = reply});
+  Operation operation;
+  operation.drains = true;
+  operation.fail = reply;
+  operation.run = [this, directory = std::move(directory), reply = std::move(reply)] {
+    absl::Status loaded = trainer_->LoadCheckpoint(directory);
+    if (loaded.ok()) {
+      records_.Clear();
+      pending_forwards_.clear();
+      ChangePolicy(RunningRequests::kDrain, true);
+      LOG(INFO) << "checkpoint_loaded dir=" << directory
+                << " policy_version=" << Raw(trainer_->policy_version());
+    }
+    loaded.ok() ? reply(trainer_->policy_version()) : reply(loaded);
+    return loaded;
+  };
+  Add(std::move(operation));
 }
 
 bool PolicyGate::holds_admission() const {

@@ -3,7 +3,8 @@
 // all, so an entry counts iff its directory is there, and the answers in its records are of exactly
 // the history that its weights have - whatever their versions, which go back when another
 // checkpoint is loaded. Older entries are removed once a newer one is complete. Owner and thread:
-// PolicyGate, on the engine thread.
+// PolicyGate, on the engine thread. Errors: UNAVAILABLE with path and reason; a directory that
+// cannot be listed is never taken for an empty one.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@
 #include <string>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 
 namespace coppice {
 
@@ -27,9 +29,9 @@ class StepLog {
 
   bool present() const { return !directory_.empty(); }
   // The newest complete entry, if any.
-  std::optional<Entry> Newest() const;
+  absl::StatusOr<std::optional<Entry>> Newest() const;
   // Where the next entry goes. Left-overs of an attempt that failed there are overwritten.
-  Entry Next() const;
+  absl::StatusOr<Entry> Next() const;
   // Removes every entry but this one, and records without checkpoint.
   void RemoveOthers(const Entry& entry) const;
 

@@ -1,9 +1,13 @@
 // P1 and the policy gate: versions, running requests, rollouts, idempotent and durable steps.
 #include <gmock/gmock.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <filesystem>
+#include <fstream>
 
+#include "absl/strings/str_cat.h"
+#include "server/engine/step_log.h"
 #include "tests/server/engine/engine_fixture.h"
 #include "tests/support/tolerances.h"
 
@@ -14,7 +18,7 @@ using ::testing::Each;
 using ::testing::HasSubstr;
 
 std::string FreshDirectory(const std::string& name) {
-  const std::string dir = ::testing::TempDir() + "coppice_" + name;
+  const std::string dir = absl::StrCat(::testing::TempDir(), "coppice_", name, "_", getpid());
   std::filesystem::remove_all(dir);
   std::filesystem::create_directories(dir);
   return dir;
@@ -447,7 +451,9 @@ TEST(PolicyTest, AStepThatCannotReachTheDiskSaysSoAndMayBeRepeated) {
   std::filesystem::remove_all(dir);
   TrainStepRequest step = StepOnTokens("s1");
   step.durable = true;
-  EXPECT_EQ(test.TrainStep(step).status().code(), absl::StatusCode::kDataLoss);
+  const absl::Status lost = test.TrainStep(step).status();
+  EXPECT_EQ(lost.code(), absl::StatusCode::kDataLoss);
+  EXPECT_THAT(std::string(lost.message()), HasSubstr(dir + ": No such file or directory"));
   EXPECT_EQ(test.engine().policy_version(), PolicyVersion{1});
   std::filesystem::create_directories(dir);
   const auto repeat = test.TrainStep(step);
@@ -456,6 +462,33 @@ TEST(PolicyTest, AStepThatCannotReachTheDiskSaysSoAndMayBeRepeated) {
   EXPECT_EQ(test.engine().policy_version(), PolicyVersion{1});
   EngineUnderTest again(options);
   EXPECT_EQ(again.engine().policy_version(), PolicyVersion{1});
+}
+
+// An empty log would start again from the model's own weights, and from number 0.
+TEST(PolicyTest, ALogThatCannotBeListedIsNotAnEmptyOne) {
+  const std::string file = FreshDirectory("listed") + "/file";
+  std::ofstream(file) << "no directory";
+  const StepLog log(file);
+  EXPECT_EQ(log.Newest().status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_EQ(log.Next().status().code(), absl::StatusCode::kUnavailable);
+}
+
+TEST(PolicyTest, ADamagedDurableStepStopsTheStartAndSaysWhatToDo) {
+  EngineOptions options;
+  options.trainer.step_log_dir = FreshDirectory("damaged");
+  TrainStepRequest step = StepOnTokens("s1");
+  step.durable = true;
+  { ASSERT_TRUE(EngineUnderTest(options).TrainStep(step).ok()); }
+  std::ofstream(options.trainer.step_log_dir + "/step-00000000/model.safetensors") << "x";
+  const auto ops = ops::CreateOps("cpu", 1).value();
+  Model model = RandomModel(TinyEngineModel(), 7, *ops).value();
+  const auto decoder = Decoder::Create(model.config, *ops).value();
+  Metrics metrics;
+  options.num_blocks = 512;
+  const absl::Status status =
+      Engine::Create(options, model, *decoder, metrics, FakeClock()).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kDataLoss);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("step-00000000 away to start without"));
 }
 
 TEST(PolicyTest, DurableWithoutADirectoryIsRefused) {
