@@ -33,18 +33,6 @@ absl::StatusOr<Model> LoadOrMakeModel(const Config& config, ops::Ops& ops) {
   return RandomModel(geometry, config.seed, ops);
 }
 
-// Where durable steps are kept; empty without a checkpoint directory.
-absl::StatusOr<std::string> StepLogDir(const Config& config) {
-  if (config.checkpoint_dir.empty()) return std::string();
-  const std::string directory = config.checkpoint_dir + "/" + kDurableSteps;
-  std::error_code error;
-  std::filesystem::create_directories(directory, error);
-  if (!error) return directory;
-  return absl::InvalidArgumentError(absl::StrCat("checkpoint directory unusable: want ", directory,
-                                                 " writable, got ", error.message(),
-                                                 "; change --checkpoint_dir"));
-}
-
 }  // namespace
 
 Daemon::~Daemon() {
@@ -55,6 +43,9 @@ Daemon::~Daemon() {
 
 ExitCode Daemon::Run() {
   LOG(INFO) << "start " << ToString(config_);
+  if (absl::Status s = MakeStepLogDir(); !s.ok()) {
+    return Fail(ExitCode::kBadFlags, "start_failed", s);
+  }
   if (absl::Status s = StartHttp(); !s.ok()) return Fail(ExitCode::kPortTaken, "start_failed", s);
   const absl::StatusOr<ComputeType> compute = ChooseComputeType(config_);
   if (!compute.ok()) return Fail(ExitCode::kModelError, "load_failed", compute.status());
@@ -85,6 +76,17 @@ ExitCode Daemon::Run() {
     return Fail(ExitCode::kRuntimeError, "start_failed", status);
   }
   return Serve();
+}
+
+absl::Status Daemon::MakeStepLogDir() {
+  if (config_.checkpoint_dir.empty()) return absl::OkStatus();
+  step_log_dir_ = config_.checkpoint_dir + "/" + kDurableSteps;
+  std::error_code error;
+  std::filesystem::create_directories(step_log_dir_, error);
+  if (!error) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("checkpoint directory unusable: want ",
+                                                 step_log_dir_, " writable, got ", error.message(),
+                                                 "; change --checkpoint_dir"));
 }
 
 absl::Status Daemon::StartHttp() {
@@ -133,7 +135,6 @@ absl::Status Daemon::Load(const ComputeType& compute) {
   }
   EngineOptions options = MakeEngineOptions();
   options.on_device_error = [this](const absl::Status&) { readiness_.SetFailed(); };
-  ASSIGN_OR_RETURN(options.trainer.step_log_dir, StepLogDir(config_));
   ASSIGN_OR_RETURN(engine_, Engine::Create(options, model_, *decoder_, metrics_, clock_));
   return absl::OkStatus();
 }
@@ -156,6 +157,7 @@ EngineOptions Daemon::MakeEngineOptions() const {
   options.trainer.max_rows = config_.max_train_rows;
   options.trainer.activation_bytes = memory_.activation_bytes;
   options.trainer.gradient_dtype = config_.GradientDType();
+  options.trainer.step_log_dir = step_log_dir_;
   options.trainer.slow_context = config_.deterministic && config_.device == "cuda";
   return options;
 }

@@ -45,6 +45,7 @@ class Daemon {
   ExitCode Run();
 
  private:
+  absl::Status MakeStepLogDir();
   absl::Status StartHttp();
   absl::Status OpenDevice(const ComputeType& compute);
   absl::Status Load(const ComputeType& compute);  // Model, Decoder, memory plan, Engine
@@ -60,6 +61,7 @@ class Daemon {
 
   const Config config_;
   const MakeOps make_ops_;
+  std::string step_log_dir_;  // of durable steps; empty without a checkpoint directory
   SteadyClock clock_;
   Metrics metrics_;
   Readiness readiness_;

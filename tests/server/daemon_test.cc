@@ -110,6 +110,22 @@ TEST(DaemonStartTest, OpensTheDeviceInTheTypeOfTheCheckpoint) {
   EXPECT_EQ(asked, std::nullopt);
 }
 
+TEST(DaemonStartTest, AnUnusableCheckpointDirectoryIsABadFlagBeforeAnythingIsLoaded) {
+  Config config;
+  config.model_geometry = "tiny-llama";
+  config.port = config.http_port = 0;
+  config.checkpoint_dir = absl::StrCat(testing::TempDir(), "coppice_not_a_dir_", getpid());
+  std::ofstream(config.checkpoint_dir) << "a file";
+  bool opened = false;
+  const auto no_device = [&opened](const Config&, DType) {
+    opened = true;
+    return absl::StatusOr<std::unique_ptr<ops::Ops>>(absl::UnimplementedError("no device"));
+  };
+  EXPECT_EQ(Daemon(config, no_device).Run(), ExitCode::kBadFlags);
+  EXPECT_FALSE(opened);
+  std::filesystem::remove(config.checkpoint_dir);
+}
+
 TEST(DaemonStartTest, ADeviceThatCannotRunTheModelIsRefusedAtStart) {
   Config config;
   config.model_geometry = "tiny-llama";
