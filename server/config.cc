@@ -78,6 +78,13 @@ const std::vector<Flag>& Flags() {
            "is refused, an activation beyond ends its request and perhaps others of its batch, "
            "gradients are scaled. f16 excludes --gradient_dtype=bf16.",
        .choices = {"auto", "bf16", "f16"}},
+      {"Device", "matmul_cache", &Config::matmul_cache,
+       "File that keeps by which of cuBLASLt's algorithms the larger matrix products run on cuda, "
+       "which saves several percent of their time. A kind of product that it lacks is timed when "
+       "first run, for up to a second, and added; processes with the same file have the same bits. "
+       "Made if absent. One that may not be written counts as it is; one of another library or "
+       "device, or broken, is not used. Empty: the library's first choice, nothing is timed. Not "
+       "used with --deterministic."},
       {"Network", "host", &Config::host,
        "Address to listen on, gRPC and HTTP. There is no authentication: beyond loopback put a "
        "proxy in front."},

@@ -28,6 +28,7 @@ struct Config {
   int64_t threads = 0;
   bool deterministic = false;
   std::string compute_dtype = "auto";
+  std::string matmul_cache;
   // Network
   std::string host = "127.0.0.1";
   int64_t port = 7700;

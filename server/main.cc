@@ -28,7 +28,7 @@ LogSeverity Severity(const std::string& level) {
 
 absl::StatusOr<std::unique_ptr<ops::Ops>> OpenDevice(const Config& config, DType compute_dtype) {
   return ops::CreateOps(config.device, static_cast<int>(config.threads), config.deterministic,
-                        compute_dtype);
+                        compute_dtype, config.matmul_cache);
 }
 
 ExitCode Main(const std::vector<std::string>& args) {

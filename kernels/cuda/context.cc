@@ -1,8 +1,10 @@
 #include "kernels/cuda/context.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/base/log.h"
 #include "kernels/base/status_macros.h"
 #include "kernels/cuda/launchers.h"
 #include "kernels/cuda/matmul_cache.h"
@@ -24,8 +26,7 @@ absl::Status StatusOf(cudaError_t error, absl::string_view call) {
                                           "); restart the process"));
 }
 
-absl::StatusOr<std::unique_ptr<Context>> Context::Create(bool deterministic, DType compute_dtype,
-                                                         bool portable) {
+absl::StatusOr<std::unique_ptr<Context>> Context::Create(const CudaOptions& options) {
   int devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&devices);
   if (error != cudaSuccess || devices == 0) {
@@ -33,8 +34,8 @@ absl::StatusOr<std::unique_ptr<Context>> Context::Create(bool deterministic, DTy
                                                " (", cudaGetErrorString(error),
                                                "); check the driver or use --device=cpu"));
   }
-  std::unique_ptr<Context> context(new Context(deterministic, compute_dtype));
-  RETURN_IF_ERROR(context->Init(portable));
+  std::unique_ptr<Context> context(new Context(options.deterministic, options.compute_dtype));
+  RETURN_IF_ERROR(context->Init(options));
   return context;
 }
 
@@ -64,19 +65,36 @@ absl::Status Context::InitCapability(bool portable) {
       "attribute");
 }
 
-absl::Status Context::Init(bool portable) {
+absl::Status Context::Init(const CudaOptions& options) {
   RETURN_IF_ERROR(Check(cudaSetDevice(0), "set device"));
-  RETURN_IF_ERROR(InitCapability(portable));
+  RETURN_IF_ERROR(InitCapability(options.portable));
   RETURN_IF_ERROR(
       Check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "stream create"));
   if (cublasLtCreate(&blas_) != CUBLAS_STATUS_SUCCESS) {
     return absl::InternalError("cublasLt create failed: want status 0; check the cuda libraries");
   }
   RETURN_IF_ERROR(Check(cudaMalloc(&workspace_, kWorkspaceBytes), "workspace"));
-  matmuls_ = std::make_unique<MatMulCache>();
+  RETURN_IF_ERROR(InitMatMuls(options.matmul_cache));
   pinned_ = std::make_unique<PinnedMemory>();
   if (compute_capability_ == 90 && !deterministic_) RETURN_IF_ERROR(InitChainMemory());
   return Scratch(kInitialScratchBytes).status();
+}
+
+absl::Status Context::InitMatMuls(const std::string& cache_path) {
+  std::unique_ptr<MatMulChoices> choices;
+  if (!cache_path.empty() && deterministic_) {
+    LOG(WARNING) << "matmul_cache_unused file=" << cache_path
+                 << " note=\"with --deterministic one algorithm serves every number of rows\"";
+  } else if (!cache_path.empty()) {
+    cudaDeviceProp device = {};
+    RETURN_IF_ERROR(Check(cudaGetDeviceProperties(&device, 0), "device properties"));
+    ASSIGN_OR_RETURN(
+        choices, MatMulChoices::Open(
+                     cache_path, absl::StrCat("cublaslt ", cublasLtGetVersion(), ", ", device.name,
+                                              ", sm_", device.major, device.minor)));
+  }
+  matmuls_ = std::make_unique<MatMulCache>(std::move(choices));
+  return absl::OkStatus();
 }
 
 absl::Status Context::InitChainMemory() {

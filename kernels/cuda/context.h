@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -20,6 +21,15 @@ namespace coppice::cuda {
 
 class MatMulCache;
 
+struct CudaOptions {
+  // See ops::CreateOps.
+  bool deterministic = false;
+  DType compute_dtype = DType::kBF16;
+  std::string matmul_cache;
+  // Without the kernels for sm_90 alone, whatever the device: for tests.
+  bool portable = false;
+};
+
 // INTERNAL naming the call and CUDA's reason; OK for cudaSuccess.
 absl::Status StatusOf(cudaError_t error, absl::string_view call);
 
@@ -30,9 +40,8 @@ class Context {
   static constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
 
   // UNAVAILABLE without a usable device, UNIMPLEMENTED on one for which this build has no kernels.
-  // `portable`: see CudaOptions.
-  static absl::StatusOr<std::unique_ptr<Context>> Create(bool deterministic, DType compute_dtype,
-                                                         bool portable = false);
+  // FAILED_PRECONDITION if the matmul cache's file cannot be made.
+  static absl::StatusOr<std::unique_ptr<Context>> Create(const CudaOptions& options);
   ~Context();
   Context(const Context&) = delete;
   Context& operator=(const Context&) = delete;
@@ -46,6 +55,8 @@ class Context {
   int compute_capability() const { return compute_capability_; }
   int block_shared_bytes() const { return block_shared_bytes_; }          // that a block may have
   const LayerChainMemory& chain_memory() const { return chain_memory_; }  // null: no such kernel
+  // What Scratch has given last: an op's while it runs.
+  char* scratch() const { return scratch_; }
   int64_t scratch_bytes() const { return scratch_bytes_; }
   MatMulCache& matmuls() { return *matmuls_; }
   PinnedMemory& pinned() { return *pinned_; }
@@ -60,8 +71,9 @@ class Context {
 
  private:
   Context(bool deterministic, DType compute_dtype);
-  absl::Status Init(bool portable);
+  absl::Status Init(const CudaOptions& options);
   absl::Status InitCapability(bool portable);
+  absl::Status InitMatMuls(const std::string& cache_path);
   absl::Status InitChainMemory();
 
   const bool deterministic_;

@@ -43,8 +43,7 @@ absl::StatusOr<std::unique_ptr<ops::Ops>> CudaOps::Create(const CudaOptions& opt
     return absl::InvalidArgumentError(absl::StrCat(
         "cuda device refused: compute_dtype wants bf16 or f16, got ", Name(options.compute_dtype)));
   }
-  ASSIGN_OR_RETURN(std::unique_ptr<Context> context,
-                   Context::Create(options.deterministic, options.compute_dtype, options.portable));
+  ASSIGN_OR_RETURN(std::unique_ptr<Context> context, Context::Create(options));
   RETURN_IF_ERROR(KeepPool(*context));
   cudaDeviceProp properties = {};
   RETURN_IF_ERROR(context->Check(cudaGetDeviceProperties(&properties, 0), "device properties"));
@@ -205,9 +204,12 @@ absl::Status CudaOps::AdamW(const ops::AdamWParams& p) { return cuda::AdamW(*con
 }  // namespace cuda
 
 absl::StatusOr<std::unique_ptr<ops::Ops>> ops::CreateCudaOps(bool deterministic,
-                                                             DType compute_dtype, bool portable) {
-  return cuda::CudaOps::Create(
-      {.deterministic = deterministic, .compute_dtype = compute_dtype, .portable = portable});
+                                                             DType compute_dtype, bool portable,
+                                                             absl::string_view matmul_cache) {
+  return cuda::CudaOps::Create({.deterministic = deterministic,
+                                .compute_dtype = compute_dtype,
+                                .matmul_cache = std::string(matmul_cache),
+                                .portable = portable});
 }
 
 }  // namespace coppice

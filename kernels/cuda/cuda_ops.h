@@ -16,14 +16,6 @@
 
 namespace coppice::cuda {
 
-struct CudaOptions {
-  // See ops::CreateOps.
-  bool deterministic = false;
-  DType compute_dtype = DType::kBF16;
-  // Without the kernels for sm_90 alone, whatever the device: for tests.
-  bool portable = false;
-};
-
 class CudaOps final : public ops::Ops {
  public:
   // The first visible device. UNAVAILABLE without one.

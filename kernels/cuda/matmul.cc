@@ -30,6 +30,67 @@ int CommonAlignment(std::initializer_list<const TensorView*> tensors) {
   return static_cast<int>(bits & -bits);
 }
 
+MatMulShape ShapeOf(const ops::MatMulParams& p, int64_t m, int64_t n, int64_t k) {
+  return {.m = m,
+          .n = n,
+          .k = k,
+          .trans_a = p.trans_a,
+          .trans_b = p.trans_b,
+          .a_row = RowStride(p.a),
+          .b_row = RowStride(p.b),
+          .c_row = RowStride(p.c),
+          .addend_row = p.addend.present() ? RowStride(p.addend) : 0,
+          .type = p.a.dtype,
+          .c_type = p.c.dtype,
+          .bias = p.bias.present(),
+          .addend = p.addend.present(),
+          .alignment = CommonAlignment({&p.a, &p.b, &p.c, &p.addend, &p.bias})};
+}
+
+// Queues the product; `c` is p.c's memory or takes its place.
+cublasStatus_t Queue(Context& context, const ops::MatMulParams& p, const MatMulCache::Entry& entry,
+                     const cublasLtMatmulAlgo_t& algo, void* c) {
+  if (p.bias.present()) {
+    const void* bias = p.bias.data;
+    cublasLtMatmulDescSetAttribute(entry.desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
+                                   sizeof(bias));
+  }
+  const float alpha = 1, beta = p.addend.present() ? 1.0f : 0.0f;
+  return cublasLtMatmul(context.blas(), entry.desc, &alpha, p.b.data, entry.a, p.a.data, entry.b,
+                        &beta, p.addend.present() ? p.addend.data : c, entry.c, c, entry.d, &algo,
+                        context.workspace(), Context::kWorkspaceBytes, context.stream());
+}
+
+// From the first row's first byte to the last row's end.
+int64_t SpanBytes(const TensorView& t) {
+  return ((t.dim(0) - 1) * RowStride(t) + t.dim(1)) * SizeOf(t.dtype);
+}
+
+// Into c, which the product overwrites after all; what is added to itself goes to scratch. Scratch
+// is spare unless an operand lies in it: then it is the caller's.
+Rehearsal RehearsalOf(Context& context, const ops::MatMulParams& p,
+                      const MatMulCache::Entry& entry) {
+  Rehearsal rehearsal;
+  const char *begin = context.scratch(), *end = begin + context.scratch_bytes();
+  bool is_spare = true;
+  for (const TensorView* t : {&p.a, &p.b, &p.c, &p.addend}) {
+    if (!t->present()) continue;
+    rehearsal.operand_bytes += SpanBytes(*t);
+    is_spare &= !(begin <= t->data && t->data < end);
+  }
+  if (is_spare) {
+    rehearsal.spare = context.scratch();
+    rehearsal.spare_bytes = context.scratch_bytes();
+  }
+  const bool in_place = p.addend.present() && p.addend.data == p.c.data;
+  if (in_place && SpanBytes(p.c) > rehearsal.spare_bytes) return rehearsal;
+  void* const c = in_place ? rehearsal.spare : p.c.data;
+  rehearsal.run = [&context, &p, &entry, c](const cublasLtMatmulAlgo_t& algo) {
+    return Queue(context, p, entry, algo, c);
+  };
+  return rehearsal;
+}
+
 absl::Status CheckMatMul(const ops::MatMulParams& p, DType compute, int64_t m, int64_t n,
                          int64_t k) {
   ops::ShapeCheck check("matmul");
@@ -53,33 +114,11 @@ absl::Status MatMul(Context& context, const ops::MatMulParams& p) {
   RETURN_IF_ERROR(CheckMatMul(p, context.compute_dtype(), m, n, k));
   if (m == 0 || n == 0) return absl::OkStatus();
   if (FitsSkinny(context, p)) return SkinnyMatMul(context, p);
-  const MatMulShape shape = {.m = m,
-                             .n = n,
-                             .k = k,
-                             .trans_a = p.trans_a,
-                             .trans_b = p.trans_b,
-                             .a_row = RowStride(p.a),
-                             .b_row = RowStride(p.b),
-                             .c_row = RowStride(p.c),
-                             .addend_row = p.addend.present() ? RowStride(p.addend) : 0,
-                             .type = p.a.dtype,
-                             .c_type = p.c.dtype,
-                             .bias = p.bias.present(),
-                             .addend = p.addend.present(),
-                             .alignment = CommonAlignment({&p.a, &p.b, &p.c, &p.addend, &p.bias})};
   ASSIGN_OR_RETURN(const MatMulCache::Entry* entry,
-                   context.matmuls().Find(context.blas(), shape, context.deterministic(),
-                                          Context::kWorkspaceBytes));
-  if (shape.bias) {
-    const void* bias = p.bias.data;
-    cublasLtMatmulDescSetAttribute(entry->desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias,
-                                   sizeof(bias));
-  }
-  const float alpha = 1, beta = shape.addend ? 1.0f : 0.0f;
-  const cublasStatus_t status =
-      cublasLtMatmul(context.blas(), entry->desc, &alpha, p.b.data, entry->a, p.a.data, entry->b,
-                     &beta, shape.addend ? p.addend.data : p.c.data, entry->c, p.c.data, entry->d,
-                     &entry->algo, context.workspace(), Context::kWorkspaceBytes, context.stream());
+                   context.matmuls().Find(context, ShapeOf(p, m, n, k), [&](const auto& described) {
+                     return RehearsalOf(context, p, described);
+                   }));
+  const cublasStatus_t status = Queue(context, p, *entry, entry->algo, p.c.data);
   if (status == CUBLAS_STATUS_SUCCESS) return absl::OkStatus();
   RETURN_IF_ERROR(context.Check(cudaPeekAtLastError(), "matmul"));
   return absl::InternalError(absl::StrCat("cublasLt matmul failed: want status 0, got ",

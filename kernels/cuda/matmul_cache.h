@@ -2,6 +2,11 @@
 // heuristic chose; looked up by everything the choice depends on. Owner: Context. Cost of a miss:
 // about 0.1 ms on the host.
 //
+// With choices (matmul_choices.h) the heuristic's best are timed, once for a kind of product: all
+// that differ in their number of rows by an eighth at most (weight gradients: a quarter) and for
+// which the heuristic's first choice is the same. Such a miss takes up to a second. Small products
+// are not timed.
+//
 // Deterministic: one algorithm serves every m of otherwise equal products, one that its heuristic
 // offers for many rows and that does not split k. Slow for few rows, but a row's bits are its own.
 #pragma once
@@ -10,11 +15,16 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
+#include <memory>
 #include <optional>
+#include <utility>
 
 #include "absl/container/flat_hash_map.h"
 #include "absl/status/statusor.h"
 #include "kernels/base/dtype.h"
+#include "kernels/cuda/matmul_choices.h"
+#include "kernels/cuda/matmul_timing.h"
 
 namespace coppice::cuda {
 
@@ -53,22 +63,30 @@ class MatMulCache {
     cublasLtMatmulAlgo_t algo = {};
   };
 
-  MatMulCache() = default;
+  // How to repeat the product that is looked up, once it is described; called to time it.
+  using Rehearse = std::function<Rehearsal(const Entry&)>;
+
+  // `choices` may be null: nothing is timed.
+  explicit MatMulCache(std::unique_ptr<MatMulChoices> choices) : choices_(std::move(choices)) {}
   ~MatMulCache();
   MatMulCache(const MatMulCache&) = delete;
   MatMulCache& operator=(const MatMulCache&) = delete;
 
-  // UNIMPLEMENTED if the library has no algorithm.
-  absl::StatusOr<const Entry*> Find(cublasLtHandle_t blas, const MatMulShape& shape,
-                                    bool deterministic, int64_t workspace_bytes);
+  // UNIMPLEMENTED if the library has no algorithm. Other errors: the device's.
+  absl::StatusOr<const Entry*> Find(Context& context, const MatMulShape& shape,
+                                    const Rehearse& rehearse);
 
  private:
   using Key = std::array<int64_t, 12>;
 
-  std::optional<cublasLtMatmulAlgo_t> Choose(cublasLtHandle_t blas, const MatMulShape& shape,
-                                             const Entry& entry, bool deterministic,
-                                             int64_t workspace_bytes);
+  absl::StatusOr<cublasLtMatmulAlgo_t> Choose(Context& context, const MatMulShape& shape,
+                                              const Entry& entry, const Rehearse& rehearse);
+  absl::StatusOr<cublasLtMatmulAlgo_t> ChooseByClock(Context& context, const MatMulShape& shape,
+                                                     const Entry& entry, const Rehearse& rehearse);
+  std::optional<cublasLtMatmulAlgo_t> ChooseForEveryM(cublasLtHandle_t blas,
+                                                      const MatMulShape& shape);
 
+  std::unique_ptr<MatMulChoices> choices_;
   absl::flat_hash_map<Key, Entry> entries_;
   absl::flat_hash_map<Key, std::optional<cublasLtMatmulAlgo_t>> for_every_m_;  // keys with m = 0
 };

@@ -142,8 +142,12 @@ class Ops {
 // rows of its batch, nor on which of its keys were cached; the CPU is always so. It covers what
 // generation runs; training is repeatable anyway (equal batches, equal bits). `compute_dtype`: the
 // type f of params.h on cuda, kBF16 or kF16; the CPU computes in f32 whatever it says.
+// `matmul_cache`: a file on cuda, unless deterministic, that keeps which of the library's
+// algorithms the larger products run by: timed once, equal for all processes that name it; empty:
+// the library's own first choice.
 absl::StatusOr<std::unique_ptr<Ops>> CreateOps(absl::string_view device, int threads = 0,
                                                bool deterministic = false,
-                                               DType compute_dtype = DType::kBF16);
+                                               DType compute_dtype = DType::kBF16,
+                                               absl::string_view matmul_cache = {});
 
 }  // namespace coppice::ops

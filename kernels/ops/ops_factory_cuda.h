@@ -5,13 +5,15 @@
 #include <memory>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "kernels/ops/ops.h"
 
 namespace coppice::ops {
 
 // `portable`: without the kernels for one architecture alone, so that tests see what other devices
-// run.
+// run. Others: see CreateOps.
 absl::StatusOr<std::unique_ptr<Ops>> CreateCudaOps(bool deterministic, DType compute_dtype,
-                                                   bool portable = false);
+                                                   bool portable = false,
+                                                   absl::string_view matmul_cache = {});
 
 }  // namespace coppice::ops

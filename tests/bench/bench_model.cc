@@ -12,7 +12,7 @@ namespace coppice::bench {
 
 absl::StatusOr<std::unique_ptr<ops::Ops>> OpenDevice(const Options& options) {
   return ops::CreateOps(options.device, static_cast<int>(options.threads),
-                        /*deterministic=*/false, options.compute_dtype);
+                        /*deterministic=*/false, options.compute_dtype, options.matmul_cache);
 }
 
 absl::StatusOr<std::unique_ptr<BenchModel>> BenchModel::Create(const Options& options) {

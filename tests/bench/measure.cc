@@ -53,6 +53,7 @@ void Print(const Options& options, const Result& result) {
   };
   if (options.compute_dtype == DType::kF16) shape["compute_dtype"] = "f16";
   if (options.bf16_gradients) shape["gradients"] = "bf16";
+  if (!options.matmul_cache.empty()) shape["matmul_cache"] = "file";
   if (options.cached > 0) shape["cached"] = options.cached;
   if (!result.pass.empty()) shape["pass"] = result.pass;
   nlohmann::ordered_json line = {

@@ -40,6 +40,8 @@ Options
   --block_tokens N     tokens in a KV block (default 16)
   --device cpu|cuda    where to run (default cpu)
   --compute_dtype NAME of weights and activations on cuda: bf16 (default), f16
+  --matmul_cache FILE  on cuda: which algorithms products run by, timed once and kept there; see
+                       coppiced --help (default none)
   --threads N          CPU threads, 0 = all cores (default)
   --repeats N          timed runs, of which the median counts (default 5)
   --seed N             of weights and tokens (default 1)
@@ -69,6 +71,8 @@ absl::Status Set(absl::string_view name, absl::string_view value, Options& optio
     options.geometry = std::string(value);
   } else if (name == "--device") {
     options.device = std::string(value);
+  } else if (name == "--matmul_cache") {
+    options.matmul_cache = std::string(value);
   } else if (name == "--compute_dtype") {
     for (const DType dtype : {DType::kBF16, DType::kF16}) {
       options.compute_dtype = dtype;

@@ -29,6 +29,7 @@ struct Options {
   bool phases = false;
   bool bf16_gradients = false;
   DType compute_dtype = DType::kBF16;  // on cuda
+  std::string matmul_cache;            // on cuda
 };
 
 inline const char* Name(Mode mode) {
