@@ -96,8 +96,11 @@ grpc::Status Meaning(const grpc::Status& status, const OpenAttempt& attempt,
   // A daemon that ends a call at its deadline sounds the same.
   const bool in_time = call.deadline() > std::chrono::system_clock::now() + kDeadlineSlack;
   const bool shut_down = IsShutdown(status) && !caller_gone && in_time;
-  if (why == OpenAttempt::Cancelled::kNo && !shut_down) return status;
-  return CancelledStatus(why, replica);
+  if (why != OpenAttempt::Cancelled::kNo || shut_down) return CancelledStatus(why, replica);
+  if (status.error_code() != grpc::StatusCode::UNAVAILABLE) return status;
+  // Without the name a caller would take the router for what is gone.
+  return {status.error_code(), absl::StrCat("replica ", replica, ": ", status.error_message()),
+          status.error_details()};
 }
 
 void CountResponse(RouterMetrics& metrics, const grpc::Status& status) {

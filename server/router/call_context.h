@@ -31,7 +31,8 @@ void PassOn(const grpc::CallbackServerContext& call, grpc::ClientContext& upstre
 // The replica's trailing metadata, to the caller.
 void PassBack(const grpc::ClientContext& upstream, grpc::CallbackServerContext& call);
 
-// What the end of an attempt says: UNAVAILABLE for what a replica's end or the fleet did to it.
+// What the end of an attempt says: UNAVAILABLE for what a replica's end or the fleet did to it,
+// with the replica's name.
 grpc::Status Meaning(const grpc::Status& status, const OpenAttempt& attempt,
                      const std::string& replica, bool caller_gone,
                      const grpc::CallbackServerContext& call);

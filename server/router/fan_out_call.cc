@@ -59,12 +59,16 @@ void FanOutCall::LegDone(Leg& leg, const grpc::Status& status) {
 
 void FanOutCall::Answer() {
   std::vector<grpc::ByteBuffer> answers;
+  answers.reserve(legs_.size());
   for (const auto& leg : legs_) {
-    if (!leg->status.ok()) {
-      return FinishWith({leg->status.error_code(), absl::StrCat("replica ", leg->target.name, ": ",
-                                                                leg->status.error_message())});
+    const grpc::Status& status = leg->status;
+    if (status.ok()) {
+      answers.push_back(leg->answer);
+      continue;
     }
-    answers.push_back(leg->answer);
+    if (status.error_code() == grpc::StatusCode::UNAVAILABLE) return FinishWith(status);  // named
+    return FinishWith({status.error_code(),
+                       absl::StrCat("replica ", leg->target.name, ": ", status.error_message())});
   }
   absl::StatusOr<grpc::ByteBuffer> merged = Merge(call_->method(), answers);
   if (!merged.ok()) return FinishWith(ToGrpc(merged.status()));

@@ -238,6 +238,17 @@ absl::Status Fleet::CheckModels() const {
   return absl::OkStatus();
 }
 
+absl::Status Fleet::CheckLeader() const {
+  absl::MutexLock lock(&mutex_);
+  if (FindLeader() != nullptr) return absl::OkStatus();
+  const auto name = [](std::string* out, const Replica& replica) {
+    out->append(replica.address.name);
+  };
+  return absl::InvalidArgumentError(absl::StrCat("leader not usable: want one of ",
+                                                 absl::StrJoin(replicas_, ", ", name), ", got ",
+                                                 leader_name_, "; change --leader or --replicas"));
+}
+
 absl::StatusOr<Fleet::Choice> Fleet::Place(const PlacementRequest& request) {
   absl::MutexLock lock(&mutex_);
   return PlaceLocked(request);

@@ -105,6 +105,8 @@ class Fleet {
   void CancelLate();
   // FAILED_PRECONDITION naming two replicas with different models.
   absl::Status CheckModels() const;
+  // INVALID_ARGUMENT if the leader is none of the members: for a list that does not change.
+  absl::Status CheckLeader() const;
 
   // ---- Calls
   struct Choice {

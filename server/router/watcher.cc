@@ -87,6 +87,7 @@ struct Probe {
 absl::Status Watcher::Start() {
   absl::Status resolved = Resolve();
   if (absl::IsInvalidArgument(resolved)) return resolved;
+  if (!options_.replicas.empty()) RETURN_IF_ERROR(fleet_.CheckLeader());
   Round();
   RETURN_IF_ERROR(fleet_.CheckModels());
   thread_ = std::thread([this] { Run(); });

@@ -41,7 +41,7 @@ class Watcher {
 
   // Finds the replicas, asks each once, starts the threads. Replicas that do not answer yet and a
   // service without addresses are no error: a pod's name may exist only after this one started.
-  // INVALID_ARGUMENT (bad list or address), FAILED_PRECONDITION (different models).
+  // INVALID_ARGUMENT (bad list, address or leader), FAILED_PRECONDITION (different models).
   absl::Status Start();
   void Stop();
   // A round at once. Any thread, never blocks.

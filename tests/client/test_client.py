@@ -287,6 +287,12 @@ def test_nobody_at_the_address_is_a_connection_error_that_names_it(daemon):
             client.generate([1], max_tokens=1)
 
 
+def test_a_replica_that_a_router_lost_is_not_taken_for_the_router(client, daemon):
+    daemon.fail_next = (grpc.StatusCode.UNAVAILABLE, "replica b: Socket closed")
+    with pytest.raises(coppice.ConnectionFailedError, match="^UNAVAILABLE .*: replica b: Socket"):
+        client.get_policy()
+
+
 def test_a_deadline_is_an_error_of_its_own(client, daemon):
     daemon.endless = True
     with pytest.raises(coppice.DeadlineExceededError):

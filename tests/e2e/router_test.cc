@@ -200,6 +200,7 @@ TEST_F(RouterTest, AKilledReplicaCostsItsOwnStreamsAndAQuarterOfTheKeys) {
     const grpc::Status status = streams[i]->Finish();
     if (i == 2) {
       EXPECT_EQ(status.error_code(), grpc::StatusCode::UNAVAILABLE);
+      EXPECT_THAT(status.error_message(), HasSubstr("replica " + Name(2)));
       EXPECT_LT(streams[i]->tokens, 1500);
     } else {
       EXPECT_TRUE(status.ok()) << status.error_message();
@@ -233,7 +234,7 @@ TEST_F(RouterTest, AHangingReplicaIsEjectedAndReturns) {
   v1::GetStatsResponse stats;
   const grpc::Status all = v1::Cache::NewStub(channel_)->GetStats(&context, {}, &stats);
   EXPECT_EQ(all.error_code(), grpc::StatusCode::UNAVAILABLE);
-  EXPECT_THAT(all.error_message(), HasSubstr("replica coppice-1: call ended"));
+  EXPECT_THAT(all.error_message(), HasSubstr("want an answer of replica coppice-1, got no answer"));
   ASSERT_THAT(router_->AwaitLine("replica_ejected"), HasSubstr("replica=coppice-1"));
 
   const grpc::Status moved = waiting->Finish();
@@ -594,6 +595,9 @@ TEST_F(RouterTest, BadConfigurationsSaySo) {
   auto twice = run({"--replicas=a=localhost:1,a=localhost:2"});
   EXPECT_EQ(twice->Wait(), 2);
   EXPECT_THAT(twice->log(), HasSubstr("every name once"));
+  auto nobody = run({"--replicas=a=localhost:1,b=localhost:2", "--leader=c"});
+  EXPECT_EQ(nobody->Wait(), 2);
+  EXPECT_THAT(nobody->log(), HasSubstr("want one of a, b, got c"));
 
   auto nowhere = run({"--replica_dns=no-such-host.invalid:7700"});
   EXPECT_FALSE(nowhere->AwaitLine("resolve_failed").empty());

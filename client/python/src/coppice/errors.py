@@ -130,6 +130,11 @@ def from_rpc_error(error: grpc.RpcError, *, address: str, rpc: str) -> CoppiceEr
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     details = (error.details() if hasattr(error, "details") else str(error)) or "no message"
     if code == grpc.StatusCode.UNAVAILABLE and _TRANSPORT.search(details):
+        if details.startswith("replica "):  # a router's words, which answers
+            return ConnectionFailedError(
+                f"{details}; the router at {address} has lost it: try again, or look at its log",
+                rpc=rpc,
+            )
         return ConnectionFailedError(
             f"cannot reach coppiced at {address}: {details}; check that it runs and listens there, "
             "or give another address",
