@@ -330,12 +330,10 @@ void EngineImpl::OptimStep(TrainStepRequest request, Reply<TrainStepResult> repl
   PostStep(StepKind::kOptimStep, std::move(request), std::move(reply));
 }
 
-void EngineImpl::Score(std::vector<TrainGroup> groups, float temperature, std::string tenant_salt,
-                       PolicyGate::ScoreReply reply) {
+void EngineImpl::Score(ScoreRequest request, Reply<ScoreResult> reply) {
   Post(Kind::kWork, std::move(reply),
-       [this, groups = std::move(groups), temperature,
-        tenant_salt = std::move(tenant_salt)](PolicyGate::ScoreReply answer) mutable {
-         gate_->Score(std::move(groups), temperature, std::move(tenant_salt), std::move(answer));
+       [this, request = std::move(request)](Reply<ScoreResult> answer) mutable {
+         gate_->Score(std::move(request), std::move(answer));
        });
 }
 

@@ -71,6 +71,20 @@ struct TrainStepResult {
   bool repeated = false;        // answered from the idempotency record
 };
 
+struct ScoreRequest {
+  std::vector<TrainGroup> groups;
+  float temperature = 1;
+  std::string tenant_salt;  // of the caller: only its cached prompts are read
+  // Any thread. Asked when its turn comes: if the caller is gone by then, nothing is computed.
+  // Optional.
+  std::function<bool()> abandoned;
+};
+
+struct ScoreResult {
+  std::vector<SampleResult> samples;
+  PolicyVersion policy_version{0};
+};
+
 struct AbortResult {
   int32_t aborted = 0;  // requests; their blocks are free when this arrives
 };
@@ -143,8 +157,7 @@ class Engine {
   virtual void Wake() = 0;
   virtual void Abort(std::string request_id, std::string session_id, Reply<AbortResult> reply) = 0;
   virtual void Warm(GenerateRequest request, Reply<WarmResult> reply) = 0;
-  virtual void Score(std::vector<TrainGroup> groups, float temperature, std::string tenant_salt,
-                     Reply<std::pair<std::vector<SampleResult>, PolicyVersion>> reply) = 0;
+  virtual void Score(ScoreRequest request, Reply<ScoreResult> reply) = 0;
   virtual void TrainStep(TrainStepRequest request, Reply<TrainStepResult> reply) = 0;
   virtual void ForwardBackward(TrainStepRequest request,
                                Reply<TrainStepResult> reply) = 0;  // optim is ignored

@@ -34,8 +34,7 @@ class EngineImpl final : public Engine {
   void Wake() override { bell_.Ring(); }
   void Abort(std::string request_id, std::string session_id, Reply<AbortResult> reply) override;
   void Warm(GenerateRequest request, Reply<WarmResult> reply) override;
-  void Score(std::vector<TrainGroup> groups, float temperature, std::string tenant_salt,
-             PolicyGate::ScoreReply reply) override;
+  void Score(ScoreRequest request, Reply<ScoreResult> reply) override;
   void TrainStep(TrainStepRequest request, Reply<TrainStepResult> reply) override;
   void ForwardBackward(TrainStepRequest request, Reply<TrainStepResult> reply) override;
   void OptimStep(TrainStepRequest request, Reply<TrainStepResult> reply) override;

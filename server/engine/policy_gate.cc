@@ -247,23 +247,26 @@ void PolicyGate::CountStep(StepKind kind, const TrainStepResult& result) {
   }
 }
 
-void PolicyGate::Score(std::vector<TrainGroup> groups, float temperature, std::string tenant_salt,
-                       ScoreReply reply) {
+void PolicyGate::Score(ScoreRequest request, Reply<ScoreResult> reply) {
   Operation operation;
   operation.fail = reply;
-  operation.run = [this, groups = std::move(groups), temperature,
-                   tenant_salt = std::move(tenant_salt), reply = std::move(reply)]() mutable {
-    const std::vector<Lease> leases = generator_.LeaseCached(tenant_salt, groups);
-    absl::StatusOr<std::vector<SampleResult>> scored = trainer_->Score(groups, temperature);
-    absl::Status status = scored.status();
-    if (status.ok()) {
-      reply(std::pair(std::move(scored).value(), trainer_->policy_version()));
-    } else {
-      reply(status);
-    }
+  operation.run = [this, request = std::move(request), reply = std::move(reply)]() mutable {
+    absl::StatusOr<ScoreResult> result = RunScore(request);
+    absl::Status status = result.status();
+    reply(std::move(result));
     return status;
   };
   Add(std::move(operation));
+}
+
+absl::StatusOr<ScoreResult> PolicyGate::RunScore(ScoreRequest& request) {
+  if (request.abandoned && request.abandoned()) {
+    return absl::CancelledError("score: the caller is gone");
+  }
+  const std::vector<Lease> leases = generator_.LeaseCached(request.tenant_salt, request.groups);
+  ASSIGN_OR_RETURN(std::vector<SampleResult> samples,
+                   trainer_->Score(request.groups, request.temperature));
+  return ScoreResult{.samples = std::move(samples), .policy_version = trainer_->policy_version()};
 }
 
 void PolicyGate::SaveCheckpoint(std::string directory, Reply<PolicyVersion> reply) {

@@ -37,8 +37,6 @@ namespace coppice {
 
 class PolicyGate {
  public:
-  using ScoreReply = Reply<std::pair<std::vector<SampleResult>, PolicyVersion>>;
-
   struct Options {
     std::string step_log_dir;  // of durable steps; empty = refused
     int64_t max_step_records = 1024;
@@ -53,8 +51,7 @@ class PolicyGate {
 
   void Submit(StepKind kind, TrainStepRequest request, Reply<TrainStepResult> reply);
   // Prompts that the cache holds for the tenant under the current policy are not run.
-  void Score(std::vector<TrainGroup> groups, float temperature, std::string tenant_salt,
-             ScoreReply reply);
+  void Score(ScoreRequest request, Reply<ScoreResult> reply);
   void SaveCheckpoint(std::string directory, Reply<PolicyVersion> reply);
   void LoadCheckpoint(std::string directory, Reply<PolicyVersion> reply);
 
@@ -82,6 +79,8 @@ class PolicyGate {
   // Applies the step and answers it. Returns the status of the answer.
   absl::Status RunAndAnswer(StepKind kind, TrainStepRequest request);
   absl::StatusOr<TrainStepResult> RunStep(StepKind kind, TrainStepRequest request);
+  // Fills what is cached into the request's groups.
+  absl::StatusOr<ScoreResult> RunScore(ScoreRequest& request);
   absl::Status Check(StepKind kind, const TrainStepRequest& request) const;
   absl::StatusOr<ForwardBackwardResult> RunForwardBackward(const ForwardBackwardRequest& batch);
   // If it fails within a TrainStep, the step's gradients are dropped.

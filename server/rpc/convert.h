@@ -50,11 +50,8 @@ absl::StatusOr<GenerateRequest> FromProto(const v1::GenerateRequest& proto, cons
                                           const RequestLimits& limits);
 absl::StatusOr<GenerateRequest> FromProto(const v1::WarmRequest& proto, const Tenant& tenant,
                                           const RequestLimits& limits);
-struct ScoreCall {
-  std::vector<TrainGroup> groups;
-  float temperature = 1;
-};
-absl::StatusOr<ScoreCall> FromProto(const v1::ScoreRequest& proto, const RequestLimits& limits);
+absl::StatusOr<ScoreRequest> FromProto(const v1::ScoreRequest& proto, const Tenant& tenant,
+                                       const RequestLimits& limits);
 struct AbortCall {
   std::string request_id, session_id;  // one of them is empty
 };

@@ -146,8 +146,10 @@ absl::StatusOr<GenerateRequest> FromProto(const v1::WarmRequest& proto, const Te
   return out;
 }
 
-absl::StatusOr<ScoreCall> FromProto(const v1::ScoreRequest& proto, const RequestLimits& limits) {
-  ScoreCall out;
+absl::StatusOr<ScoreRequest> FromProto(const v1::ScoreRequest& proto, const Tenant& tenant,
+                                       const RequestLimits& limits) {
+  ScoreRequest out;
+  out.tenant_salt = tenant.salt;
   if (proto.has_temperature()) out.temperature = proto.temperature();
   if (!std::isfinite(out.temperature) || out.temperature <= 0) {
     return InvalidField("temperature", "a finite number > 0", out.temperature);

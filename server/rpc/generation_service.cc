@@ -76,20 +76,19 @@ class GenerationService final : public v1::Generation::CallbackService {
                                   v1::ScoreResponse* response) override {
     const absl::StatusOr<Tenant> tenant = TenantOf(*call, context_);
     if (!tenant.ok()) return FinishNow(call, tenant.status());
-    absl::StatusOr<ScoreCall> score = FromProto(*request, context_.limits());
+    absl::StatusOr<ScoreRequest> score = FromProto(*request, *tenant, context_.limits());
     if (!score.ok()) return FinishNow(call, At("score refused: ", score.status()));
+    score->abandoned = [call] { return call->IsCancelled(); };  // `call` lives until it is answered
     grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
-    using Scored = std::pair<std::vector<SampleResult>, PolicyVersion>;
-    context_.engine.Score(std::move(score->groups), score->temperature, tenant->salt,
-                          FinishWith<Scored>(reactor, [response](const Scored& scored) {
-                            for (const SampleResult& sample : scored.first) {
-                              v1::ScoredResponse* out = response->add_responses();
-                              out->mutable_logprobs()->Add(sample.logprobs.begin(),
-                                                           sample.logprobs.end());
-                              out->set_entropy(sample.entropy);
-                            }
-                            response->set_policy_version(Raw(scored.second));
-                          }));
+    context_.engine.Score(
+        *std::move(score), FinishWith<ScoreResult>(reactor, [response](const ScoreResult& result) {
+          for (const SampleResult& sample : result.samples) {
+            v1::ScoredResponse* out = response->add_responses();
+            out->mutable_logprobs()->Add(sample.logprobs.begin(), sample.logprobs.end());
+            out->set_entropy(sample.entropy);
+          }
+          response->set_policy_version(Raw(result.policy_version));
+        }));
     return reactor;
   }
 

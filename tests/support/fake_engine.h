@@ -19,6 +19,11 @@ class FakeEngine final : public Engine {
     std::shared_ptr<GenerateSink> sink;
   };
 
+  struct HeldScore {
+    ScoreRequest request;
+    Reply<ScoreResult> reply;
+  };
+
   absl::Status Run() override { return absl::OkStatus(); }
   void Stop() override {}
   bool StepForTest() override { return false; }
@@ -44,6 +49,16 @@ class FakeEngine final : public Engine {
     };
     mutex_.Await(absl::Condition(&arrived));
     return std::move(submitted_[n]);
+  }
+  // With hold_scores: blocks until the first Score has arrived and moves it out.
+  HeldScore TakeScore() {
+    absl::MutexLock lock(&mutex_);
+    const auto arrived = [this] {
+      mutex_.AssertReaderHeld();
+      return !scores_.empty();
+    };
+    mutex_.Await(absl::Condition(&arrived));
+    return std::move(scores_[0]);
   }
   size_t num_submitted() {
     absl::MutexLock lock(&mutex_);
@@ -74,15 +89,19 @@ class FakeEngine final : public Engine {
         static_cast<int32_t>(request.prompt.size());
     reply(result);
   }
-  void Score(std::vector<TrainGroup> groups, float, std::string,
-             Reply<std::pair<std::vector<SampleResult>, PolicyVersion>> reply) override {
-    std::vector<SampleResult> samples;
-    for (const TrainGroup& group : groups) {
+  void Score(ScoreRequest request, Reply<ScoreResult> reply) override {
+    if (hold_scores) {
+      absl::MutexLock lock(&mutex_);
+      scores_.push_back({std::move(request), std::move(reply)});
+      return;
+    }
+    ScoreResult result{.policy_version = policy_version()};
+    for (const TrainGroup& group : request.groups) {
       for (const TrainSample& sample : group.samples) {
-        samples.push_back({std::vector<float>(sample.tokens.size(), -1.0f), 0.5, 0.0});
+        result.samples.push_back({std::vector<float>(sample.tokens.size(), -1.0f), 0.5, 0.0});
       }
     }
-    reply(std::make_pair(std::move(samples), policy_version()));
+    reply(std::move(result));
   }
   void TrainStep(TrainStepRequest request, Reply<TrainStepResult> reply) override {
     Step(std::move(request), std::move(reply));
@@ -137,6 +156,7 @@ class FakeEngine final : public Engine {
   absl::Status step_status;
   absl::Status control_status;  // of Pause, Resume and Drain
   int drains = 0;
+  bool hold_scores = false;  // the test answers them
   std::atomic<uint64_t> version{7};
   std::atomic<bool> paused{false};
   RunningRequests paused_with = RunningRequests::kDrain;
@@ -155,6 +175,7 @@ class FakeEngine final : public Engine {
 
   absl::Mutex mutex_;
   std::vector<Submitted> submitted_ ABSL_GUARDED_BY(mutex_);
+  std::vector<HeldScore> scores_ ABSL_GUARDED_BY(mutex_);
   int wakes_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 

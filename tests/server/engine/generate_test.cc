@@ -82,12 +82,12 @@ TEST(GenerateTest, RawLogprobsEqualTheTrainersScore) {
     group.samples.emplace_back();
     group.samples.back().tokens = tokens;
   }
-  Answer<std::pair<std::vector<SampleResult>, PolicyVersion>> score;
-  test.engine().Score({group}, 1, "", score.reply());
+  Answer<ScoreResult> score;
+  test.engine().Score({.groups = {group}}, score.reply());
   test.RunAll();
   ASSERT_TRUE(score.get().ok()) << score.get().status();
   for (size_t s = 0; s < sink->tokens.size(); ++s) {
-    const std::vector<float>& want = score.get()->first[s].logprobs;
+    const std::vector<float>& want = score.get()->samples[s].logprobs;
     ASSERT_EQ(sink->logprobs[s].size(), want.size());
     for (size_t t = 0; t < want.size(); ++t) {
       EXPECT_NEAR(sink->logprobs[s][t], want[t], tolerance::kSamplerVersusTrainer);

@@ -19,11 +19,11 @@ TrainGroup GroupOf(std::vector<int32_t> prompt, int samples, int64_t length, uin
 
 std::vector<SampleResult> Score(EngineUnderTest& test, const TrainGroup& group,
                                 const std::string& tenant_salt = "") {
-  Answer<std::pair<std::vector<SampleResult>, PolicyVersion>> answer;
-  test.engine().Score({group}, 1, tenant_salt, answer.reply());
+  Answer<ScoreResult> answer;
+  test.engine().Score({.groups = {group}, .tenant_salt = tenant_salt}, answer.reply());
   test.RunAll();
   EXPECT_TRUE(answer.get().ok()) << answer.get().status();
-  return answer.get().ok() ? answer.get()->first : std::vector<SampleResult>();
+  return answer.get().ok() ? answer.get()->samples : std::vector<SampleResult>();
 }
 
 int64_t CachedSoFar(EngineUnderTest& test) {
@@ -91,14 +91,25 @@ TEST(ScoreTest, LogprobsThatAreNoNumbersEndTheirRequestAlone) {
   const std::vector<SampleResult> want = Score(test, sound);
   test.SpoilToken(kSpoilt);
   spoilt.samples[1].tokens[3] = kSpoilt;
-  Answer<std::pair<std::vector<SampleResult>, PolicyVersion>> answer;
-  test.engine().Score({spoilt}, 1, "", answer.reply());
+  Answer<ScoreResult> answer;
+  test.engine().Score({.groups = {spoilt}}, answer.reply());
   test.RunAll();
   const absl::Status status = answer.get().status();
   EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition) << status;
   EXPECT_NE(status.message().find("group 0 sample 1"), std::string::npos) << status;
   ExpectNear(Score(test, sound), want);
   test.ExpectNothingLeaked();
+}
+
+TEST(ScoreTest, ComputesNothingForACallerThatIsGone) {
+  EngineUnderTest test;
+  Answer<ScoreResult> answer;
+  test.engine().Score(
+      {.groups = {GroupOf(RandomPrompt(20, 5), 2, 8, 100)}, .abandoned = [] { return true; }},
+      answer.reply());
+  test.RunAll();
+  EXPECT_EQ(answer.get().status().code(), absl::StatusCode::kCancelled);
+  EXPECT_EQ(test.metrics().score_prompt_tokens.Value(), 0);
 }
 
 // What is not computed yet is run, not waited for.
@@ -110,11 +121,11 @@ TEST(ScoreTest, ReadsOnlyWhatIsComputed) {
   const auto running = test.Submit(Request(group.prompt, 4));
   test.Steps(2);
   ASSERT_FALSE(running->started);
-  Answer<std::pair<std::vector<SampleResult>, PolicyVersion>> answer;
-  test.engine().Score({group}, 1, "", answer.reply());
+  Answer<ScoreResult> answer;
+  test.engine().Score({.groups = {group}}, answer.reply());
   test.Steps(1);
   ASSERT_TRUE(answer.has());
-  ExpectNear(answer.get()->first, Score(fresh, group));
+  ExpectNear(answer.get()->samples, Score(fresh, group));
   EXPECT_GT(CachedSoFar(test), 0);
   EXPECT_LT(CachedSoFar(test), 48);
   test.RunAll();

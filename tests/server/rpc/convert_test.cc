@@ -325,21 +325,21 @@ TEST_F(ConvertTest, BadStepsAreRefused) {
 
 TEST_F(ConvertTest, ScoreChecksEveryResponse) {
   v1::ScoreRequest proto;
-  EXPECT_FALSE(FromProto(proto, limits_).ok());
+  EXPECT_FALSE(FromProto(proto, tenant_, limits_).ok());
   v1::ScoreGroup* group = proto.add_groups();
   group->mutable_prompt()->add_ids(1);
-  EXPECT_FALSE(FromProto(proto, limits_).ok());
+  EXPECT_FALSE(FromProto(proto, tenant_, limits_).ok());
   group->add_responses()->add_ids(2);
-  EXPECT_TRUE(FromProto(proto, limits_).ok());
+  EXPECT_EQ(FromProto(proto, tenant_, limits_)->tenant_salt, "tenant:a");
   group->add_responses();
-  EXPECT_THAT(std::string(FromProto(proto, limits_).status().message()),
+  EXPECT_THAT(std::string(FromProto(proto, tenant_, limits_).status().message()),
               HasSubstr("groups[0].responses[1].size"));
   group->mutable_responses(1)->add_ids(999);
-  EXPECT_THAT(std::string(FromProto(proto, limits_).status().message()),
+  EXPECT_THAT(std::string(FromProto(proto, tenant_, limits_).status().message()),
               HasSubstr("groups[0].responses[1][0]"));
   group->mutable_responses(1)->set_ids(0, 3);
   proto.set_temperature(0);
-  EXPECT_FALSE(FromProto(proto, limits_).ok());
+  EXPECT_FALSE(FromProto(proto, tenant_, limits_).ok());
 }
 
 TEST_F(ConvertTest, EnumsKeepTheirMeaning) {

@@ -331,6 +331,25 @@ TEST_F(RpcServerTest, TokenizesAndBack) {
             StatusCode::INVALID_ARGUMENT);
 }
 
+TEST_F(RpcServerTest, AScoreKnowsWhenItsCallerIsGone) {
+  Start();
+  engine_.hold_scores = true;
+  v1::ScoreRequest request;
+  request.add_groups()->mutable_prompt()->add_ids(1);
+  request.mutable_groups(0)->add_responses()->add_ids(2);
+  grpc::ClientContext context;
+  std::thread caller([&] {
+    v1::ScoreResponse response;
+    EXPECT_EQ(generation_->Score(&context, request, &response).error_code(), StatusCode::CANCELLED);
+  });
+  const FakeEngine::HeldScore score = engine_.TakeScore();
+  EXPECT_FALSE(score.request.abandoned());
+  context.TryCancel();
+  caller.join();
+  while (!score.request.abandoned()) std::this_thread::yield();  // the server hears it a bit later
+  score.reply(absl::CancelledError("gone"));
+}
+
 TEST_F(RpcServerTest, ScoresWarmsAndTrains) {
   Start();
   v1::ScoreRequest score;
