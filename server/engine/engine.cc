@@ -168,12 +168,12 @@ bool EngineImpl::AnswerWaiting() {
   if (pausing_ && generator_->num_running() == 0) {
     pausing_ = false;
     paused_ = true;
-    for (const Reply<int64_t>& reply : std::exchange(pause_replies_, {})) reply(pause_affected_);
+    for (const Waiter& waiter : std::exchange(pausers_, {})) waiter.reply(waiter.requests);
     answered = true;
   }
-  if (!drain_replies_.empty() && generator_->num_running() == 0 && generator_->num_waiting() == 0 &&
+  if (!drainers_.empty() && generator_->num_running() == 0 && generator_->num_waiting() == 0 &&
       queued_.load() == 0 && gate_->idle()) {
-    for (const Reply<int64_t>& reply : std::exchange(drain_replies_, {})) reply(0);
+    for (const Waiter& waiter : std::exchange(drainers_, {})) waiter.reply(waiter.requests);
     answered = true;
   }
   return answered;
@@ -196,8 +196,8 @@ void EngineImpl::Shutdown(const absl::Status& status) {
   for (const Command& command : commands_.TakeAll()) command(status);
   gate_->Fail(status);
   generator_->Fail(status);
-  for (std::vector<Reply<int64_t>>* replies : {&pause_replies_, &drain_replies_}) {
-    for (const Reply<int64_t>& reply : std::exchange(*replies, {})) reply(status);
+  for (std::vector<Waiter>* waiters : {&pausers_, &drainers_}) {
+    for (const Waiter& waiter : std::exchange(*waiters, {})) waiter.reply(status);
   }
   generator_->UpdateGauges();
 }
@@ -396,7 +396,7 @@ void EngineImpl::Drain(Reply<int64_t> reply) {
     LOG(INFO) << "draining running=" << generator_->num_running()
               << " waiting=" << generator_->num_waiting();
     EndPause("drained");
-    drain_replies_.push_back(std::move(answer));
+    drainers_.push_back({std::move(answer), generator_->num_running() + generator_->num_waiting()});
   });
 }
 
@@ -404,8 +404,8 @@ void EngineImpl::Drain(Reply<int64_t> reply) {
 
 void EngineImpl::EndPause(absl::string_view why) {
   paused_ = pausing_ = false;
-  for (const Reply<int64_t>& reply : std::exchange(pause_replies_, {})) {
-    reply(absl::AbortedError(
+  for (const Waiter& waiter : std::exchange(pausers_, {})) {
+    waiter.reply(absl::AbortedError(
         absl::StrCat("pause: ", why, " before the running requests had finished")));
   }
 }
@@ -422,8 +422,7 @@ void EngineImpl::StartPause(RunningRequests running, bool abort, Reply<int64_t> 
     generator_->RetractAll();
   } else if (running == RunningRequests::kDrain) {
     pausing_ = true;
-    pause_affected_ = affected;
-    pause_replies_.push_back(std::move(reply));
+    pausers_.push_back({std::move(reply), affected});
     return;
   }
   paused_ = true;

@@ -52,6 +52,11 @@ class EngineImpl final : public Engine {
   // Called with OK to be carried out, else to answer with the error.
   using Command = std::function<void(const absl::Status&)>;
   enum class Kind { kWork, kControl };  // work is refused while draining
+  // Of Pause(drain) or Drain, and what the answer will be.
+  struct Waiter {
+    Reply<int64_t> reply;
+    int64_t requests = 0;
+  };
 
   EngineImpl(const EngineOptions& options, Model& model, const Decoder& decoder, Metrics& metrics,
              const Clock& clock);
@@ -108,9 +113,8 @@ class EngineImpl final : public Engine {
   std::unique_ptr<PolicyGate> gate_;
   bool paused_ = false;
   bool pausing_ = false;  // Pause(drain): running requests finish first
-  int64_t pause_affected_ = 0;
-  std::vector<Reply<int64_t>> pause_replies_;
-  std::vector<Reply<int64_t>> drain_replies_;
+  std::vector<Waiter> pausers_;
+  std::vector<Waiter> drainers_;
 };
 
 }  // namespace coppice
