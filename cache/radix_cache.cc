@@ -96,8 +96,7 @@ absl::StatusOr<BlockSet> RadixCache::Allocate(int64_t n) {
   if (n > AvailableBlocks()) {
     return absl::ResourceExhaustedError(absl::StrFormat(
         "allocate kv blocks: need %d, have %d free and %d evictable of %d; wait for leases to end "
-        "or "
-        "enlarge the pool",
+        "or enlarge the pool",
         n, impl_->pool.num_free(), impl_->stats.cached_only_blocks, impl_->pool.num_blocks()));
   }
   while (impl_->pool.num_free() < n) {

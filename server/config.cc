@@ -64,8 +64,7 @@ const std::vector<Flag>& Flags() {
       {"Device", "threads", &Config::threads, "CPU threads of the model; 0 = all cores.", 0, 4096},
       {"Device", "deterministic", &Config::deterministic,
        "A token's numbers depend on its own prefix alone, bit for bit: cached or not, whatever "
-       "else "
-       "is in the batch. Costs speed on cuda, checked at start; cpu is always so."},
+       "else is in the batch. Costs speed on cuda, checked at start; cpu is always so."},
       {.group = "Device",
        .name = "compute_dtype",
        .field = &Config::compute_dtype,
@@ -143,10 +142,8 @@ const std::vector<Flag>& Flags() {
        1, kMaxCount},
       {"Training", "activation_bytes", &Config::activation_bytes,
        "Memory for activations of one training pass; decides what is kept, what is recomputed and "
-       "what is cut. "
-       "0 = half of the memory that is free at start; on cuda all of it but what gradients, "
-       "optimizer "
-       "and scratch need.",
+       "what is cut. 0 = half of the memory that is free at start; on cuda all of it but what "
+       "gradients, optimizer and scratch need.",
        0, INT64_MAX, Unit::kBytes},
       {.group = "Training",
        .name = "gradient_dtype",
@@ -156,23 +153,25 @@ const std::vector<Flag>& Flags() {
            "may use, rounded once more for every micro-batch.",
        .choices = {"f32", "bf16"}},
       {"Training", "max_rollouts", &Config::max_rollouts,
-       "Rollouts kept for training by id; the oldest goes first.", 1, kMaxCount},
+       "Rollouts kept for training by id, in host memory: 8 bytes a token drawn, 4 a token of the "
+       "prompt. The oldest goes first.",
+       1, kMaxCount},
       {"Training", "prompt_state_bytes", &Config::prompt_state_bytes,
        "Device memory for states of the prompts of retained requests, with which training under "
-       "the "
-       "same policy skips their forward pass; the oldest goes first. For long prompts: each such "
-       "group trains in a pass of its own. 0 = off.",
+       "the same policy skips their forward pass; the oldest goes first. For long prompts: each "
+       "such group trains in a pass of its own. 0 = off.",
        0, INT64_MAX, Unit::kBytes},
       {"Training", "max_step_records", &Config::max_step_records,
-       "Answers kept so that a repeated step_id gets the first one.", 1, kMaxCount},
+       "Answers kept so that a repeated step_id gets the first one, in host memory: 4 bytes a "
+       "token if log-probs were asked for.",
+       1, kMaxCount},
       {"Training", "checkpoint_dir", &Config::checkpoint_dir,
        "Directory of named checkpoints, created if absent. Durable steps are kept in its "
        "subdirectory durable, a name that no checkpoint may have, and are resumed at start. "
        "Empty: both are refused."},
       {"Router", "replicas", &Config::replicas,
        "NAME=HOST:PORT,... or HOST:PORT,...: the daemons, by names that stay when addresses "
-       "change. "
-       "This or --replica_dns is required."},
+       "change. This or --replica_dns is required."},
       {"Router", "replica_dns", &Config::replica_dns,
        "HOST:PORT of a headless service: the daemons are all its addresses, named by DNS. If it "
        "names only some, the others wait; if it names none, names are the addresses."},
@@ -180,8 +179,7 @@ const std::vector<Flag>& Flags() {
        "Seconds between two resolutions of --replica_dns.", 1, 3600},
       {"Router", "leader", &Config::leader,
        "Name of the daemon that trains. Empty: the first by name of those found at the start. It "
-       "is "
-       "never replaced while the router runs."},
+       "is never replaced while the router runs."},
       {"Router", "health_interval_ms", &Config::health_interval_ms,
        "Milliseconds between two health checks.", 10, 3600000},
       {"Router", "health_timeout_ms", &Config::health_timeout_ms,

@@ -49,7 +49,7 @@ absl::StatusOr<std::unique_ptr<Trainer>> Trainer::Create(const Options& options,
   if (Activations::MaxRows(decoder.config(), types, budget) < 1) {
     return absl::ResourceExhaustedError(
         absl::StrCat("trainer refused: ", budget,
-                     " bytes of activations hold no token; raise activation_bytes"));
+                     " bytes of activations hold no token; raise --activation_bytes"));
   }
   return std::make_unique<PolicyTrainer>(options, budget, model, decoder, clock);
 }

@@ -75,7 +75,7 @@ absl::StatusOr<PlannedPass> CutGroup(const RequestPlan& plan, const GroupRange& 
   const auto refused = [&](absl::string_view what, int64_t want, int64_t got) {
     return absl::InvalidArgumentError(absl::StrCat(
         "train request refused: group ", group.index, " wants at most ", want, " ", what, ", got ",
-        got, "; send fewer or shorter samples or raise the limit of rows"));
+        got, "; send fewer or shorter samples, or raise --max_train_rows or --activation_bytes"));
   };
   if (!limits.share_prefixes || limits.max_branch_rows == nullptr) {
     return refused("unique tokens", limits.max_rows, group.rows);
