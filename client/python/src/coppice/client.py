@@ -174,8 +174,7 @@ class Client:
 
     def generate_stream(self, prompt: types.Prompt, **options: Unpack[GenerateOptions]) -> Stream:
         """Starts n samples of one prompt and returns their events as a Stream: Started, then Chunk
-        and Finished of all
-        samples interleaved, then one GroupFinished."""
+        and Finished of all samples interleaved, then one GroupFinished."""
         request = _requests.generate_request(self._prompt(prompt), **options)
         call = self._generation.Generate(
             request,
@@ -285,18 +284,15 @@ class Client:
 
         Args:
             groups: what `generate` returned (sent by its rollout id if it was kept with
-                retain=True, else by its
-                tokens), or TrainGroups of your own.
+                retain=True, else by its tokens), or TrainGroups of your own.
             rewards: [groups][samples], turned into advantages per group; or leave it out and give
-                `advantages`, or
-                put either into the TrainSamples.
+                `advantages`, or put either into the TrainSamples.
             lr: learning rate, 0 or more.
             **options: see TrainOptions: loss, advantages, adam, step_id, max_policy_lag, ...
 
         Raises:
             InvalidArgumentError (names group, sample and field), FailedPreconditionError (stale
-            policy version),
-            NotFoundError (rollout).
+            policy version), NotFoundError (rollout).
         """
         request = _requests.train_step_request(groups, rewards, lr, **options)
         reply = self._call(
@@ -311,9 +307,7 @@ class Client:
         **options: Unpack[BatchOptions],
     ) -> types.TrainResult:
         """Adds to the gradients that `optim_step` applies; arguments as in `train_step`. When
-        several calls make one
-        step, give Loss.denominator."""
-
+        several calls make one step, give Loss.denominator."""
         request = _requests.forward_backward_request(groups, rewards, **options)
         reply = self._call(
             "Training/ForwardBackward",

@@ -1,8 +1,7 @@
 """`coppice bench`: open-loop load generator.
 
 Requests start at the times of a Poisson process, whether or not earlier ones have ended, and every
-latency counts from
-the planned start: a daemon that falls behind shows it.
+latency counts from the planned start: a daemon that falls behind shows it.
 """
 
 from __future__ import annotations
