@@ -27,6 +27,7 @@ constexpr char kWeightsFile[] = "model.safetensors";
 constexpr char kOptimizerFile[] = "optimizer.safetensors";
 constexpr char kFirstMoment[] = "m.";
 constexpr char kSecondMoment[] = "v.";
+constexpr char kOtherModel[] = "; load one of this model, or start with that one's --model";
 
 // Tensors of an arena laid out as the weights, by prefixed Hugging Face names.
 std::vector<TensorToWrite> Named(const ModelConfig& config, TensorView flat,
@@ -177,7 +178,9 @@ absl::Status VerifyFiles(const std::string& directory, const Manifest& manifest)
     const std::string path = absl::StrCat(directory, "/", name);
     std::error_code error;
     const uintmax_t size = std::filesystem::file_size(path, error);
-    if (error) return Damaged(path, "the file is missing");
+    if (error) {
+      return Damaged(path, absl::StrCat("want ", want.size_bytes, " bytes, got ", error.message()));
+    }
     if (size != static_cast<uintmax_t>(want.size_bytes)) {
       return Damaged(path, absl::StrCat("want ", want.size_bytes, " bytes, got ", size));
     }
@@ -198,12 +201,12 @@ absl::Status CheckShapes(const std::vector<TensorToWrite>& want, const TensorSou
     if (got.ok() && *got == shape) continue;
     return absl::InvalidArgumentError(
         absl::StrCat("checkpoint ", path, " is of another model: tensor ", tensor.name, " wants ",
-                     absl::StrJoin(shape, "x"), ", got ", found));
+                     absl::StrJoin(shape, "x"), ", got ", found, kOtherModel));
   }
   if (source.Names().size() == want.size()) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat("checkpoint ", path, " is of another model: want ",
                                                  want.size(), " tensors, got ",
-                                                 source.Names().size()));
+                                                 source.Names().size(), kOtherModel));
 }
 
 absl::Status ReadTensors(const std::vector<TensorToWrite>& tensors, const TensorSource& source,

@@ -89,7 +89,9 @@ bool PolicyGate::AnswerRepeat(StepKind kind, const TrainStepRequest& request,
     if (record->waiting.size() < kMaxRepeatsInFlight) {
       record->waiting.push_back(std::move(reply));
     } else {
-      reply(absl::ResourceExhaustedError("train step: too many repeats of a running step"));
+      reply(absl::ResourceExhaustedError(
+          absl::StrCat("train step: want at most ", kMaxRepeatsInFlight,
+                       " repeats of a running step, got one more; wait for its answer")));
     }
     return true;
   }
