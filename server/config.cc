@@ -92,7 +92,8 @@ const std::vector<Flag>& Flags() {
       {"Network", "http_port", &Config::http_port,
        "Port of /metrics, /healthz, /readyz; 0 = any free one.", 0, kMaxPort},
       {"Network", "port_file", &Config::port_file,
-       "File that gets {\"grpc\": port, \"http\": port, \"pid\": id} once ready, written at once."},
+       "File that gets {\"grpc\": port, \"http\": port, \"pid\": id} once ready, written at once; "
+       "removed at start."},
       {"Network", "max_message_bytes", &Config::max_message_bytes,
        "Largest gRPC message, in and out.", 4096, INT32_MAX, Unit::kBytes},
       {"Network", "stream_events", &Config::stream_events,

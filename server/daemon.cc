@@ -43,6 +43,9 @@ Daemon::~Daemon() {
 
 ExitCode Daemon::Run() {
   LOG(INFO) << "start " << ToString(config_);
+  if (absl::Status s = RemovePortFile(config_.port_file); !s.ok()) {
+    return Fail(ExitCode::kRuntimeError, "start_failed", s);
+  }
   if (absl::Status s = MakeStepLogDir(); !s.ok()) {
     return Fail(ExitCode::kBadFlags, "start_failed", s);
   }

@@ -21,6 +21,11 @@ absl::Status NotWritten(const std::string& path, const char* want) {
 
 }  // namespace
 
+absl::Status RemovePortFile(const std::string& path) {
+  if (path.empty() || std::remove(path.c_str()) == 0 || errno == ENOENT) return absl::OkStatus();
+  return NotWritten(path, "replaceable");
+}
+
 absl::Status WritePortFile(const std::string& path, int grpc_port, int http_port) {
   if (path.empty()) return absl::OkStatus();
   const std::string temporary = path + ".tmp";

@@ -7,6 +7,10 @@
 
 namespace coppice {
 
+// Removes what an earlier run has left under `path`: the file's presence says that this one is
+// ready. UNAVAILABLE if it cannot be removed.
+absl::Status RemovePortFile(const std::string& path);
+
 // {"grpc": port, "http": port, "pid": id} under `path`, by rename: readers see the whole file or
 // none. Nothing if `path` is empty. UNAVAILABLE if it cannot be written.
 absl::Status WritePortFile(const std::string& path, int grpc_port, int http_port);

@@ -26,6 +26,9 @@ ExitCode CodeOf(const absl::Status& status) {
 
 ExitCode RouterDaemon::Run() {
   LOG(INFO) << "start " << ToString(config_);
+  if (absl::Status s = RemovePortFile(config_.port_file); !s.ok()) {
+    return Fail(ExitCode::kRuntimeError, s);
+  }
   if (absl::Status s = StartHttp(); !s.ok()) return Fail(ExitCode::kPortTaken, s);
   LifeEvents events;
   if (absl::Status s = StartRouter(); !s.ok()) return Fail(CodeOf(s), s);

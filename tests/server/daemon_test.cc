@@ -132,6 +132,7 @@ TEST(DaemonStartTest, ADeviceThatCannotRunTheModelIsRefusedAtStart) {
   config.threads = 1;
   config.port = config.http_port = 0;
   config.port_file = absl::StrCat(testing::TempDir(), "coppice_lacks_", getpid(), ".json");
+  std::ofstream(config.port_file) << "of an earlier run";
   const auto lacks_attention = [](const Config& c,
                                   DType) -> absl::StatusOr<std::unique_ptr<ops::Ops>> {
     auto ops = ops::CreateOps(c.device, static_cast<int>(c.threads));
@@ -141,7 +142,7 @@ TEST(DaemonStartTest, ADeviceThatCannotRunTheModelIsRefusedAtStart) {
     return device;
   };
   EXPECT_EQ(Daemon(config, lacks_attention).Run(), ExitCode::kModelError);
-  EXPECT_FALSE(std::filesystem::exists(config.port_file)) << "it was ready";
+  EXPECT_FALSE(std::filesystem::exists(config.port_file)) << "who waits for it would go on";
 }
 
 }  // namespace
