@@ -78,12 +78,17 @@ const std::vector<Flag>& Flags() {
            "gradients are scaled. f16 excludes --gradient_dtype=bf16.",
        .choices = {"auto", "bf16", "f16"}},
       {"Device", "matmul_cache", &Config::matmul_cache,
-       "File that keeps by which of cuBLASLt's algorithms the larger matrix products run on cuda, "
-       "which saves several percent of their time. A kind of product that it lacks is timed when "
-       "first run, for up to a second, and added; processes with the same file have the same bits. "
-       "Made if absent. One that may not be written counts as it is; one of another library or "
-       "device, or broken, is not used. Empty: the library's first choice, nothing is timed. Not "
-       "used with --deterministic."},
+       "File that says by which of cuBLASLt's algorithms the larger matrix products run on cuda; "
+       "what it lacks runs by the library's first choice. Processes with the same file have the "
+       "same bits. It must be there unless it grows. One of another library or device, or broken, "
+       "is not used. Measure your load with and without: alone, products took 3 to 8 percent less "
+       "time on an H200, a train step and serving of 64 groups of 8 the same. Empty: the library's "
+       "first choice. Not used with --deterministic."},
+      {"Device", "matmul_cache_grows", &Config::matmul_cache_grows,
+       "Make the file of --matmul_cache, or add to it: a kind of product that it lacks is timed "
+       "when "
+       "first run, for up to a second, and hundreds come with the numbers of rows of a mixed load. "
+       "For a rehearsal of that load, not for service."},
       {"Network", "host", &Config::host,
        "Address to listen on, gRPC and HTTP. There is no authentication: beyond loopback put a "
        "proxy in front."},
@@ -366,6 +371,9 @@ absl::Status CheckTogether(const Config& config) {
   }
   if (config.device == "cuda" && config.compute_dtype == "f16" && config.gradient_dtype == "bf16") {
     return BadFlag("--gradient_dtype", "f32 with --compute_dtype=f16", config.gradient_dtype);
+  }
+  if (config.matmul_cache_grows && config.matmul_cache.empty()) {
+    return BadFlag("--matmul_cache", "a file with --matmul_cache_grows", "");
   }
   if (config.port != 0 && config.port == config.http_port) {
     return BadFlag("--http_port", "another port than --port", absl::StrCat(config.http_port));

@@ -29,6 +29,7 @@ struct Config {
   bool deterministic = false;
   std::string compute_dtype = "auto";
   std::string matmul_cache;
+  bool matmul_cache_grows = false;
   // Network
   std::string host = "127.0.0.1";
   int64_t port = 7700;

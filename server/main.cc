@@ -28,7 +28,8 @@ LogSeverity Severity(const std::string& level) {
 
 absl::StatusOr<std::unique_ptr<ops::Ops>> OpenDevice(const Config& config, DType compute_dtype) {
   return ops::CreateOps(config.device, static_cast<int>(config.threads), config.deterministic,
-                        compute_dtype, config.matmul_cache);
+                        compute_dtype,
+                        {.path = config.matmul_cache, .grows = config.matmul_cache_grows});
 }
 
 ExitCode Main(const std::vector<std::string>& args) {

@@ -80,18 +80,18 @@ absl::Status Context::Init(const CudaOptions& options) {
   return Scratch(kInitialScratchBytes).status();
 }
 
-absl::Status Context::InitMatMuls(const std::string& cache_path) {
+absl::Status Context::InitMatMuls(const ops::MatMulCacheFile& cache) {
   std::unique_ptr<MatMulChoices> choices;
-  if (!cache_path.empty() && deterministic_) {
-    LOG(WARNING) << "matmul_cache_unused file=" << cache_path
+  if (!cache.path.empty() && deterministic_) {
+    LOG(WARNING) << "matmul_cache_unused file=" << cache.path
                  << " note=\"with --deterministic one algorithm serves every number of rows\"";
-  } else if (!cache_path.empty()) {
+  } else if (!cache.path.empty()) {
     cudaDeviceProp device = {};
     RETURN_IF_ERROR(Check(cudaGetDeviceProperties(&device, 0), "device properties"));
     ASSIGN_OR_RETURN(
-        choices, MatMulChoices::Open(
-                     cache_path, absl::StrCat("cublaslt ", cublasLtGetVersion(), ", ", device.name,
-                                              ", sm_", device.major, device.minor)));
+        choices,
+        MatMulChoices::Open(cache, absl::StrCat("cublaslt ", cublasLtGetVersion(), ", ",
+                                                device.name, ", sm_", device.major, device.minor)));
   }
   matmuls_ = std::make_unique<MatMulCache>(std::move(choices));
   return absl::OkStatus();

@@ -8,7 +8,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <string>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -16,6 +15,7 @@
 #include "kernels/base/dtype.h"
 #include "kernels/cuda/layer_chain.h"
 #include "kernels/cuda/pinned_memory.h"
+#include "kernels/ops/ops.h"
 
 namespace coppice::cuda {
 
@@ -25,7 +25,7 @@ struct CudaOptions {
   // See ops::CreateOps.
   bool deterministic = false;
   DType compute_dtype = DType::kBF16;
-  std::string matmul_cache;
+  ops::MatMulCacheFile matmul_cache;
   // Without the kernels for sm_90 alone, whatever the device: for tests.
   bool portable = false;
 };
@@ -40,7 +40,7 @@ class Context {
   static constexpr int64_t kWorkspaceBytes = int64_t{32} << 20;
 
   // UNAVAILABLE without a usable device, UNIMPLEMENTED on one for which this build has no kernels.
-  // FAILED_PRECONDITION if the matmul cache's file cannot be made.
+  // FAILED_PRECONDITION without the matmul cache's file.
   static absl::StatusOr<std::unique_ptr<Context>> Create(const CudaOptions& options);
   ~Context();
   Context(const Context&) = delete;
@@ -73,7 +73,7 @@ class Context {
   Context(bool deterministic, DType compute_dtype);
   absl::Status Init(const CudaOptions& options);
   absl::Status InitCapability(bool portable);
-  absl::Status InitMatMuls(const std::string& cache_path);
+  absl::Status InitMatMuls(const ops::MatMulCacheFile& cache);
   absl::Status InitChainMemory();
 
   const bool deterministic_;

@@ -205,10 +205,10 @@ absl::Status CudaOps::AdamW(const ops::AdamWParams& p) { return cuda::AdamW(*con
 
 absl::StatusOr<std::unique_ptr<ops::Ops>> ops::CreateCudaOps(bool deterministic,
                                                              DType compute_dtype, bool portable,
-                                                             absl::string_view matmul_cache) {
+                                                             const MatMulCacheFile& matmul_cache) {
   return cuda::CudaOps::Create({.deterministic = deterministic,
                                 .compute_dtype = compute_dtype,
-                                .matmul_cache = std::string(matmul_cache),
+                                .matmul_cache = matmul_cache,
                                 .portable = portable});
 }
 

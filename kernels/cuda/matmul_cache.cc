@@ -14,7 +14,7 @@ namespace {
 
 constexpr int kCandidates = 32;
 // Among which the clock chooses.
-constexpr int kTimedCandidates = 16;
+constexpr int kTimedCandidates = 8;
 // Of a product worth timing, a few microseconds.
 constexpr double kMinTimedFlops = 4e9;
 // Of a product whose algorithm serves every m: large enough that no kernel for few rows is chosen.

@@ -2,7 +2,7 @@
 // heuristic chose; looked up by everything the choice depends on. Owner: Context. Cost of a miss:
 // about 0.1 ms on the host.
 //
-// With choices (matmul_choices.h) the heuristic's best are timed, once for a kind of product: all
+// With choices that grow (matmul_choices.h) the heuristic's best are timed, once for a kind: all
 // that differ in their number of rows by an eighth at most (weight gradients: a quarter) and for
 // which the heuristic's first choice is the same. Such a miss takes up to a second. Small products
 // are not timed.

@@ -157,13 +157,18 @@ absl::Status MatMulChoices::Write(const Map& choices) const {
   return status;
 }
 
-absl::StatusOr<std::unique_ptr<MatMulChoices>> MatMulChoices::Open(std::string path,
+absl::StatusOr<std::unique_ptr<MatMulChoices>> MatMulChoices::Open(const ops::MatMulCacheFile& file,
                                                                    std::string library) {
-  std::unique_ptr<MatMulChoices> choices(new MatMulChoices(std::move(path), std::move(library)));
-  const DirectoryLock lock(DirectoryOf(choices->path_));
+  std::unique_ptr<MatMulChoices> choices(new MatMulChoices(file.path, std::move(library)));
+  const DirectoryLock lock(DirectoryOf(file.path));
   absl::StatusOr<Map> read = choices->Read();
+  if (absl::IsNotFound(read.status()) && !file.grows) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("matmul cache not read: want a file at ", file.path,
+                     ", got none; let it grow once or change --matmul_cache"));
+  }
   if (absl::IsNotFound(read.status())) {
-    if (!lock.held()) return Failed("locked", DirectoryOf(choices->path_));
+    if (!lock.held()) return Failed("locked", DirectoryOf(file.path));
     RETURN_IF_ERROR(choices->Write({}));
     read = Map{};
   }
@@ -171,13 +176,13 @@ absl::StatusOr<std::unique_ptr<MatMulChoices>> MatMulChoices::Open(std::string p
     LOG(WARNING) << "matmul_cache_ignored file=" << choices->path_ << " reason=\""
                  << read.status().message()
                  << "\" note=\"the file stays, products run by the library's first choice; remove "
-                    "it or name another --matmul_cache to have them timed\"";
+                    "it and let it grow again, or change --matmul_cache\"";
     return choices;
   }
   choices->choices_ = *std::move(read);
-  choices->takes_more_ = lock.held() && MayWrite(choices->path_);
+  choices->takes_more_ = file.grows && lock.held() && MayWrite(choices->path_);
   LOG(INFO) << "matmul_cache file=" << choices->path_ << " choices=" << choices->size()
-            << " takes_more=" << (choices->takes_more_ ? "yes" : "no, it may not be written");
+            << " takes_more=" << (choices->takes_more_ ? "yes" : "no");
   return choices;
 }
 

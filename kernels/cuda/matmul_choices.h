@@ -4,8 +4,8 @@
 // of device.
 //
 // A choice counts once it is in the file: what another process has put there first stands, and what
-// cannot be written is not used. A file without write permission is a decision of the operator:
-// what it holds counts, and nothing more is timed.
+// cannot be written is not used. A file that is not to grow, or has no write permission, counts as
+// it is, and nothing is timed.
 //
 // Owner: MatMulCache; one thread. Processes are kept apart by a lock on the file's directory, and
 // the file is replaced as a whole. Cost: Find a look-up; Keep reads and writes the file.
@@ -20,6 +20,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "kernels/ops/ops.h"
 
 namespace coppice::cuda {
 
@@ -35,10 +36,11 @@ struct MatMulChoice {
 
 class MatMulChoices {
  public:
-  // Reads the file, or makes it: FAILED_PRECONDITION if that fails. One that is there but of
+  // Reads the file, or makes it if it grows: FAILED_PRECONDITION if it is not there then. One of
   // another library or device, or broken, is left as it is and not used: a warning. `library` names
   // library and device, in one line.
-  static absl::StatusOr<std::unique_ptr<MatMulChoices>> Open(std::string path, std::string library);
+  static absl::StatusOr<std::unique_ptr<MatMulChoices>> Open(const ops::MatMulCacheFile& file,
+                                                             std::string library);
 
   // For a kind of product, null if there is none. A kind is words with one space between them.
   const MatMulChoice* Find(absl::string_view kind) const;

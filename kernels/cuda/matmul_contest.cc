@@ -15,8 +15,8 @@ constexpr int kRounds = 3;
 constexpr double kShortTurn = 1.0 / 6;
 constexpr int kShortRounds = 2;
 constexpr size_t kFinalists = 3;
-// Slower by more in short turns, a candidate is out.
-constexpr double kStillInReach = 1.03;
+// Slower by more, in all short turns or in one long turn, a candidate is out.
+constexpr double kInReach = 1.03;
 // By less a candidate may win by chance.
 constexpr double kClearlyFaster = 0.99;
 
@@ -35,7 +35,7 @@ absl::StatusOr<std::vector<int>> Finalists(int num_candidates, double turn_secon
   std::stable_sort(others.begin(), others.end(), [&](int a, int b) { return sums[a] < sums[b]; });
   std::vector<int> finalists = {0};
   for (const int i : others) {
-    if (finalists.size() < kFinalists && sums[i] < kStillInReach * sums[0]) finalists.push_back(i);
+    if (finalists.size() < kFinalists && sums[i] < kInReach * sums[0]) finalists.push_back(i);
   }
   return finalists;
 }
@@ -46,32 +46,44 @@ double Median(std::vector<double> values) {
   return *middle;
 }
 
+// Of `left`, which has one or more, those in reach of the fastest in their last turn.
+std::vector<int> StillInReach(const std::vector<int>& left,
+                              const std::vector<std::vector<double>>& seconds) {
+  double best = seconds[left[0]].back();
+  for (const int i : left) best = std::min(best, seconds[i].back());
+  std::vector<int> rest;
+  for (const int i : left) {
+    if (seconds[i].back() <= kInReach * best) rest.push_back(i);
+  }
+  return rest;
+}
+
 }  // namespace
 
 absl::StatusOr<Contest> HoldContest(int num_candidates, const MeasureCandidate& measure) {
+  for (int i = 0; i < num_candidates; ++i) RETURN_IF_ERROR(measure(i, 0).status());
   ASSIGN_OR_RETURN(const double one_run, measure(0, 0));
   const double turn_seconds = std::min(kTurnSeconds, kTurnRuns * one_run);
   RETURN_IF_ERROR(measure(0, turn_seconds).status());  // so that all meet a device under load
-  ASSIGN_OR_RETURN(const std::vector<int> finalists,
+  ASSIGN_OR_RETURN(std::vector<int> left,
                    Finalists(num_candidates, kShortTurn * turn_seconds, measure));
-  std::vector<std::vector<double>> seconds(finalists.size());
-  const int rounds = finalists.size() > 1 ? kRounds : 1;
-  for (int round = 0; round < rounds; ++round) {
-    for (size_t i = 0; i < finalists.size(); ++i) {
-      ASSIGN_OR_RETURN(const double run, measure(finalists[i], turn_seconds));
+  std::vector<std::vector<double>> seconds(num_candidates);  // of long turns
+  for (int round = 0; round < kRounds && (round == 0 || left.size() > 1); ++round) {
+    for (const int i : left) {
+      ASSIGN_OR_RETURN(const double run, measure(i, turn_seconds));
       seconds[i].push_back(run);
     }
+    left = StillInReach(left, seconds);
   }
-  Contest contest;
-  contest.first_seconds = contest.winner_seconds = Median(seconds[0]);
-  for (size_t i = 1; i < finalists.size(); ++i) {
-    const double median = Median(seconds[i]);
-    if (median < kClearlyFaster * contest.first_seconds && median < contest.winner_seconds) {
-      contest.winner = finalists[i];
-      contest.winner_seconds = median;
-    }
+  const int best = *std::min_element(left.begin(), left.end(), [&](int a, int b) {
+    return Median(seconds[a]) < Median(seconds[b]);
+  });
+  const double first_seconds = Median(seconds[0]), best_seconds = Median(seconds[best]);
+  const bool first_is_left = left[0] == 0;
+  if (first_is_left && best_seconds >= kClearlyFaster * first_seconds) {
+    return Contest{.first_seconds = first_seconds, .winner_seconds = first_seconds};
   }
-  return contest;
+  return Contest{best, first_seconds, best_seconds};
 }
 
 }  // namespace coppice::cuda

@@ -32,13 +32,11 @@ class Turns {
   Turns(Context& context, const Rehearsal& rehearsal)
       : context_(context), timeline_(context), rehearsal_(rehearsal) {}
 
-  // Seconds of a run: the mean of as many as fit into `seconds`, at least two, behind two that do
-  // not count: the first may load its kernel.
+  // As MeasureCandidate wants it.
   absl::StatusOr<double> Measure(const cublasLtMatmulAlgo_t& algo, double seconds) {
-    RETURN_IF_ERROR(Run(algo, 1).status());
     ASSIGN_OR_RETURN(const double one, Run(algo, 1));
-    if (one == kNever) return kNever;
-    return Run(algo, static_cast<int>(std::clamp<double>(seconds / one, 2, kMaxRuns)));
+    if (one == kNever || seconds == 0) return one;
+    return Run(algo, static_cast<int>(std::clamp<double>(seconds / one, 1, kMaxRuns)));
   }
 
  private:

@@ -137,17 +137,22 @@ class Ops {
   virtual absl::Status AdamW(const AdamWParams& p) = 0;
 };
 
+// A file that says which of the library's algorithms the larger products run by; equal bits for all
+// processes that name the same. No path: the library's own first choice.
+struct MatMulCacheFile {
+  std::string path;
+  bool grows = false;  // kinds of products that it lacks are timed, for up to a second, and added
+};
+
 // `device`: "cpu" or "cuda" (UNIMPLEMENTED when built without CUDA).
 // `threads`: 0 = all cores (CPU only). `deterministic`: a row's bits do not depend on the other
 // rows of its batch, nor on which of its keys were cached; the CPU is always so. It covers what
 // generation runs; training is repeatable anyway (equal batches, equal bits). `compute_dtype`: the
 // type f of params.h on cuda, kBF16 or kF16; the CPU computes in f32 whatever it says.
-// `matmul_cache`: a file on cuda, unless deterministic, that keeps which of the library's
-// algorithms the larger products run by: timed once, equal for all processes that name it; empty:
-// the library's own first choice.
+// `matmul_cache`: see there; for cuda, unless deterministic.
 absl::StatusOr<std::unique_ptr<Ops>> CreateOps(absl::string_view device, int threads = 0,
                                                bool deterministic = false,
                                                DType compute_dtype = DType::kBF16,
-                                               absl::string_view matmul_cache = {});
+                                               const MatMulCacheFile& matmul_cache = {});
 
 }  // namespace coppice::ops

@@ -10,9 +10,9 @@ namespace coppice::ops {
 
 absl::StatusOr<std::unique_ptr<Ops>> CreateOps(absl::string_view device, int threads,
                                                bool deterministic, DType compute_dtype,
-                                               absl::string_view matmul_cache) {
-  if (device == "cpu" && !matmul_cache.empty()) {
-    LOG(WARNING) << "matmul_cache_unused file=" << matmul_cache << " note=\"it is for cuda\"";
+                                               const MatMulCacheFile& matmul_cache) {
+  if (device == "cpu" && !matmul_cache.path.empty()) {
+    LOG(WARNING) << "matmul_cache_unused file=" << matmul_cache.path << " note=\"it is for cuda\"";
   }
   if (device == "cpu") return cpu::CpuOps::Create(threads);
   if (device == "cuda") {

@@ -5,7 +5,6 @@
 #include <memory>
 
 #include "absl/status/statusor.h"
-#include "absl/strings/string_view.h"
 #include "kernels/ops/ops.h"
 
 namespace coppice::ops {
@@ -14,6 +13,6 @@ namespace coppice::ops {
 // run. Others: see CreateOps.
 absl::StatusOr<std::unique_ptr<Ops>> CreateCudaOps(bool deterministic, DType compute_dtype,
                                                    bool portable = false,
-                                                   absl::string_view matmul_cache = {});
+                                                   const MatMulCacheFile& matmul_cache = {});
 
 }  // namespace coppice::ops

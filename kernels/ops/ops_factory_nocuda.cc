@@ -2,7 +2,7 @@
 
 namespace coppice::ops {
 
-absl::StatusOr<std::unique_ptr<Ops>> CreateCudaOps(bool, DType, bool, absl::string_view) {
+absl::StatusOr<std::unique_ptr<Ops>> CreateCudaOps(bool, DType, bool, const MatMulCacheFile&) {
   return absl::UnimplementedError(
       "device cuda is not in this binary: want a build with CUDA, got one for cpu only; configure "
       "with -DCOPPICE_CUDA=ON");

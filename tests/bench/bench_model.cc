@@ -12,7 +12,8 @@ namespace coppice::bench {
 
 absl::StatusOr<std::unique_ptr<ops::Ops>> OpenDevice(const Options& options) {
   return ops::CreateOps(options.device, static_cast<int>(options.threads),
-                        /*deterministic=*/false, options.compute_dtype, options.matmul_cache);
+                        /*deterministic=*/false, options.compute_dtype,
+                        {.path = options.matmul_cache, .grows = true});
 }
 
 absl::StatusOr<std::unique_ptr<BenchModel>> BenchModel::Create(const Options& options) {

@@ -40,8 +40,8 @@ Options
   --block_tokens N     tokens in a KV block (default 16)
   --device cpu|cuda    where to run (default cpu)
   --compute_dtype NAME of weights and activations on cuda: bf16 (default), f16
-  --matmul_cache FILE  on cuda: which algorithms products run by, timed once and kept there; see
-                       coppiced --help (default none)
+  --matmul_cache FILE  on cuda: which algorithms products run by, what it lacks timed once and kept
+                       there; see coppiced --help (default none)
   --threads N          CPU threads, 0 = all cores (default)
   --repeats N          timed runs, of which the median counts (default 5)
   --seed N             of weights and tokens (default 1)

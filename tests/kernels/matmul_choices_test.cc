@@ -36,7 +36,7 @@ class MatMulChoicesTest : public testing::Test {
   void TearDown() override { std::filesystem::remove_all(directory_); }
 
   std::unique_ptr<MatMulChoices> Open(const std::string& library = kLibrary) {
-    auto choices = MatMulChoices::Open(path_, library);
+    auto choices = MatMulChoices::Open({.path = path_, .grows = true}, library);
     EXPECT_TRUE(choices.ok()) << choices.status();
     return choices.ok() ? *std::move(choices) : nullptr;
   }
@@ -99,7 +99,7 @@ TEST_F(MatMulChoicesTest, ProcessesThatWriteAtOnceLoseNothing) {
   constexpr int kProcesses = 4, kEach = 20;
   for (int process = 0; process < kProcesses; ++process) {
     if (fork() != 0) continue;
-    auto choices = MatMulChoices::Open(path_, kLibrary);
+    auto choices = MatMulChoices::Open({.path = path_, .grows = true}, kLibrary);
     bool kept = choices.ok();
     for (int i = 0; i < kEach; ++i) {
       const std::string kind = "process=" + std::to_string(process) + " i=" + std::to_string(i);
@@ -140,6 +140,19 @@ TEST_F(MatMulChoicesTest, BrokenOnesAreIgnored) {
   EXPECT_EQ(Open()->size(), 1);
 }
 
+TEST_F(MatMulChoicesTest, AFileThatIsNotToGrowCountsAsItIs) {
+  const ops::MatMulCacheFile file = {.path = path_};
+  const auto refused = MatMulChoices::Open(file, kLibrary);
+  EXPECT_EQ(refused.status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_FALSE(std::filesystem::exists(path_));
+  Open()->Keep("m=1", Choice(1));
+  const auto choices = *MatMulChoices::Open(file, kLibrary);
+  EXPECT_EQ(*choices->Find("m=1"), Choice(1));
+  EXPECT_FALSE(choices->takes_more());
+  EXPECT_EQ(choices->Keep("m=2", Choice(2)), nullptr);
+  EXPECT_EQ(Open()->size(), 1);
+}
+
 TEST_F(MatMulChoicesTest, AFileThatMayNotBeWrittenCountsAsItIs) {
   Open()->Keep("m=1", Choice(1));
   ASSERT_EQ(chmod(path_.c_str(), 0444), 0);
@@ -152,7 +165,7 @@ TEST_F(MatMulChoicesTest, AFileThatMayNotBeWrittenCountsAsItIs) {
 
 TEST_F(MatMulChoicesTest, AFileThatCannotBeMadeIsRefused) {
   path_ = directory_ + "/absent/choices.txt";
-  const auto choices = MatMulChoices::Open(path_, kLibrary);
+  const auto choices = MatMulChoices::Open({.path = path_, .grows = true}, kLibrary);
   EXPECT_EQ(choices.status().code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_THAT(std::string(choices.status().message()), HasSubstr("change --matmul_cache"));
 }

@@ -60,6 +60,15 @@ TEST(MatMulContestTest, OnlyCandidatesInReachRunForLong) {
   EXPECT_LT(candidates.spent(4), 0.03);
 }
 
+TEST(MatMulContestTest, AFirstThatIsFarBehindOrAheadIsSoonDecided) {
+  Candidates behind({1e-3, 0.9e-3}), ahead({1e-3, 1.1e-3}), close({1e-3, 0.98e-3});
+  EXPECT_EQ(behind.Hold().winner, 1);
+  EXPECT_EQ(ahead.Hold().winner, 0);
+  EXPECT_EQ(close.Hold().winner, 1);
+  EXPECT_LT(behind.spent(1), 0.5 * close.spent(1));
+  EXPECT_LT(ahead.spent(0), 0.7 * close.spent(0));
+}
+
 TEST(MatMulContestTest, ShortProductsTakeShortTurns) {
   Candidates candidates({1e-5, 0.9e-5});
   EXPECT_EQ(candidates.Hold().winner, 1);

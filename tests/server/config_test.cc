@@ -44,6 +44,11 @@ TEST(ConfigTest, ABooleanTakesTheWordBehindItIfThatIsOne) {
   ExpectBad({"--deterministic", "no", "--model=m"}, "want --name=value, got \"no\"");
 }
 
+TEST(ConfigTest, AMatMulCacheThatGrowsWantsAFile) {
+  EXPECT_TRUE(Parse({"--matmul_cache=f", "--matmul_cache_grows", "--model=m"})->matmul_cache_grows);
+  ExpectBad({"--matmul_cache_grows", "--model=m"}, "want a file with --matmul_cache_grows");
+}
+
 TEST(ConfigTest, CommandLineWinsOverEnvironment) {
   const auto config = Parse({"--threads=3"}, {{"COPPICE_MODEL", "m"},
                                               {"COPPICE_THREADS", "7"},
