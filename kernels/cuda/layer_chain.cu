@@ -53,22 +53,30 @@ __global__ void __launch_bounds__(kChainThreads, 1)
   }
 }
 
-// 128 weight rows by 64 columns: neighbours, or where the product is [gate | up] 64 of each, 8 rows
-// of gate before the same 8 of up, so that a thread has both sums of a column.
-cudaError_t MakeWeightMap(CUtensorMap& map, const ChainMatrix& w, int64_t n, int64_t k,
-                          bool gated) {
+// 128 weight rows by 64 columns: neighbours, or halves by turns: 8 rows of gate before the same 8
+// of up where the product is [gate | up], 8 of a head's first half before the same 8 of its second
+// where heads are rotated, so that a thread has both sums of what belongs together.
+cudaError_t MakeWeightMap(ChainPhase& phase, const ChainMatrix& w, int64_t n, int64_t k,
+                          int64_t head_dim) {
   const auto encode = TensorMapEncoder();
   if (!encode) return cudaErrorNotSupported;
   const auto size = [](int64_t x) { return static_cast<cuuint64_t>(x); };
-  const uint32_t rows = gated ? 8 : kTileRows;
-  const cuuint64_t extent[4] = {size(k), size(gated ? 8 : n), size(gated ? 2 : 1),
-                                size(gated ? n / 16 : 1)};
+  const bool gated = phase.step == ChainStep::kSwiGlu, rotated = phase.step == ChainStep::kRotate;
+  // Rows of a whole that has two halves, and such wholes.
+  const int64_t whole = gated ? n : rotated ? head_dim : 2 * n, wholes = rotated ? n / whole : 1;
+  const bool halves = gated || rotated;
+  phase.tile_rows = halves ? 0 : kTileRows, phase.tile_groups = gated ? 8 : 0;
+  phase.tile_heads = rotated ? kTileRows / static_cast<int>(whole) : 0;
   const cuuint64_t row = size(w.stride) * 2;
-  const cuuint64_t stride[3] = {row, row * size(gated ? n / 2 : n), row * 8};
-  const cuuint32_t box[4] = {kColumns, rows, gated ? 2u : 1u, gated ? 8u : 1u};
-  const cuuint32_t step[4] = {1, 1, 1, 1};
+  const cuuint64_t extent[5] = {size(k), size(halves ? 8 : n), halves ? 2u : 1u,
+                                size(halves ? whole / 16 : 1), size(wholes)};
+  const cuuint64_t stride[4] = {row, row * size(whole / 2), row * 8, row * size(whole)};
+  const auto box_groups = static_cast<cuuint32_t>(gated ? 8 : rotated ? whole / 16 : 1);
+  const cuuint32_t box[5] = {kColumns, halves ? 8u : kTileRows, halves ? 2u : 1u, box_groups,
+                             rotated ? kTileRows / static_cast<cuuint32_t>(whole) : 1u};
+  const cuuint32_t step[5] = {1, 1, 1, 1, 1};
   const CUresult result =
-      encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<void*>(w.data), extent, stride,
+      encode(&phase.w, CU_TENSOR_MAP_DATA_TYPE_UINT16, 5, const_cast<void*>(w.data), extent, stride,
              box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
              CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
@@ -84,18 +92,17 @@ struct ChainProduct {
 
 // Shares out a product's units after `rotation` longer runs of those before; adds its own.
 cudaError_t MakePhase(ChainPhase& phase, const ChainProduct& product, int64_t rows, int tokens,
-                      int blocks, int& rotation) {
+                      int blocks, int64_t head_dim, int& rotation) {
   const bool gated = product.step == ChainStep::kSwiGlu;
   phase.step = product.step;
   phase.tiles = static_cast<int>((product.n + kTileRows - 1) / kTileRows);
   phase.k_blocks = static_cast<int>((product.k + kColumns - 1) / kColumns);
-  phase.tile_rows = gated ? 0 : kTileRows, phase.tile_groups = gated ? 8 : 0;
   const int units = phase.tiles * phase.k_blocks;
   phase.shortest = units / blocks, phase.longer = units % blocks;
   phase.rotation = rotation;
   rotation = (rotation + phase.longer) % blocks;
   phase.columns = static_cast<int>(gated ? product.n / 2 : product.n);
-  if (const cudaError_t e = MakeWeightMap(phase.w, product.w, product.n, product.k, gated))
+  if (const cudaError_t e = MakeWeightMap(phase, product.w, product.n, product.k, head_dim))
     return e;
   const MapShape x = {product.x, rows, product.x_stride, 1, static_cast<int32_t>(product.k)};
   return MakeMap(phase.x, x, tokens);
@@ -122,7 +129,8 @@ cudaError_t MakeChainParameters(ChainParameters& p, const LayerChainArgs& a,
        a.rotation.positions != nullptr ? ChainStep::kRotate : ChainStep::kProject}};
   int rotation = 0;
   for (int i = 0; i < p.num_phases; ++i) {
-    if (const cudaError_t e = MakePhase(p.phases[i], products[i], a.rows, tokens, blocks, rotation))
+    if (const cudaError_t e = MakePhase(p.phases[i], products[i], a.rows, tokens, blocks,
+                                        a.rotation.head_dim, rotation))
       return e;
   }
   p.phases[0].Adds(a.input, a.input_stride, a.mid, a.mid_stride);

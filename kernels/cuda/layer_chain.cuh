@@ -22,8 +22,8 @@ enum class ChainStep : int { kResidual, kSwiGlu, kProject, kRotate };
 struct ChainPhase {
   CUtensorMap w, x;
   int tiles, k_blocks;
-  int tile_rows, tile_groups;  // coordinates from one tile to the next (MakeWeightMap)
-  int shortest, longer;        // units of a run, runs with one more
+  int tile_rows, tile_groups, tile_heads;  // coordinates from one tile to the next (MakeWeightMap)
+  int shortest, longer;                    // units of a run, runs with one more
   int rotation;
   int columns;  // of the result
   ChainStep step;
@@ -115,7 +115,8 @@ struct ChainShared {
   alignas(1024) unsigned char w[Shape::kStages][kUnitBytes];
   alignas(1024) unsigned char x[Shape::kXStages][Shape::kXStageBytes];
   alignas(16) float scales[2][Shape::kTokens];  // of phases 1 and 3
-  alignas(16) float heads[8][kTileRows + 8];    // kRotate: of 8 tokens, apart by other banks
+  // kRotate: sums of squares of a warp's columns of a head.
+  alignas(16) float squares[Shape::kTokens][kChainWarps];
   Barrier w_full[Shape::kStages], w_empty[Shape::kStages];
   Barrier x_full[Shape::kXStages], x_empty[Shape::kXStages];
   Barrier squares_there, scales_full[2];

@@ -7,12 +7,13 @@
 namespace coppice::cuda {
 
 // A unit of weights, which no other block reads.
-__device__ __forceinline__ void LoadUnit(void* to, const CUtensorMap& map, int column, int row,
-                                         int group, Barrier& full, uint64_t policy) {
+__device__ __forceinline__ void LoadUnit(void* to, const ChainPhase& phase, int column, int tile,
+                                         Barrier& full, uint64_t policy) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(SharedAddress(to)),
-      "l"(&map), "r"(column), "r"(row), "r"(0), "r"(group), "r"(SharedAddress(&full.word)),
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(SharedAddress(to)),
+      "l"(&phase.w), "r"(column), "r"(tile * phase.tile_rows), "r"(0),
+      "r"(tile * phase.tile_groups), "r"(tile * phase.tile_heads), "r"(SharedAddress(&full.word)),
       "l"(policy)
       : "memory");
 }
@@ -49,8 +50,7 @@ struct WeightLoader {
         const int stage =
             TakeStage(i == 0 || IsOver(s.started[i]) ? Shape::kInFlight : Shape::kInFlightAhead);
         s.w_full[stage].ArriveExpecting(kUnitBytes);
-        LoadUnit(s.w[stage], phase.w, block * kColumns, tile * phase.tile_rows,
-                 tile * phase.tile_groups, s.w_full[stage], policy);
+        LoadUnit(s.w[stage], phase, block * kColumns, tile, s.w_full[stage], policy);
         if (++block == phase.k_blocks) block = 0, ++tile;
       }
     }
@@ -101,17 +101,13 @@ __device__ void LoadTokens(const ChainParameters& p, ChainShared<Shape>& s) {
   WaitForPredecessor();
   for (int i = 0; i < p.num_phases; ++i) {
     const ChainPhase& phase = p.phases[i];
+    const Run run(phase);
+    int block = run.begin % phase.k_blocks;
     if (i > 0) {
       WaitForGrid(p, i - 1);
       s.started[i].Arrive();
       if (phase.step != ChainStep::kResidual) s.squares_there.Arrive();
     }
-    if (i == p.num_phases - 1) {
-      LetSuccessorStart();
-      LeaveGrid(p);
-    }
-    const Run run(phase);
-    int block = run.begin % phase.k_blocks;
     for (int unit = run.begin; unit < run.end; ++unit, ring.Advance()) {
       s.x_empty[ring.stage].Wait(ring.phase ^ 1);
       s.x_full[ring.stage].ArriveExpecting(Shape::kXStageBytes);
@@ -119,6 +115,8 @@ __device__ void LoadTokens(const ChainParameters& p, ChainShared<Shape>& s) {
       if (++block == phase.k_blocks) block = 0;
     }
   }
+  LetSuccessorStart();
+  LeaveGrid(p);  // not before the loop: x would wait for its trip
 }
 
 // By one warp: rstd of every token from the sums of squares of the phase before, for phases 1 and

@@ -28,8 +28,8 @@ struct Groups {
 };
 
 // What a warp does with sums of a tile once they are complete. Lanes 4 apart exchange sums, so that
-// each has pairs of columns of one token: `column` and the next, and with two halves the same 8
-// further on.
+// each has pairs of columns of one token: `column` and the next, and but for SwiGLU the same
+// `apart` further on.
 template <typename Shape>
 struct Finisher {
   using E = typename Shape::Element;
@@ -37,7 +37,8 @@ struct Finisher {
   const ChainParameters& p;
   const ChainPhase& phase;
   ChainShared<Shape>& s;
-  int warp, lane, column, square_row;
+  int warp, lane, column, apart, square_row;
+  int head;                 // kRotate
   int first_token, tokens;  // of this lane: token 8 j + first_token is one if 8 j < tokens
   bool inside[2];
   float2 factor[2];
@@ -46,43 +47,41 @@ struct Finisher {
                       ChainShared<Shape>& shared, int tile)
       : p(parameters), phase(of), s(shared), warp(threadIdx.x / 32), lane(threadIdx.x % 32) {
     square_row = tile * kChainWarps + warp;
-    column = phase.step == ChainStep::kSwiGlu ? square_row * 8 + lane / 8 * 2
-                                              : square_row * 16 + lane / 8 * 2;
+    const bool halves = phase.step == ChainStep::kSwiGlu || phase.step == ChainStep::kRotate;
+    column = square_row * (halves ? 8 : 16) + lane / 8 * 2, apart = 8, head = 0;
+    if (phase.step == ChainStep::kRotate) {
+      apart = p.rotation.head_dim / 2, head = square_row / (apart / 8);
+      column += head * apart;
+    }
     first_token = lane % 4 * 2 + lane / 4 % 2, tokens = p.rows - first_token;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      inside[h] = column + 8 * h < phase.columns;
+      inside[h] = column + apart * h < phase.columns;
       factor[h] = {0.f, 0.f};
       if (phase.factor != nullptr && inside[h])
-        factor[h] = LoadPair(static_cast<const E*>(phase.factor) + column + 8 * h);
+        factor[h] = LoadPair(static_cast<const E*>(phase.factor) + column + apart * h);
     }
   }
 
-  // cos and sin of a token, and its slot.
-  struct Angles {
-    float2 cosine, sine;
-    int slot;
-  };
-  // What is read before the sums are there: what is added to them, or the first group's angles.
+  // What is read before the sums are there: what is added to them, or cos and sin of the token.
   struct Addends {
     float2 x[kGroups][2];
-    Angles angles;
   };
   __device__ __forceinline__ void ReadAddends(const Groups& groups, Addends& addends) const {
-    const bool has_addends = phase.step == ChainStep::kResidual;
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) addends.x[j][0] = addends.x[j][1] = {0.f, 0.f};
+    if (phase.step == ChainStep::kRotate) ReadAngles(groups, addends);
+    if (phase.step != ChainStep::kResidual) return;
     const float* from = phase.addend + first_token * phase.addend_stride + column;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        addends.x[j][h] = {0.f, 0.f};
-        if (has_addends && groups.Has(j) && 8 * j < tokens && inside[h])
+        if (groups.Has(j) && 8 * j < tokens && inside[h])
           addends.x[j][h] =
               __ldcg(reinterpret_cast<const float2*>(from + 8 * j * phase.addend_stride + 8 * h));
       }
     }
-    addends.angles = {};
-    if (phase.step == ChainStep::kRotate) addends.angles = ReadAngles(8 * groups.begin + warp);
   }
 
   __device__ __forceinline__ void Finish(const Groups& groups, const float (&sum)[kTokens / 2],
@@ -94,7 +93,7 @@ struct Finisher {
     } else if (phase.step == ChainStep::kProject) {
       FinishProject(groups, sum);
     } else {
-      FinishRotate(groups, sum, addends.angles);
+      FinishRotate(groups, sum, addends);
     }
   }
 
@@ -156,73 +155,124 @@ struct Finisher {
     }
   }
 
-  // A lane has columns 2 i, + 1 of a head's halves; a tile has one head or two.
-  __device__ __forceinline__ int Lanes() const { return p.rotation.head_dim / 4; }
-  __device__ __forceinline__ int Head() const {
-    return square_row / kChainWarps * (kTileRows / p.rotation.head_dim) + lane / Lanes();
+  // kRotate: a lane has two columns of a head's first half and the same two of its second.
+  __device__ __forceinline__ bool IsValue() const {
+    return head >= p.rotation.q_heads + p.rotation.kv_heads;
   }
-  __device__ __forceinline__ Angles ReadAngles(int token) const {
+  __device__ __forceinline__ int ColumnOfHead() const {
+    return column - head * p.rotation.head_dim;
+  }
+  // Words of all tokens: lane l has those of tokens 32 k + l.
+  static constexpr int kTokenWords = (kTokens + 31) / 32;
+  struct TokenWords {
+    int word[kTokenWords];
+  };
+  __device__ __forceinline__ TokenWords ReadTokens(const int32_t* from, int otherwise) const {
+    TokenWords words;
+#pragma unroll
+    for (int k = 0; k < kTokenWords; ++k)
+      words.word[k] = from != nullptr && 32 * k + lane < p.rows ? from[32 * k + lane] : otherwise;
+    return words;
+  }
+  // That of this lane's token of group j.
+  __device__ __forceinline__ int OfToken(const TokenWords& words, int j) const {
+    return __shfl_sync(~0u, words.word[j / 4], (8 * j + first_token) % 32);
+  }
+  // Values keep what they have: cos 1, sin 0.
+  __device__ __forceinline__ void ReadAngles(const Groups& groups, Addends& addends) const {
     const ChainRotation& r = p.rotation;
-    const int i = lane % Lanes();
-    if (token >= p.rows) return {};
-    const auto* angles = reinterpret_cast<const float2*>(
-        r.rope + r.positions[token] * static_cast<int64_t>(r.head_dim));
-    return {angles[i], angles[i + Lanes()], r.kv_slots != nullptr ? r.kv_slots[token] : -1};
+    const TokenWords positions = ReadTokens(r.positions, 0);
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      const int position = OfToken(positions, j);
+      addends.x[j][0] = {1.f, 1.f};
+      if (IsValue() || !groups.Has(j) || 8 * j >= tokens) continue;
+      const float* from = r.rope + position * static_cast<int64_t>(r.head_dim) + ColumnOfHead();
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+        addends.x[j][h] = *reinterpret_cast<const float2*>(from + h * apart);
+    }
+  }
+  struct HeadNorm {
+    bool has;
+    uint32_t weights[2];
+  };
+  __device__ __forceinline__ HeadNorm ReadHeadNorm() const {
+    const ChainRotation& r = p.rotation;
+    const auto* from = static_cast<const E*>(head < r.q_heads ? r.q_norm
+                                             : IsValue()      ? nullptr
+                                                              : r.k_norm);
+    HeadNorm norm = {from != nullptr, {PackPair<E>(1.f, 1.f), PackPair<E>(1.f, 1.f)}};
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      if (norm.has)
+        norm.weights[h] = *reinterpret_cast<const uint32_t*>(from + ColumnOfHead() + h * apart);
+    return norm;
   }
   __device__ __forceinline__ void FinishRotate(const Groups& groups,
                                                const float (&sum)[kTokens / 2],
-                                               Angles angles) const {
-#pragma unroll 1
-    for (int j = groups.begin; j < groups.end; ++j) {
-      const Angles of_next = j + 1 < groups.end ? ReadAngles(8 * (j + 1) + warp) : Angles{};
-      float x[4] = {sum[0], sum[1], sum[2], sum[3]};
+                                               const Addends& addends) const {
+    constexpr int kTurn = kGroups < 2 ? kGroups : 2;  // groups together: what registers take
+    const HeadNorm norm = ReadHeadNorm();
+    const TokenWords slots =
+        ReadTokens(head < p.rotation.q_heads ? nullptr : p.rotation.kv_slots, -1);
 #pragma unroll
-      for (int i = 4; i < kTokens / 2; ++i)
-        if (i / 4 == j) x[i % 4] = sum[i];
-      const float scale = s.scales[1][8 * j + first_token];
+    for (int first = 0; first < kGroups; first += kTurn) {
+      if (groups.end <= first || first + kTurn <= groups.begin) continue;
+      float2 y[kTurn][2];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const float2 y = Exchange(x[2 * h], x[2 * h + 1]);
-        *reinterpret_cast<float2*>(&s.heads[first_token][column % kTileRows + 8 * h]) = {
-            y.x * scale + factor[h].x, y.y * scale + factor[h].y};
-      }
+      for (int i = 0; i < kTurn; ++i)
+        if (groups.Has(first + i)) ScaleHeads(first + i, sum, y[i]);
       NamedSync(1, kChainMultipliers);
-      if (8 * j + warp < p.rows) RotateHeads(8 * j + warp, angles);
-      angles = of_next;
-      NamedSync(1, kChainMultipliers);
+#pragma unroll
+      for (int i = 0; i < kTurn; ++i)
+        if (groups.Has(first + i))
+          RotateHeads(first + i, y[i], addends.x[first + i], norm, OfToken(slots, first + i));
     }
+    NamedSync(1, kChainMultipliers);  // the squares may be written again
   }
-  // A token's heads of this tile, by one warp.
-  __device__ __forceinline__ void RotateHeads(int token, const Angles& angles) const {
+  __device__ __forceinline__ void ScaleHeads(int j, const float (&sum)[kTokens / 2],
+                                             float2 (&y)[2]) const {
+    const float scale = s.scales[1][8 * j + first_token];
+    float squares = 0.f;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float2 x = Exchange(sum[4 * j + 2 * h], sum[4 * j + 2 * h + 1]);
+      y[h] = {x.x * scale + factor[h].x, x.y * scale + factor[h].y};
+      squares += y[h].x * y[h].x + y[h].y * y[h].y;
+    }
+    squares += __shfl_xor_sync(~0u, squares, 8);
+    squares += __shfl_xor_sync(~0u, squares, 16);
+    if (lane < 8) s.squares[8 * j + first_token][warp] = squares;
+  }
+  // From the squares of all of the head's warps.
+  __device__ __forceinline__ float HeadRstd(int token) const {
+    const auto* squares = reinterpret_cast<const float4*>(s.squares[token]);
+    const float4 a = squares[0], b = squares[1];
+    const float first = a.x + a.y + a.z + a.w, second = b.x + b.y + b.z + b.w;
+    const float mean =
+        apart == 64 ? (first + second) * 0x1p-7f : (warp < 4 ? first : second) * 0x1p-6f;
+    return rsqrtf(mean + p.eps);
+  }
+  __device__ __forceinline__ void RotateHeads(int j, const float2 (&y)[2],
+                                              const float2 (&angles)[2], const HeadNorm& norm,
+                                              int slot) const {
     const ChainRotation& r = p.rotation;
-    const int half = r.head_dim / 2, i = lane % Lanes(), head = Head();
-    const float* from = s.heads[warp] + lane / Lanes() * r.head_dim + 2 * i;
-    float2 a = *reinterpret_cast<const float2*>(from);
-    float2 b = *reinterpret_cast<const float2*>(from + half);
-    const bool is_q = head < r.q_heads, is_v = head >= r.q_heads + r.kv_heads;
-    const auto* norm = static_cast<const E*>(is_q ? r.q_norm : r.k_norm);
-    float squares = a.x * a.x + a.y * a.y + b.x * b.x + b.y * b.y;
-    for (int d = 1; d < Lanes(); d *= 2) squares += __shfl_xor_sync(~0u, squares, d);
-    if (norm != nullptr && !is_v) {
-      const float rstd = rsqrtf(squares / static_cast<float>(r.head_dim) + p.eps);
-      const float2 na = LoadPair(norm + 2 * i), nb = LoadPair(norm + half + 2 * i);
-      a.x *= rstd * na.x, a.y *= rstd * na.y, b.x *= rstd * nb.x, b.y *= rstd * nb.y;
-    }
-    if (!is_v) {
-      const float2 cosine = angles.cosine, sine = angles.sine, x = a;
-      a = {x.x * cosine.x - b.x * sine.x, x.y * cosine.y - b.y * sine.y};
-      b = {b.x * cosine.x + x.x * sine.x, b.y * cosine.y + x.y * sine.y};
-    }
-    if (head >= r.q_heads + 2 * r.kv_heads) return;
-    const uint32_t first = PackPair<E>(a.x, a.y), second = PackPair<E>(b.x, b.y);
-    const auto store = [&](E* to) {
-      *reinterpret_cast<uint32_t*>(to) = first, *reinterpret_cast<uint32_t*>(to + half) = second;
-    };
-    store(static_cast<E*>(phase.out) + token * phase.out_stride + head * r.head_dim + 2 * i);
-    if (is_q || angles.slot < 0) return;
-    const int kv_head = head - r.q_heads - (is_v ? r.kv_heads : 0);
-    store(static_cast<E*>(is_v ? r.page_v : r.page_k) +
-          (static_cast<int64_t>(angles.slot) * r.kv_heads + kv_head) * r.head_dim + 2 * i);
+    const float rstd = norm.has ? HeadRstd(8 * j + first_token) : 1.f;
+    const float2 na = Pair<E>(norm.weights[0]), nb = Pair<E>(norm.weights[1]);
+    const float2 cosine = angles[0], sine = angles[1];
+    const float2 x = {y[0].x * (rstd * na.x), y[0].y * (rstd * na.y)};
+    const float2 z = {y[1].x * (rstd * nb.x), y[1].y * (rstd * nb.y)};
+    const float2 a = {x.x * cosine.x - z.x * sine.x, x.y * cosine.y - z.y * sine.y};
+    const float2 b = {z.x * cosine.x + x.x * sine.x, z.y * cosine.y + x.y * sine.y};
+    if (8 * j >= tokens || !inside[1]) return;
+    E* to = static_cast<E*>(phase.out) + (8 * j + first_token) * phase.out_stride + column;
+    StorePair(to, a), StorePair(to + apart, b);
+    if (slot < 0) return;
+    const int first_head = IsValue() ? r.q_heads + r.kv_heads : r.q_heads;
+    to = static_cast<E*>(IsValue() ? r.page_v : r.page_k) +
+         (static_cast<int64_t>(slot) * r.kv_heads - first_head) * r.head_dim + column;
+    StorePair(to, a), StorePair(to + apart, b);
   }
   static __device__ __forceinline__ void StorePair(E* to, float2 y) {
     *reinterpret_cast<uint32_t*>(to) = PackPair<E>(y.x, y.y);
