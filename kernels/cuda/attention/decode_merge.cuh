@@ -2,7 +2,7 @@
 // every row, their own and those of the kernels before.
 #pragma once
 
-#include "kernels/cuda/attention/chunk_attention.cuh"
+#include "kernels/cuda/attention/packed_parts.cuh"
 #include "kernels/cuda/overlap.cuh"
 
 namespace coppice::cuda {
@@ -10,7 +10,7 @@ namespace coppice::cuda {
 // Which partial results a block's merges are made of, looked up while there is time.
 struct BlockMerges {
   static constexpr int kCount = 24;  // merges, at most
-  static constexpr int kParts = 18;  // their first results
+  static constexpr int kParts = 20;  // their first results
   int2 rows[kCount];                 // row, query head
   int2 ends[kCount];                 // of its results in merge_parts
   int parts[kCount][kParts];
@@ -76,98 +76,120 @@ __device__ __forceinline__ void AwaitBlocks(int32_t* arrivals, unsigned blocks) 
   } while (static_cast<int>(now - last) < 0);
 }
 
-// Folds the partial results of one row and query head; a warp, a lane has D / 32 columns. All of a
-// block's first results are on their way at once; their factors come from their maxima, the sum
-// goes in the order of the row's list.
+// Folds the partial results of one row and query head: by a team of D / 8 lanes, 8 columns each,
+// or by all teams of a warp, every so many results each.
 template <int D>
 struct RowSum {
-  static constexpr int kColumns = D / 32;
-  static constexpr int kHalf = BlockMerges::kParts / 2;
-  float out[kColumns] = {}, max = -INFINITY, sum = 0.f;
+  static constexpr int kTeam = D / 8, kTeams = 32 / kTeam;
+  static constexpr int kLoads = BlockMerges::kParts / kTeams;  // on their way at a time
+  float out[8] = {}, max = -INFINITY, sum = 0.f;
 
-  // Results [first, first + kHalf); beyond `count` the last one again, so that no load waits for
-  // another's condition.
-  __device__ __forceinline__ static void Read(float (&x)[kHalf][kColumns], const float* from,
-                                              int part, int first, int count) {
-    static_assert(kColumns == 2 || kColumns == 4);
+  // Results `first`, first + stride .. of merge i, kLoads of them; behind its last that one again,
+  // times 0, so that no load waits for another's condition. kListed: none is beyond the lists.
+  template <bool kListed, typename E>
+  __device__ __forceinline__ void Add(const ChunkParameters<E>& p, const BlockMerges& merges, int i,
+                                      int first, int stride) {
+    const int2 ends = merges.ends[i];
+    const int last = ends.y - ends.x - 1;
+    const uint4* from = reinterpret_cast<const uint4*>(p.partial.out) + threadIdx.x % kTeam;
+    asm volatile("" : "+l"(from));  // one addition for an address
+    uint4 x[kLoads];
+    float2 sums[kLoads];
+    int parts[kLoads];
 #pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const int64_t at = __shfl_sync(~0u, part, min(first + i, count - 1));
-      if constexpr (kColumns == 4) {
-        const float4 four = __ldcg(reinterpret_cast<const float4*>(from + at * D));
-        x[i][0] = four.x, x[i][1] = four.y, x[i][2] = four.z, x[i][3] = four.w;
-      } else {
-        const float2 two = __ldcg(reinterpret_cast<const float2*>(from + at * D));
-        x[i][0] = two.x, x[i][1] = two.y;
-      }
+    for (int k = 0; k < kLoads; ++k) {
+      const int at = min(first + k * stride, last);
+      parts[k] = kListed ? merges.parts[i][at] : PartAt(p, ends.x + at, merges.rows[i].y);
+    }
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) x[k] = __ldcg(from + int64_t{parts[k]} * kTeam);
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) sums[k] = __ldcg(p.partial.sums + parts[k]);
+    __syncwarp();  // or ptxas lets loads wait for what is made of others
+    float top = max;
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      if (first + k * stride > last) sums[k] = {-INFINITY, 0.f};
+      top = fmaxf(top, sums[k].x);
+    }
+    const float base = top == -INFINITY ? 0.f : top;
+    Shrink(Exp2(max - base));
+    max = top;
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) AddOne(x[k], sums[k].y, Exp2(sums[k].x - base));
+  }
+
+  __device__ __forceinline__ void AddOne(const uint4& x, float total, float factor) {
+    sum = __fmaf_rn(total, factor, sum);
+    const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float2 pair = Pair<F16>(words[c]);
+      out[2 * c] = __fmaf_rn(pair.x, factor, out[2 * c]);
+      out[2 * c + 1] = __fmaf_rn(pair.y, factor, out[2 * c + 1]);
     }
   }
 
-  // `factor` is 0 beyond the last result.
-  __device__ __forceinline__ void AddHalf(const float (&x)[kHalf][kColumns], float factor,
-                                          int first) {
+  __device__ __forceinline__ void Shrink(float factor) {
+    sum *= factor;
 #pragma unroll
-    for (int i = 0; i < kHalf; ++i) {
-      const float scale = __shfl_sync(~0u, factor, first + i);
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) out[c] = __fmaf_rn(x[i][c], scale, out[c]);
-    }
+    for (int c = 0; c < 8; ++c) out[c] *= factor;
   }
 
-  // `count` results, at least one; `part` the lane's.
-  __device__ __forceinline__ void Add(const ChunkScratch& partial, int part, int count) {
-    const int lane = threadIdx.x % 32;
-    const float2 mine = lane < count ? __ldcg(partial.sums + part) : float2{-INFINITY, 0.f};
-    const float* from = partial.out + lane * kColumns;
-    float low[kHalf][kColumns], high[kHalf][kColumns];
-    Read(low, from, part, 0, count);
-    if (count > kHalf) Read(high, from, part, kHalf, count);
-    float top = mine.x;
+  // What the warp's teams have of one row.
+  __device__ __forceinline__ void AddTeams() {
+    float top = max;
 #pragma unroll
-    for (int i = 16; i > 0; i /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
-    const FoldFactors f = Factors(max, top);
-    const float factor = f.max == -INFINITY ? 0.f : Exp2(mine.x - f.max);
-    float added = factor * mine.y;
+    for (int i = kTeam; i < 32; i *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, i));
+    Shrink(Exp2(max - top));
+    max = top;
 #pragma unroll
-    for (int i = 16; i > 0; i /= 2) added += __shfl_xor_sync(~0u, added, i);
-    max = f.max, sum = __fmaf_rn(sum, f.a, added);
+    for (int i = kTeam; i < 32; i *= 2) {
+      sum += __shfl_xor_sync(~0u, sum, i);
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c) out[c] *= f.a;
-    AddHalf(low, factor, 0);
-    if (count > kHalf) AddHalf(high, factor, kHalf);
+      for (int c = 0; c < 8; ++c) out[c] += __shfl_xor_sync(~0u, out[c], i);
+    }
   }
 
   template <typename E>
   __device__ __forceinline__ void Store(const ChunkParameters<E>& p, int2 row) const {
-    const int lane = threadIdx.x % 32;
+    const int piece = threadIdx.x % kTeam;
     const float inverse = 1.f / sum;
     auto* to = reinterpret_cast<uint32_t*>(p.out + row.x * p.out_stride + row.y * D) +
-               lane * (kColumns / 2);
+               piece / 4 * 16 + piece % 4;
 #pragma unroll
-    for (int c = 0; c < kColumns; c += 2)
-      to[c / 2] = PackPair<E>(out[c] * inverse, out[c + 1] * inverse);
-    if (p.lse && lane == 0) p.lse[int64_t{row.x} * p.q_heads + row.y] = max * kLn2 + logf(sum);
+    for (int c = 0; c < 4; ++c)
+      to[4 * c] = PackPair<E>(out[2 * c] * inverse, out[2 * c + 1] * inverse);
+    if (p.lse && piece == 0) p.lse[int64_t{row.x} * p.q_heads + row.y] = max * kLn2 + logf(sum);
   }
 };
 
-// Merge i of the block's share.
+// The block's share. A warp takes a merge, or where these are more than warps each of its teams.
 template <int D, typename E>
-__device__ __forceinline__ void MergeRow(const ChunkParameters<E>& p, const BlockMerges& merges,
-                                         int i) {
-  const int lane = threadIdx.x % 32;
-  const int2 row = merges.rows[i], ends = merges.ends[i];
-  RowSum<D> total;
-  for (int begin = ends.x; begin < ends.y; begin += BlockMerges::kParts) {
-    const int count = min(ends.y - begin, BlockMerges::kParts);
-    int part = 0;
-    if (lane < count)
-      part = begin == ends.x ? merges.parts[i][lane] : PartAt(p, begin + lane, row.y);
-    total.Add(p.partial, part, count);
+__device__ __forceinline__ void MergeShareOf(const ChunkParameters<E>& p, const MergeShare& share,
+                                             const BlockMerges& merges) {
+  using Sum = RowSum<D>;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int team = threadIdx.x % 32 / Sum::kTeam;
+  const bool together = !share.Has(warps);
+  const int first = together ? team : 0, stride = together ? Sum::kTeams : 1;
+  const int apart = together ? 0 : team * warps;  // from the warp's first merge to the team's
+  for (int i = warp; share.Has(i); i += warps * (together ? 1 : Sum::kTeams)) {
+    const bool has = share.Has(i + apart);
+    const int mine = has ? i + apart : i, count = merges.ends[mine].y - merges.ends[mine].x;
+    Sum total;
+    int done = 0;
+    for (; done < BlockMerges::kParts && __any_sync(~0u, done < count);
+         done += Sum::kLoads * stride)
+      total.template Add<true>(p, merges, mine, done + first, stride);
+    for (; __any_sync(~0u, done < count); done += Sum::kLoads * stride)
+      total.template Add<false>(p, merges, mine, done + first, stride);
+    if (together) total.AddTeams();
+    if (has && first == 0) total.Store(p, merges.rows[mine]);
   }
-  total.Store(p, row);
 }
 
-// All threads of all blocks. Traffic: 4 head_dim + 8 bytes a partial result, from L2; bound by
+// All threads of all blocks. Traffic: 2 head_dim + 8 bytes a partial result, from L2; bound by
 // latency.
 template <int D, typename E>
 __device__ __forceinline__ void MergeWithAllBlocks(const ChunkParameters<E>& p,
@@ -178,8 +200,7 @@ __device__ __forceinline__ void MergeWithAllBlocks(const ChunkParameters<E>& p,
   __syncthreads();
   if (threadIdx.x == 0) AwaitBlocks(p.schedule.arrivals + at.kv_head * kArrivalWords, share.slots);
   __syncthreads();
-  const int warps = blockDim.x / 32;
-  for (int i = threadIdx.x / 32; share.Has(i); i += warps) MergeRow<D>(p, merges, i);
+  MergeShareOf<D>(p, share, merges);
 }
 
 }  // namespace coppice::cuda

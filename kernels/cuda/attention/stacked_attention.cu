@@ -7,9 +7,9 @@
 // work and all blocks run at once. One warp streams K and V by TMA in steps of 64 keys, across
 // items; two consumer warpgroups take 64 stacked rows each, or, of items of up to 64 rows, every
 // second one; two warps take the slot's leaves, short runs of keys of few rows, on mma.sync
-// (chunk_attention.cuh). Then the blocks wait for each other and fold all partial results. Traffic:
-// each key once per item, 4 head_dim bytes; bound by it (4.3 TB/s) up to about 128 stacked rows, by
-// the tensor cores beyond.
+// (leaf_sums.cuh). Then, where nothing else has results for them, the blocks wait for each other
+// and fold all partial results. Traffic: each key once per item, 4 head_dim bytes; bound by it (4.3
+// TB/s) up to about 128 stacked rows, by the tensor cores beyond.
 #include "kernels/cuda/attention/stacked_attention.cuh"
 
 namespace coppice::cuda {
@@ -26,8 +26,7 @@ template <typename E>
 struct StackedParameters {
   CUtensorMap k, v;
   ChunkParameters<E> common;
-  int pieces;   // boxes of a step: pages, or one
-  bool merges;  // the last step is the kernel's own
+  int pieces;  // boxes of a step: pages, or one
 };
 
 template <typename E>
@@ -94,22 +93,15 @@ __device__ void LoadKeys(const StackedParameters<E>& p, StackedShared<E, D>& s,
 }
 
 // One of kLeafWarps: every so many of the slot's leaves.
-template <typename E, int D>
+template <typename E, int D, bool kPacked>
 __device__ void SumLeaves(const ChunkParameters<E>& p, const DecodePlace& at,
                           LeafShared<E, D>& shared, int first) {
   const SlotItems items(p.schedule.leaf_chunks, p.schedule.leaf_slots, at.slot);
   const int lane = threadIdx.x % 32;
   WaitForPredecessor();
   for (int n = first; n < items.count; n += kLeafWarps) {
-    const WarpWork<D, 1, LeafShared<E, D>> work{p, items.first[n], at.kv_head, lane, 0, shared};
-    const int begin = work.item.key_begin, end = work.item.key_end;
-    work.StartSplit(begin, end);
-    uint32_t q[D / 16][4];
-    int rows[2];
-    work.LoadQueries(q, rows);
-    RowSums<D> sums;
-    work.SumSplit(sums, q, rows, begin, end);
-    work.Write(InRegisters<D>{sums});
+    const WarpWork<D, 1, LeafShared<E, D>> keys{p, items.first[n], at.kv_head, lane, 0, shared};
+    LeafWork<E, D, kPacked>{p, keys}.Run();
   }
 }
 
@@ -122,7 +114,8 @@ __device__ void InitBarriers(StackedShared<E, D>& s) {
   FenceBarrierInit();
 }
 
-template <typename E, int D>
+// kMerges: the last step is the kernel's own.
+template <typename E, int D, bool kMerges>
 __global__ void __launch_bounds__(kThreads, 1)
     StackedAttentionKernel(const __grid_constant__ StackedParameters<E> p) {
   extern __shared__ __align__(1024) unsigned char raw[];
@@ -133,15 +126,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const DecodePlace at;
   const int warp = threadIdx.x / 32;
   if (warp >= 4) {
-    Consume(p.common, s, at, warp / 4 - 1);
+    Consume<E, D, kMerges>(p.common, s, at, warp / 4 - 1);
   } else if (warp == 0) {
     LoadKeys(p, s, at);
   } else if (warp == 1) {
-    if (p.merges) LookUp(p.common, at, s.merges);
+    if constexpr (kMerges) LookUp(p.common, at, s.merges);
   } else {
-    SumLeaves(p.common, at, s.leaves[warp - kFirstLeafWarp], warp - kFirstLeafWarp);
+    const int first = warp - kFirstLeafWarp;
+    SumLeaves<E, D, kMerges>(p.common, at, s.leaves[first], first);
   }
-  if (p.merges) {
+  if constexpr (kMerges) {
     MergeWithAllBlocks<D>(p.common, at, s.merges);
   } else {
     WaitForPredecessor();
@@ -161,14 +155,16 @@ cudaError_t Launch(const TreeAttentionArgs& a, const ChunkScratch& scratch, cuda
   if (auto e = MakeMap(p.k, {c.k, slots, stride, kv_heads, D}, piece)) return e;
   if (auto e = MakeMap(p.v, {c.v, slots, stride, kv_heads, D}, piece)) return e;
   const dim3 grid(a.schedule.num_stacked_slots, kv_heads);
-  // Blocks may wait for each other only where the device holds them all.
-  p.merges =
+  // Blocks may wait for each other only where the device holds them all; and they read no results
+  // but their own, which have a form of their own.
+  const bool merges =
       int64_t{grid.x} * grid.y <= Multiprocessors() &&
+      a.schedule.num_wide + a.schedule.num_narrow == 0 &&
       int64_t{a.schedule.num_merges} * p.common.group_size <= int64_t{BlockMerges::kCount} * grid.x;
-  if (auto e = LaunchOverlapped<StackedAttentionKernel<E, D>>(
-          {grid, kThreads, sizeof(StackedShared<E, D>)}, stream, p))
-    return e;
-  return p.merges ? cudaSuccess : LaunchMerges(a, scratch, stream);
+  const OverlappedGrid blocks{grid, kThreads, sizeof(StackedShared<E, D>)};
+  if (merges) return LaunchOverlapped<StackedAttentionKernel<E, D, true>>(blocks, stream, p);
+  if (auto e = LaunchOverlapped<StackedAttentionKernel<E, D, false>>(blocks, stream, p)) return e;
+  return LaunchMerges(a, scratch, stream);
 }
 
 }  // namespace

@@ -4,6 +4,7 @@
 
 #include "kernels/cuda/attention/chunk_attention.cuh"
 #include "kernels/cuda/attention/decode_merge.cuh"
+#include "kernels/cuda/attention/leaf_sums.cuh"
 #include "kernels/cuda/attention/pipeline.cuh"
 #include "kernels/cuda/attention/softmax.cuh"
 #include "kernels/cuda/overlap.cuh"
@@ -11,12 +12,9 @@
 namespace coppice::cuda {
 
 constexpr int kStepKeys = 64;
-constexpr int kKeyStages = 4;  // of keys, and of values
+constexpr int kKeyStages = 5;  // of keys, and of values
 constexpr int kLeafWarps = 2;
 constexpr int kGroupRows = 64;  // stacked rows of a consumer warpgroup
-
-template <typename E, int D>
-using LeafShared = ChunkShared<E, D, 16, 4>;
 
 template <typename E, int D>
 struct StackedShared {
@@ -49,22 +47,18 @@ __device__ __forceinline__ SlotItems StackedItems(const AttentionSchedule& sched
   return {schedule.stacked_chunks, schedule.stacked_slots, slot};
 }
 
-// Writes this thread's accumulators, not normalised, as partial results.
-template <int D, typename E>
+// Writes this thread's accumulators as partial results.
+template <int D, bool kPacked, typename E>
 __device__ void StorePartial(const ChunkParameters<E>& p, const ChunkWork& item, int kv_head,
                              int first, const float (&o)[D / 2], const LateSoftmax& softmax) {
-  const int column = threadIdx.x % 4 * 2;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int stacked = first + 8 * h, row = stacked / p.group_size;
-    if (row >= item.num_rows) continue;
     const int head = kv_head * p.group_size + stacked % p.group_size;
     const int64_t part = int64_t{item.partial + row} * p.q_heads + head;
-    float* to = p.partial.out + part * D + column;
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j)
-      *reinterpret_cast<float2*>(to + 8 * j) = {o[4 * j + 2 * h], o[4 * j + 2 * h + 1]};
-    if (column == 0) p.partial.sums[part] = {softmax.base[h], softmax.sum[h]};
+    const PartialRow<D> to{row < item.num_rows ? part : -1, static_cast<int>(threadIdx.x % 4), 1};
+    to.template Store<kPacked>(p, softmax.base[h], softmax.sum[h],
+                               [&](int j, int e) { return o[4 * j + 2 * h + e]; });
   }
 }
 
@@ -116,7 +110,7 @@ __device__ void PassItem(StackedShared<E, D>& s, int count, ConsumerRings& rings
 // The item's sums for the 64 stacked rows from `first` on. Scores of a step, then the output of the
 // step before are queued; issuing products takes as long as they do, so a warpgroup has its softmax
 // while the other one multiplies.
-template <typename E, int D>
+template <typename E, int D, bool kPacked>
 __device__ void ConsumeItem(const ChunkParameters<E>& p, StackedShared<E, D>& s,
                             const ChunkWork& item, int kv_head, int first, int group,
                             ConsumerRings& rings) {
@@ -172,10 +166,10 @@ __device__ void ConsumeItem(const ChunkParameters<E>& p, StackedShared<E, D>& s,
     softmax.sum[h] += __shfl_xor_sync(~0u, softmax.sum[h], 1);
     softmax.sum[h] += __shfl_xor_sync(~0u, softmax.sum[h], 2);
   }
-  StorePartial<D>(p, item, kv_head, first + warp * 16 + lane / 4, o, softmax);
+  StorePartial<D, kPacked>(p, item, kv_head, first + warp * 16 + lane / 4, o, softmax);
 }
 
-template <typename E, int D>
+template <typename E, int D, bool kPacked>
 __device__ void Consume(const ChunkParameters<E>& p, StackedShared<E, D>& s, const DecodePlace& at,
                         int group) {
   ConsumerRings rings;
@@ -186,7 +180,8 @@ __device__ void Consume(const ChunkParameters<E>& p, StackedShared<E, D>& s, con
     if (is_small && n % 2 != group) {
       PassItem(s, Steps(item), rings);
     } else {
-      ConsumeItem(p, s, item, at.kv_head, is_small ? 0 : group * kGroupRows, group, rings);
+      ConsumeItem<E, D, kPacked>(p, s, item, at.kv_head, is_small ? 0 : group * kGroupRows, group,
+                                 rings);
     }
   }
 }
