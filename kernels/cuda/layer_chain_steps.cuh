@@ -234,13 +234,12 @@ struct Finisher {
   __device__ __forceinline__ void ScaleHeads(int j, const float (&sum)[kTokens / 2],
                                              float2 (&y)[2]) const {
     const float scale = s.scales[1][8 * j + first_token];
-    float squares = 0.f;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float2 x = Exchange(sum[4 * j + 2 * h], sum[4 * j + 2 * h + 1]);
       y[h] = {x.x * scale + factor[h].x, x.y * scale + factor[h].y};
-      squares += y[h].x * y[h].x + y[h].y * y[h].y;
     }
+    float squares = y[0].x * y[0].x + y[0].y * y[0].y + y[1].x * y[1].x + y[1].y * y[1].y;
     squares += __shfl_xor_sync(~0u, squares, 8);
     squares += __shfl_xor_sync(~0u, squares, 16);
     if (lane < 8) s.squares[8 * j + first_token][warp] = squares;
@@ -249,7 +248,7 @@ struct Finisher {
   __device__ __forceinline__ float HeadRstd(int token) const {
     const auto* squares = reinterpret_cast<const float4*>(s.squares[token]);
     const float4 a = squares[0], b = squares[1];
-    const float first = a.x + a.y + a.z + a.w, second = b.x + b.y + b.z + b.w;
+    const float first = (a.x + a.y) + (a.z + a.w), second = (b.x + b.y) + (b.z + b.w);
     const float mean =
         apart == 64 ? (first + second) * 0x1p-7f : (warp < 4 ? first : second) * 0x1p-6f;
     return rsqrtf(mean + p.eps);
@@ -263,8 +262,9 @@ struct Finisher {
     const float2 cosine = angles[0], sine = angles[1];
     const float2 x = {y[0].x * (rstd * na.x), y[0].y * (rstd * na.y)};
     const float2 z = {y[1].x * (rstd * nb.x), y[1].y * (rstd * nb.y)};
-    const float2 a = {x.x * cosine.x - z.x * sine.x, x.y * cosine.y - z.y * sine.y};
-    const float2 b = {z.x * cosine.x + x.x * sine.x, z.y * cosine.y + x.y * sine.y};
+    // Which product is rounded is said here, so that it is no compiler's choice.
+    const float2 a = {fmaf(x.x, cosine.x, -(z.x * sine.x)), fmaf(x.y, cosine.y, -(z.y * sine.y))};
+    const float2 b = {fmaf(z.x, cosine.x, x.x * sine.x), fmaf(z.y, cosine.y, x.y * sine.y)};
     if (8 * j >= tokens || !inside[1]) return;
     E* to = static_cast<E*>(phase.out) + (8 * j + first_token) * phase.out_stride + column;
     StorePair(to, a), StorePair(to + apart, b);
