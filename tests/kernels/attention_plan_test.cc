@@ -368,6 +368,22 @@ TEST(AttentionPlanTest, WholeTilesOfASamplesOwnAreStackedBehindAPrompt) {
   }
 }
 
+// Two requests that share nothing, one of them short: its items may run beside the other's.
+TEST(AttentionPlanTest, ALeafHasPartialResultsEvenIfItHoldsAllKeysOfItsRows) {
+  BatchBuilder b(64);
+  const int32_t prompt = b.Node(-1, 4096);
+  for (int i = 0; i < 4; ++i) b.Segment(b.Node(prompt, 5 + i), {1});
+  b.Segment(b.Node(-1, 100), {1});
+  b.Segment(b.Node(-1, 70), {3, 2, 3});
+  const AttentionPlanOptions options = {.group_size = 4};
+  CheckPlan(b.batch, options);
+  const AttentionPlan plan = PlanAttention(b.batch, options);
+  const AttentionSchedule s = plan.Bind(plan.words.data());
+  const int32_t leaves = s.leaf_slots[s.num_stacked_slots];
+  ASSERT_GT(leaves, 0);
+  for (int32_t i = 0; i < leaves; ++i) EXPECT_GE(s.leaf_chunks[i].partial, 0) << i;
+}
+
 TEST(AttentionPlanTest, AShortContextIsNotMerged) {
   BatchBuilder b(16);
   b.Segment(b.Node(-1, 200), {3, 2, 3});

@@ -271,7 +271,9 @@ class Planner {
       return;
     }
     const bool is_narrow = IsNarrow(num_rows);
-    const bool whole = !is_shared && begin == 0 && end <= ItemEnd(is_narrow, 0);
+    // Beside stacked items a narrow one may become a leaf, and leaves have partial results only.
+    const bool may_be_leaf = is_narrow && !stacked_.empty();
+    const bool whole = !is_shared && !may_be_leaf && begin == 0 && end <= ItemEnd(is_narrow, 0);
     for (int32_t key = begin; key < end;) {
       const int32_t last = std::min(ItemEnd(is_narrow, key), end);
       ChunkWork item = Piece(all, key, last);

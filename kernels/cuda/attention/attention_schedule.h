@@ -111,7 +111,8 @@ struct AttentionSchedule {
   const ChunkWork* narrow_chunks = nullptr;   // up to kNarrowRows stacked rows, one split each
   const ChunkWork* stacked_chunks = nullptr;  // up to kStackedRows stacked rows, slot by slot
   const int32_t* stacked_slots = nullptr;     // [slots + 1] where each slot's items begin
-  const ChunkWork* leaf_chunks = nullptr;     // as narrow, up to kLeafRows, slot by slot
+  const ChunkWork* leaf_chunks = nullptr;     // as narrow, up to kLeafRows, slot by slot; `partial`
+                                              // never -1
   const int32_t* leaf_slots = nullptr;        // [slots + 1]
   int32_t* arrivals = nullptr;                // [num_arrivals, kArrivalWords] the first word counts
                                               // blocks of a KV head that wait for each other

@@ -86,6 +86,10 @@ inline void AddDecodes(std::vector<SanitizerCase>& cases, int dim, bool all) {
   cases.push_back({"narrow, invariant", Decode(1, 704, 1), heads, {.batch_invariant = true}});
   cases.push_back({"more rows than an item has", Decode(40, 256, 40), heads});
   cases.push_back({"own keys stacked behind shared ones", Decode(4, 1280, 140), heads});
+  ContextBuilder apart(64);  // requests of their own, short beside long: leaves with all their keys
+  apart.Segment(apart.Node(-1, 1024), Causal(1));
+  apart.Segment(apart.Node(-1, 100), Causal(3));
+  cases.push_back({"a short request beside a long one", apart.Finish(), heads});
   ContextBuilder eight(64);
   eight.Segment(eight.Node(-1, 1020), Causal(8));
   const ops::TokenBatch rows = eight.Finish();

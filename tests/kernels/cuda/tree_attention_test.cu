@@ -344,6 +344,15 @@ std::vector<NamedBatch> ContextBatches(int32_t block_tokens, bool tiny) {
     b.Segment(-1, PromptAndResponses(40, 20, 3));
     result.push_back({"mixed bt" + std::to_string(block_tokens), b.Finish()});
   }
+  {
+    ContextBuilder b(block_tokens);  // requests of their own, short ones beside stacked ones
+    const int32_t prompt = b.Node(-1, 2048);
+    for (int i = 0; i < 4; ++i) b.Segment(b.Node(prompt, 5 + i), Causal(1));
+    b.Segment(b.Node(-1, 100), Causal(1));
+    b.Segment(b.Node(-1, 70), Causal(3));
+    b.Segment(b.Node(-1, 1100), Causal(2));
+    result.push_back({"short beside long bt" + std::to_string(block_tokens), b.Finish()});
+  }
   if (tiny) return result;
   one("ctx 128 + 127", 128, Causal(127));
   one("ctx 129 + 128", 129, Causal(128));
