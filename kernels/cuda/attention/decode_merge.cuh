@@ -1,5 +1,5 @@
 // The end of a decode kernel: its blocks wait for each other, then fold the partial results of
-// every row, their own and those of the kernels before.
+// every row. Where other kernels have partial results of this batch, too, LaunchMerges does it.
 #pragma once
 
 #include "kernels/cuda/attention/packed_parts.cuh"

@@ -16,7 +16,8 @@ inline int Multiprocessors() {
 // Tile kernels. `counter`: one int of scratch.
 cudaError_t LaunchTileForward(const TreeAttentionArgs& args, int* counter, cudaStream_t stream);
 
-// Partial results of the chunk kernels.
+// Partial results of the chunk kernels, or, where the stacked kernel folds them itself, its packed
+// parts in the same memory (packed_parts.cuh).
 struct ChunkScratch {
   float* out = nullptr;    // [partials, q_heads, head_dim] not normalised
   float2* sums = nullptr;  // [partials, q_heads] maximum in log2 units, sum of exponentials
@@ -30,7 +31,7 @@ cudaError_t LaunchChunks(const TreeAttentionArgs& args, const ChunkScratch& scra
                          cudaStream_t stream);
 // Of its largest block; 0: there is none for this head_dim.
 int32_t ChunkSharedBytes(int32_t head_dim);
-// Folds partial results where nothing is stacked, or rows are many.
+// Folds partial results where nothing is stacked, rows are many, or other chunks have some, too.
 cudaError_t LaunchMerges(const TreeAttentionArgs& args, const ChunkScratch& scratch,
                          cudaStream_t stream);
 

@@ -1,5 +1,5 @@
-// Leaves of the decode kernel: softmax sums of up to eight stacked rows over a short run of keys,
-// by one warp on mma.sync. Its instructions wait behind the wgmma of the warps beside it, 200
+// Leaves of the decode kernel: softmax sums of stacked rows, eight at a time, over a short run of
+// keys, by one warp on mma.sync. Its instructions wait behind the wgmma of the warps beside it, 200
 // cycles each, so that their number counts: keys are the 16-row operand, rows the eight columns,
 // half as many as the other way round.
 //

@@ -11,7 +11,8 @@
 namespace coppice::cuda {
 
 // What moves a row's sums from base b (log2 units) to b + log2(m), m the power of two above
-// `largest`, within 2^-23 and 2^61: beyond, f16 rounds as it does.
+// `largest`, within 2^-23 and 2^61: sums beyond 2^77 overflow, those below
+// 2^-48 are lost.
 struct PackedBase {
   float log2, factor;
 
