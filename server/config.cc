@@ -86,9 +86,8 @@ const std::vector<Flag>& Flags() {
        "first choice. Not used with --deterministic."},
       {"Device", "matmul_cache_grows", &Config::matmul_cache_grows,
        "Make the file of --matmul_cache, or add to it: a kind of product that it lacks is timed "
-       "when "
-       "first run, for up to a second, and hundreds come with the numbers of rows of a mixed load. "
-       "For a rehearsal of that load, not for service."},
+       "when first run, for up to a second, and hundreds come with the numbers of rows of a mixed "
+       "load. For a rehearsal of that load, not for service."},
       {"Network", "host", &Config::host,
        "Address to listen on, gRPC and HTTP. There is no authentication: beyond loopback put a "
        "proxy in front."},
