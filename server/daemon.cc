@@ -43,13 +43,14 @@ Daemon::~Daemon() {
 
 ExitCode Daemon::Run() {
   LOG(INFO) << "start " << ToString(config_);
-  if (absl::Status s = RemovePortFile(config_.port_file); !s.ok()) {
-    return Fail(ExitCode::kRuntimeError, "start_failed", s);
-  }
   if (absl::Status s = MakeStepLogDir(); !s.ok()) {
     return Fail(ExitCode::kBadFlags, "start_failed", s);
   }
   if (absl::Status s = StartHttp(); !s.ok()) return Fail(ExitCode::kPortTaken, "start_failed", s);
+  // Not before: a second process with these flags has ended above, and the first one's file stays.
+  if (absl::Status s = RemovePortFile(config_.port_file); !s.ok()) {
+    return Fail(ExitCode::kRuntimeError, "start_failed", s);
+  }
   const absl::StatusOr<ComputeType> compute = ChooseComputeType(config_);
   if (!compute.ok()) return Fail(ExitCode::kModelError, "load_failed", compute.status());
   if (absl::Status s = CheckGradientType(config_, *compute); !s.ok()) {

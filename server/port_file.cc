@@ -22,7 +22,7 @@ absl::Status NotWritten(const std::string& path, const char* want) {
 }  // namespace
 
 absl::Status RemovePortFile(const std::string& path) {
-  if (path.empty() || std::remove(path.c_str()) == 0 || errno == ENOENT) return absl::OkStatus();
+  if (path.empty() || unlink(path.c_str()) == 0 || errno == ENOENT) return absl::OkStatus();
   return NotWritten(path, "replaceable");
 }
 

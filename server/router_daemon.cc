@@ -26,10 +26,11 @@ ExitCode CodeOf(const absl::Status& status) {
 
 ExitCode RouterDaemon::Run() {
   LOG(INFO) << "start " << ToString(config_);
+  if (absl::Status s = StartHttp(); !s.ok()) return Fail(ExitCode::kPortTaken, s);
+  // Not before: a second process with these flags has ended above, and the first one's file stays.
   if (absl::Status s = RemovePortFile(config_.port_file); !s.ok()) {
     return Fail(ExitCode::kRuntimeError, s);
   }
-  if (absl::Status s = StartHttp(); !s.ok()) return Fail(ExitCode::kPortTaken, s);
   LifeEvents events;
   if (absl::Status s = StartRouter(); !s.ok()) return Fail(CodeOf(s), s);
   if (absl::Status s = AnnounceReady(); !s.ok()) return Fail(ExitCode::kRuntimeError, s);
