@@ -49,7 +49,8 @@ absl::StatusOr<std::vector<std::filesystem::directory_entry>> List(const std::st
 bool WriteAll(int fd, const std::string& text) {
   for (size_t at = 0; at < text.size();) {
     const ssize_t n = write(fd, text.data() + at, text.size() - at);
-    if (n < 0) return false;
+    if (n == 0) errno = EIO;
+    if (n <= 0) return false;
     at += static_cast<size_t>(n);
   }
   return fsync(fd) == 0;
